@@ -1,0 +1,326 @@
+"""What a caller can ask for: data sets, tasks, architectures, methods, filters and selectors.
+
+These models are the HTTP contract's vocabulary and the library's. They validate form only; whether a field or
+checkpoint exists is decided where the data is. Nothing here imports torch.
+"""
+
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+MAX_FILTER_DEPTH = 5
+MAX_FILTER_LEAVES = 32
+MAX_SELECTED_ROWS = 100_000
+
+NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
+ColumnName = Annotated[str, StringConstraints(min_length=1, max_length=128)]
+Row = Annotated[int, Field(ge=0, le=2**53)]
+
+
+class Spec(BaseModel):
+    """A frozen value object that refuses fields it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Normalization(Spec):
+    """Per-channel standardisation of images after scaling to [0, 1]: `(x - mean) / std`."""
+
+    mean: list[float] = Field(min_length=1, max_length=16)
+    std: list[Annotated[float, Field(gt=0)]] = Field(min_length=1, max_length=16)
+
+    @model_validator(mode="after")
+    def _same_channels(self) -> Self:
+        if len(self.mean) != len(self.std):
+            raise ValueError("mean and std must have one entry per channel each")
+        return self
+
+
+class DatasetSpec(Spec):
+    """How the columns of a source become training examples."""
+
+    name: Name = Field(description="Unique name.")
+    kind: Literal["tensor", "image", "tabular", "tokens", "text"] = Field(description="What one input is.")
+    format: Literal["parquet", "jsonl", "csv", "npz"] | None = Field(
+        default=None, description="File format; by default told from the file name."
+    )
+    source: str | None = Field(
+        default=None, max_length=1024, description="`root:name/path` of a file under a root the operator configured."
+    )
+    input: ColumnName | Annotated[list[ColumnName], Field(min_length=1, max_length=100_000)] = Field(
+        default="input", description="Input column, or the list of feature columns of a tabular data set."
+    )
+    target: ColumnName | None = Field(default="target", description="Target column; null when there is none.")
+    id: ColumnName | None = Field(default=None, description="Column of unique example ids.")
+    metadata: list[ColumnName] = Field(
+        default_factory=list, max_length=256, description="Columns kept for filters and answers."
+    )
+    shape: list[Annotated[int, Field(ge=1, le=2**24)]] | None = Field(
+        default=None, max_length=8, description="Shape of one `tensor` input; by default told from the first row."
+    )
+    channels_first: bool = Field(default=False, description="uint8 image arrays are (C, H, W) instead of (H, W, C).")
+    normalize: Normalization | None = Field(default=None, description="Standardisation of images.")
+    max_length: int | None = Field(default=None, ge=1, le=2**20, description="Cut token inputs to this many tokens.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if isinstance(self.input, list) and self.kind != "tabular":
+            raise ValueError("a list of input columns needs kind 'tabular'")
+        if self.shape is not None and self.kind != "tensor":
+            raise ValueError("shape is for kind 'tensor'")
+        if self.normalize is not None and self.kind != "image":
+            raise ValueError("normalize is for kind 'image'")
+        inputs = self.input if isinstance(self.input, list) else [self.input]
+        used = [*inputs, *([self.target] if self.target else []), *([self.id] if self.id else [])]
+        if len(set(used)) != len(used) or len(set(self.metadata)) != len(self.metadata):
+            raise ValueError("a column is named twice")
+        reserved = {"row", "id", "target"} & set(self.metadata)
+        if reserved:
+            raise ValueError(f"metadata columns cannot be called {', '.join(sorted(reserved))}")
+        return self
+
+
+class TokenizerSpec(Spec):
+    """How text becomes tokens: raw bytes, or a `tokenizer.json` under a configured root."""
+
+    type: Literal["bytes", "huggingface"] = "bytes"
+    source: str | None = Field(default=None, max_length=1024, description="`root:name/path` of a tokenizer.json.")
+
+    @model_validator(mode="after")
+    def _source_where_needed(self) -> Self:
+        if (self.type == "huggingface") != (self.source is not None):
+            raise ValueError("source is for type 'huggingface', and needed there")
+        return self
+
+
+class ArchitectureSpec(Spec):
+    """An allowed architecture and its arguments."""
+
+    name: Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
+    arguments: dict[str, Any] = Field(default_factory=dict)
+
+
+class ClassificationTask(Spec):
+    """Integer targets, cross-entropy loss."""
+
+    measurements: ClassVar[tuple[str, ...]] = ("margin", "log_likelihood", "logit", "loss")
+    kinds: ClassVar[tuple[str, ...]] = ("tensor", "image", "tabular", "tokens", "text")
+    type: Literal["classification"] = "classification"
+
+
+class RegressionTask(Spec):
+    """Real targets, squared-error loss `(prediction - target)**2 / 2`."""
+
+    measurements: ClassVar[tuple[str, ...]] = ("prediction", "negative_squared_error", "loss")
+    kinds: ClassVar[tuple[str, ...]] = ("tensor", "image", "tabular", "tokens", "text")
+    type: Literal["regression"] = "regression"
+
+
+class CausalLanguageModelingTask(Spec):
+    """Next-token prediction; padding is masked."""
+
+    measurements: ClassVar[tuple[str, ...]] = ("log_likelihood", "loss")
+    kinds: ClassVar[tuple[str, ...]] = ("tokens", "text")
+    type: Literal["causal_lm"] = "causal_lm"
+    reduction: Literal["mean", "sum"] = Field(default="mean", description="Over the tokens of one example.")
+
+
+TaskSpec = Annotated[ClassificationTask | RegressionTask | CausalLanguageModelingTask, Field(discriminator="type")]
+
+Damping = Annotated[float, Field(ge=0, le=1e12)]
+
+
+class ProjectionSpec(Spec):
+    """A seeded random projection of gradients."""
+
+    type: Literal["sjlt", "rademacher", "gaussian"] = "sjlt"
+    dim: int = Field(default=1024, ge=8, le=65_536, description="Numbers kept per example and checkpoint.")
+    seed: int = Field(default=0, ge=0, le=2**31 - 1)
+
+
+class MethodBase(Spec):
+    """What every method says about itself."""
+
+    notion: ClassVar[Literal["predictive", "corroborative", "game_theoretic"]] = "predictive"
+    needs: ClassVar[tuple[str, ...]] = ("checkpoints",)
+    query_cost: ClassVar[Literal["inline", "job"]] = "inline"
+    reference: ClassVar[str] = ""
+    default_damping: ClassVar[float | None] = None
+    max_checkpoints: ClassVar[int | None] = 1
+
+
+class TrakMethod(MethodBase):
+    """TRAK: the linearised model's one-step update, in a random projection, averaged over checkpoints."""
+
+    reference: ClassVar[str] = "Park et al. 2023, TRAK: Attributing Model Behavior at Scale"
+    default_damping: ClassVar[float | None] = 0.1
+    max_checkpoints: ClassVar[int | None] = None
+    type: Literal["trak"]
+    projection: ProjectionSpec = ProjectionSpec()
+    damping: Damping = Field(default=0.1, description="Default damping, as a multiple of the mean eigenvalue.")
+    curvature: Literal["gradient", "gauss_newton"] = Field(
+        default="gradient",
+        description="Kernel of the projected gradients as published, or weighted by p(1-p), the Gauss-Newton one.",
+    )
+    soft_threshold: float | None = Field(
+        default=None, ge=0, le=1e12, description="Shrink scores towards 0 by this much, as published; off by default."
+    )
+
+
+class EkfacMethod(MethodBase):
+    """Influence functions with eigenvalue-corrected Kronecker-factored curvature (true Fisher)."""
+
+    reference: ClassVar[str] = (
+        "George et al. 2018; Grosse et al. 2023, Studying LLM Generalization with Influence Functions"
+    )
+    default_damping: ClassVar[float | None] = 0.1
+    type: Literal["ekfac"]
+    projection: ProjectionSpec = ProjectionSpec()
+    damping: Damping = Field(default=0.1, description="Default damping, as a multiple of each layer's mean eigenvalue.")
+    fisher: Literal["auto", "exact", "sampled", "empirical"] = Field(
+        default="auto",
+        description="Labels enumerated, sampled from the model, or the data's; auto enumerates up to 32 classes.",
+    )
+    samples: int = Field(default=1, ge=1, le=64, description="Labels sampled per example.")
+    seed: int = Field(default=0, ge=0, le=2**31 - 1)
+
+
+class GradDotMethod(MethodBase):
+    """Inner product of the query's and the training example's gradients (one-checkpoint TracIn, identity curvature)."""
+
+    reference: ClassVar[str] = "Pruthi et al. 2020, Estimating Training Data Influence by Tracing Gradient Descent"
+    type: Literal["grad_dot"]
+    projection: ProjectionSpec = ProjectionSpec()
+
+
+class GradCosMethod(MethodBase):
+    """Cosine of the query's and the training example's gradients."""
+
+    reference: ClassVar[str] = "Hammoudeh & Lowd 2022, Identifying a Training-Set Attack's Target"
+    type: Literal["grad_cos"]
+    projection: ProjectionSpec = ProjectionSpec()
+
+
+class RepresentationMethod(MethodBase):
+    """Similarity of penultimate representations: evidence, not causation."""
+
+    notion: ClassVar[Literal["predictive", "corroborative", "game_theoretic"]] = "corroborative"
+    reference: ClassVar[str] = "Hanawa et al. 2021, Evaluation of Similarity-based Explanations"
+    type: Literal["representation"]
+    similarity: Literal["cosine", "dot"] = "cosine"
+
+
+MethodSpec = Annotated[
+    TrakMethod | EkfacMethod | GradDotMethod | GradCosMethod | RepresentationMethod, Field(discriminator="type")
+]
+METHODS: dict[str, type[MethodBase]] = {
+    "trak": TrakMethod,
+    "ekfac": EkfacMethod,
+    "grad_dot": GradDotMethod,
+    "grad_cos": GradCosMethod,
+    "representation": RepresentationMethod,
+}
+
+
+class StoreSpec(Spec):
+    """How feature rows are kept."""
+
+    dtype: Literal["float32", "float16"] = "float32"
+
+
+class SearchSpec(Spec):
+    """How feature rows are searched: exactly (`flat`), or only the nearest of `lists` clusters (`ivf`)."""
+
+    type: Literal["flat", "ivf"] = "flat"
+    lists: int | None = Field(
+        default=None, ge=1, le=65_536, description="Clusters of an IVF search; about 4·√n by default."
+    )
+    probes: int | None = Field(
+        default=None, ge=1, le=65_536, description="Clusters visited; a quarter of them by default."
+    )
+
+
+FilterValue = str | bool | int | float | None
+
+
+class Condition(Spec):
+    """A comparison of one field: `row`, `id`, `target` or a metadata column. A null never matches but for `exists`."""
+
+    field: ColumnName
+    op: Literal["eq", "ne", "in", "gt", "gte", "lt", "lte", "exists", "contains", "prefix"]
+    value: FilterValue | Annotated[list[FilterValue], Field(max_length=10_000)] = None
+
+    @model_validator(mode="after")
+    def _value_fits(self) -> Self:
+        if (self.op == "in") != isinstance(self.value, list):
+            raise ValueError("a list value goes with op 'in', and only there")
+        if self.op == "exists" and not isinstance(self.value, bool | None):
+            raise ValueError("op 'exists' takes true or false")
+        if self.op in ("contains", "prefix") and not isinstance(self.value, str):
+            raise ValueError(f"op '{self.op}' takes a string")
+        if self.op not in ("exists", "in") and self.value is None:
+            raise ValueError(f"op '{self.op}' takes a value; ask for missing ones with 'exists'")
+        return self
+
+
+class And(Spec):
+    """Every part holds."""
+
+    and_: list["Filter"] = Field(alias="and", min_length=1, max_length=MAX_FILTER_LEAVES)
+
+
+class Or(Spec):
+    """Some part holds."""
+
+    or_: list["Filter"] = Field(alias="or", min_length=1, max_length=MAX_FILTER_LEAVES)
+
+
+class Not(Spec):
+    """The part does not hold."""
+
+    not_: "Filter" = Field(alias="not")
+
+
+Filter = Condition | And | Or | Not
+
+
+def check_filter_size(value: Filter) -> Filter:
+    """Return `value` unless it nests deeper than 5 or has more than 32 conditions (ValueError)."""
+
+    def measure(node: Filter) -> tuple[int, int]:
+        match node:
+            case And(and_=parts) | Or(or_=parts):
+                sizes = [measure(part) for part in parts]
+                return 1 + max(depth for depth, _ in sizes), sum(leaves for _, leaves in sizes)
+            case Not(not_=part):
+                depth, leaves = measure(part)
+                return 1 + depth, leaves
+            case _:
+                return 1, 1
+
+    depth, leaves = measure(value)
+    if depth > MAX_FILTER_DEPTH or leaves > MAX_FILTER_LEAVES:
+        raise ValueError(f"a filter may nest {MAX_FILTER_DEPTH} deep and hold {MAX_FILTER_LEAVES} conditions")
+    return value
+
+
+class Selector(Spec):
+    """A set of training examples, named in exactly one way. The last two are relative to each query."""
+
+    rows: list[Row] | None = Field(default=None, max_length=MAX_SELECTED_ROWS)
+    ids: list[Annotated[str, StringConstraints(max_length=512)]] | None = Field(
+        default=None, max_length=MAX_SELECTED_ROWS
+    )
+    where: Filter | None = None
+    top_positive: int | None = Field(default=None, ge=1, le=MAX_SELECTED_ROWS)
+    top_negative: int | None = Field(default=None, ge=1, le=MAX_SELECTED_ROWS)
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError("give exactly one of rows, ids, where, top_positive, top_negative")
+        if self.where is not None:
+            check_filter_size(self.where)
+        return self
