@@ -1,0 +1,58 @@
+"""What every projection shares: counter-based random numbers and the sum over blocks of coordinates.
+
+Entry (i, j) of a projection is a pure function of (seed, i, j), so a projection is the same on every machine, for any
+batch size, and no matrix needs to be stored beside an index. `VERSION` is part of every fingerprint.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+VERSION = 1
+
+
+def hashed(seed: int, counters: np.ndarray) -> np.ndarray:
+    """Return 64 uniform bits per counter (uint64), by two rounds of splitmix64 over seed and counter."""
+    with np.errstate(over="ignore"):
+        state = _mixed(np.uint64(seed) + np.uint64(0x9E3779B97F4A7C15))
+        return _mixed(_mixed(counters.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + state) ^ state)
+
+
+def _mixed(bits: np.ndarray | np.uint64) -> np.ndarray:
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(bits ^ (bits >> np.uint64(31)))
+
+
+class Projection(ABC):
+    """A linear map from any number of coordinates to `dim`.
+
+    Args:
+        dim: numbers kept.
+        seed: chooses the map.
+    """
+
+    def __init__(self, dim: int, seed: int) -> None:
+        self.dim = dim
+        self.seed = seed
+
+    def project(self, parts: Sequence[Tensor]) -> Tensor:
+        """Project vectors given as consecutive parts, each (batch, numel), to (batch, dim)."""
+        projected = parts[0].new_zeros(len(parts[0]), self.dim)
+        start = 0
+        for part in parts:
+            flat = part.flatten(1)
+            projected += self._project_range(flat, start)
+            start += flat.shape[1]
+        return projected
+
+    @abstractmethod
+    def _project_range(self, values: Tensor, start: int) -> Tensor:
+        """Project `values` (batch, m), the coordinates `start … start + m - 1`, to (batch, dim)."""
+
+    def matrix(self, num_coordinates: int) -> Tensor:
+        """Return the map as an explicit float64 matrix (num_coordinates, dim); for tests and small checks."""
+        return self.project([torch.eye(num_coordinates, dtype=torch.float64)])
