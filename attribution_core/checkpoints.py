@@ -12,7 +12,9 @@ from attribution_core.errors import CheckpointError
 from attribution_core.spec import ArchitectureSpec
 
 
-def load_model(spec: ArchitectureSpec, path: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
+def load_model(
+    spec: ArchitectureSpec, path: Path, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> nn.Module:
     """Return the model with the file's weights, in eval mode, with parameters that need no gradient.
 
     Raises:

@@ -147,7 +147,6 @@ class MethodBase(Spec):
     query_cost: ClassVar[Literal["inline", "job"]] = "inline"
     reference: ClassVar[str] = ""
     default_damping: ClassVar[float | None] = None
-    max_checkpoints: ClassVar[int | None] = 1
 
 
 class TrakMethod(MethodBase):
@@ -155,13 +154,13 @@ class TrakMethod(MethodBase):
 
     reference: ClassVar[str] = "Park et al. 2023, TRAK: Attributing Model Behavior at Scale"
     default_damping: ClassVar[float | None] = 0.1
-    max_checkpoints: ClassVar[int | None] = None
     type: Literal["trak"]
     projection: ProjectionSpec = ProjectionSpec()
     damping: Damping = Field(default=0.1, description="Default damping, as a multiple of the mean eigenvalue.")
     curvature: Literal["gradient", "gauss_newton"] = Field(
-        default="gradient",
-        description="Kernel of the projected gradients as published, or weighted by p(1-p), the Gauss-Newton one.",
+        default="gauss_newton",
+        description="`gradient`: the published kernel, whose scores have an arbitrary scale. `gauss_newton`: each row "
+        "weighted by p(1-p), which puts scores in units of the measurement.",
     )
     soft_threshold: float | None = Field(
         default=None, ge=0, le=1e12, description="Shrink scores towards 0 by this much, as published; off by default."

@@ -122,7 +122,9 @@ def _laid_out(header: dict[str, Any], offset: int, size: int) -> dict[str, Tenso
             raise CheckpointError(f"the data of {name} overlaps another tensor's or leaves a hole")
         position = info.stop
     if position != size:
-        raise CheckpointError(f"the file is {size:,} bytes and its header describes {position:,}: truncated, or extended")
+        raise CheckpointError(
+            f"the file is {size:,} bytes and its header describes {position:,}: truncated, or extended"
+        )
     return dict(ordered)
 
 

@@ -45,7 +45,9 @@ class CnnArguments(Spec):
     channels: list[Annotated[int, Field(ge=1, le=4096)]] = Field(min_length=1, max_length=16)
     num_classes: Classes
     kernel_size: Literal[1, 3, 5, 7] = 3
-    groups: Annotated[int, Field(ge=1, le=4096)] = Field(default=1, description="Groups of every convolution but the first.")
+    groups: Annotated[int, Field(ge=1, le=4096)] = Field(
+        default=1, description="Groups of every convolution but the first."
+    )
     pool: Annotated[int, Field(ge=1, le=8)] = 2
     hidden: Width | None = None
     activation: Activation = "relu"

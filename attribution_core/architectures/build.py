@@ -53,7 +53,9 @@ def skeleton(spec: ArchitectureSpec) -> dict[str, dict[str, Any]]:
     }
     total = sum(torch.Size(entry["shape"]).numel() for entry in shapes.values())
     if total > MAX_PARAMETERS:
-        raise ArchitectureArgumentsError(f"{total:,} parameters are more than the {MAX_PARAMETERS:,} allowed", "/architecture")
+        raise ArchitectureArgumentsError(
+            f"{total:,} parameters are more than the {MAX_PARAMETERS:,} allowed", "/architecture"
+        )
     return shapes
 
 
@@ -84,7 +86,9 @@ def _built(name: str, make: Callable[[], nn.Module]) -> nn.Module:
 
 @cache
 def _plugins() -> dict[str, Builder]:
-    return {point.name: point.load() for point in entry_points(group=ENTRY_POINT_GROUP) if point.name not in ARCHITECTURES}
+    return {
+        point.name: point.load() for point in entry_points(group=ENTRY_POINT_GROUP) if point.name not in ARCHITECTURES
+    }
 
 
 def _schema(name: str, plugin: Builder) -> TypeAdapter[Any]:

@@ -64,7 +64,9 @@ def _from_config(factory: str, config: dict[str, Any], allowed: frozenset[str]) 
     try:
         import transformers  # noqa: PLC0415, an optional extra
     except ImportError:
-        raise ArchitectureArgumentsError("this architecture needs the extra `hf`: pip install headwater[hf]", "/architecture/name") from None
+        raise ArchitectureArgumentsError(
+            "this architecture needs the extra `hf`: pip install headwater[hf]", "/architecture/name"
+        ) from None
     model_type = checked.pop("model_type")
     parsed = transformers.AutoConfig.for_model(model_type, **checked)
     model: nn.Module = getattr(transformers, factory).from_config(

@@ -123,7 +123,9 @@ class EkfacFactors:
     eigenvalues: list[Tensor]
 
     @classmethod
-    def from_arrays(cls, blocks: Sequence[Block], arrays: Mapping[str, np.ndarray], device: str = "cpu") -> "EkfacFactors":
+    def from_arrays(
+        cls, blocks: Sequence[Block], arrays: Mapping[str, np.ndarray], device: str = "cpu"
+    ) -> "EkfacFactors":
         """Rebuild the factors from stored arrays."""
         eigenvalues = [torch.from_numpy(arrays[f"eigenvalues.{n}"]).to(device) for n in range(len(blocks))]
         return cls(Eigenbasis(blocks, arrays, device), eigenvalues)
@@ -150,7 +152,8 @@ class EkfacFactors:
         damped = eigenvalues + damping * eigenvalues.mean()
         if not bool((damped > 0).all()):
             raise SingularCurvatureError(
-                f"the curvature of layer {self.basis.blocks[number].name} is singular: use a damping above 0", "/damping"
+                f"the curvature of layer {self.basis.blocks[number].name} is singular: use a damping above 0",
+                "/damping",
             )
         return damped
 

@@ -163,9 +163,7 @@ def _layer_norm_factors(module: nn.Module, inputs: Tensor, gradients: Tensor) ->
     norm = F.layer_norm if isinstance(module, nn.LayerNorm) else F.rms_norm
     normalised = norm(inputs, shape, eps=module.eps)  # type: ignore[arg-type, operator]
     size = torch.Size(shape).numel()
-    return _scale_factors(
-        module, normalised.reshape(len(inputs), -1, size), gradients.reshape(len(inputs), -1, size)
-    )
+    return _scale_factors(module, normalised.reshape(len(inputs), -1, size), gradients.reshape(len(inputs), -1, size))
 
 
 def _channels_last(values: Tensor) -> Tensor:
@@ -179,7 +177,9 @@ def _group_norm_factors(module: nn.GroupNorm, inputs: Tensor, gradients: Tensor)
 
 def _batch_norm_factors(module: nn.BatchNorm2d, inputs: Tensor, gradients: Tensor) -> Factors:
     if module.training or module.running_mean is None:
-        raise UnsupportedLayerError("batch normalisation over the batch makes examples depend on each other: use eval mode")
+        raise UnsupportedLayerError(
+            "batch normalisation over the batch makes examples depend on each other: use eval mode"
+        )
     normalised = F.batch_norm(inputs, module.running_mean, module.running_var, eps=module.eps)
     return _scale_factors(module, _channels_last(normalised), _channels_last(gradients))
 

@@ -38,7 +38,9 @@ class Task(ABC):
         """Return `-∂ℓ/∂f` for TRAK's `f`: `1 - p`, or `target - prediction` for regression."""
 
     @abstractmethod
-    def pseudo_losses(self, output: Tensor, batch: Batch, kind: FisherKind, seed: int, samples: int) -> Iterator[Tensor]:
+    def pseudo_losses(
+        self, output: Tensor, batch: Batch, kind: FisherKind, seed: int, samples: int
+    ) -> Iterator[Tensor]:
         """Yield losses (batch,) whose per-example gradients g satisfy `Σ g gᵀ` = the example's Fisher matrix.
 
         Args:
@@ -88,7 +90,9 @@ def log_odds_of(log_probability: Tensor, log_rest: Tensor | None = None) -> Tens
 
 def uniforms(seed: int, draw: int, rows: Tensor, count: int) -> Tensor:
     """Return numbers in [0, 1), (batch, count), that depend on seed, draw and row number only."""
-    keys = rows.cpu().numpy().astype(np.int64).view(np.uint64)[:, None] * np.uint64(1 << 24) + np.arange(count, dtype=np.uint64)
+    keys = rows.cpu().numpy().astype(np.int64).view(np.uint64)[:, None] * np.uint64(1 << 24) + np.arange(
+        count, dtype=np.uint64
+    )
     bits = hashed(seed * 1_000_003 + draw, keys)
     return torch.from_numpy((bits >> np.uint64(11)).astype(np.float64) / 2**53).to(rows.device)
 

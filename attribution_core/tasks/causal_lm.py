@@ -45,14 +45,18 @@ class CausalLanguageModeling(Task):
         """Return the mean over tokens of `1 - p`."""
         return self._mean(-torch.expm1(self._token_log_likelihood(output, batch)), batch)
 
-    def pseudo_losses(self, output: Tensor, batch: Batch, kind: FisherKind, seed: int, samples: int) -> Iterator[Tensor]:
+    def pseudo_losses(
+        self, output: Tensor, batch: Batch, kind: FisherKind, seed: int, samples: int
+    ) -> Iterator[Tensor]:
         """Yield losses against sampled next tokens, or the data's own; a vocabulary is not enumerated.
 
         Raises:
             InvalidInputError: for kind `exact`.
         """
         if kind == "exact":
-            raise InvalidInputError("the exact Fisher of a language model is not enumerated; use sampled", "/method/fisher")
+            raise InvalidInputError(
+                "the exact Fisher of a language model is not enumerated; use sampled", "/method/fisher"
+            )
         if kind == "empirical":
             yield self.loss(output, batch)
             return

@@ -46,7 +46,9 @@ class Classification(Task):
         """Return `1 - p_y`."""
         return torch.sigmoid(-self.log_odds(output, batch))
 
-    def pseudo_losses(self, output: Tensor, batch: Batch, kind: FisherKind, seed: int, samples: int) -> Iterator[Tensor]:
+    def pseudo_losses(
+        self, output: Tensor, batch: Batch, kind: FisherKind, seed: int, samples: int
+    ) -> Iterator[Tensor]:
         """Yield one loss per class weighted by √p, per drawn label, or the data's own."""
         log_probabilities = output.log_softmax(1)
         if kind == "empirical":
@@ -73,7 +75,9 @@ class Classification(Task):
     def check(self, output: Tensor, batch: Batch) -> None:
         """Refuse anything but (batch, classes ≥ 2) logits and targets among the classes."""
         if output.dim() != 2 or output.shape[1] < 2:
-            raise InvalidInputError(f"classification needs two or more logits per example, not shape {list(output.shape)}")
+            raise InvalidInputError(
+                f"classification needs two or more logits per example, not shape {list(output.shape)}"
+            )
         if batch.targets is not None:
             _check_classes(batch.targets, output.shape[1])
 

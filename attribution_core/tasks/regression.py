@@ -41,7 +41,9 @@ class Regression(Task):
         """Return `target - prediction`, mean over outputs."""
         return (_columns(required_targets(batch)) - _columns(output)).mean(1)
 
-    def pseudo_losses(self, output: Tensor, batch: Batch, kind: FisherKind, seed: int, samples: int) -> Iterator[Tensor]:
+    def pseudo_losses(
+        self, output: Tensor, batch: Batch, kind: FisherKind, seed: int, samples: int
+    ) -> Iterator[Tensor]:
         """Yield each output itself, losses against noisy own predictions, or the data's own loss."""
         predictions = _columns(output)
         if kind == "empirical":

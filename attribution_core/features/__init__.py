@@ -1,0 +1,1 @@
+"""Feature rows of the training set on disk."""

@@ -1,0 +1,169 @@
+"""From specs and files to loaded checkpoints with a method on each; shared by fitting and answering."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from attribution_core.checkpoints import load_model
+from attribution_core.curvature import EkfacFactors
+from attribution_core.data.collate import ExampleSource
+from attribution_core.data.reader import DatasetReader
+from attribution_core.data.tokenizers import load_tokenizer
+from attribution_core.errors import InvalidInputError
+from attribution_core.fingerprint import sha256_of
+from attribution_core.gradients import GradientCapture
+from attribution_core.methods.base import Checkpoint, FeatureMethod
+from attribution_core.methods.ekfac import Ekfac
+from attribution_core.methods.grad_cos import GradCos
+from attribution_core.methods.grad_dot import GradDot
+from attribution_core.methods.representation import Representation
+from attribution_core.methods.trak import Trak
+from attribution_core.projection import VERSION, build_projection
+from attribution_core.spec import (
+    ArchitectureSpec,
+    DatasetSpec,
+    EkfacMethod,
+    GradCosMethod,
+    GradDotMethod,
+    MethodSpec,
+    RepresentationMethod,
+    SearchSpec,
+    Spec,
+    StoreSpec,
+    TaskSpec,
+    TokenizerSpec,
+    TrakMethod,
+)
+from attribution_core.tasks import build_task
+
+Arrays = Mapping[str, np.ndarray]
+_BATCH_BYTES = 128 << 20
+_MAX_BATCH = 256
+
+
+class CheckpointRef(Spec):
+    """Where a checkpoint's weights are and what they must be."""
+
+    id: str
+    path: Path
+    sha256: str
+
+
+class DatasetRef(Spec):
+    """Where an imported data set is and what it must be."""
+
+    id: str
+    folder: Path
+    spec: DatasetSpec
+    sha256: str
+    num_examples: int = Field(ge=1)
+
+
+class FitSpec(Spec):
+    """Everything a fit depends on; JSON in, JSON out.
+
+    Attributes:
+        layers: names of the attributed layers, all by default.
+        shard_size: training examples per shard; changes no score beyond rounding.
+        batch_size: examples per pass; by memory if None.
+    """
+
+    architecture: ArchitectureSpec
+    task: TaskSpec
+    tokenizer: TokenizerSpec | None = None
+    tokenizer_path: Path | None = None
+    dataset: DatasetRef
+    checkpoints: list[CheckpointRef] = Field(min_length=1, max_length=256)
+    method: MethodSpec
+    measurement: str
+    layers: list[str] | None = None
+    store: StoreSpec = StoreSpec()
+    search: SearchSpec = SearchSpec()
+    shard_size: int = Field(default=512, ge=1)
+    batch_size: int | None = Field(default=None, ge=1)
+    format: Literal[1] = 1
+
+    def fingerprint(self) -> str:
+        """Return the hash of all that decides scores: weights, architecture, data, layers, method, projection, dtype."""
+        decides = self.model_dump(
+            mode="json",
+            include={
+                "architecture",
+                "task",
+                "tokenizer",
+                "method",
+                "measurement",
+                "layers",
+                "store",
+                "search",
+                "format",
+            },
+        )
+        data = self.dataset.spec.model_dump(mode="json", include={"kind", "normalize", "max_length"})
+        weights = [checkpoint.sha256 for checkpoint in self.checkpoints]
+        return sha256_of([decides, data, self.dataset.sha256, weights, VERSION])
+
+
+class FitContext:
+    """Loads what a `FitSpec` names, once, and builds methods on its checkpoints.
+
+    Raises:
+        InvalidInputError: if the task has no such measurement.
+    """
+
+    def __init__(self, spec: FitSpec, device: str = "cpu") -> None:
+        self.spec = spec
+        self.device = device
+        self.task = build_task(spec.task)
+        if spec.measurement not in self.task.measurements:
+            known = ", ".join(self.task.measurements)
+            raise InvalidInputError(
+                f"{spec.task.type} has no measurement {spec.measurement!r}; it has {known}", "/measurement"
+            )
+        self.source = self.source_of(spec.dataset.folder, spec.dataset.spec)
+        self._checkpoints: dict[int, Checkpoint] = {}
+
+    def source_of(self, folder: Path, dataset: DatasetSpec) -> ExampleSource:
+        """Return batches of a data set as this model takes them."""
+        tokenizer = load_tokenizer(self.spec.tokenizer, self.spec.tokenizer_path) if self.spec.tokenizer else None
+        return ExampleSource(DatasetReader(folder, dataset), self.spec.task, tokenizer, self.device)
+
+    def checkpoint(self, number: int) -> Checkpoint:
+        """Return one loaded checkpoint."""
+        if number not in self._checkpoints:
+            module = load_model(self.spec.architecture, self.spec.checkpoints[number].path, self.device)
+            self._checkpoints[number] = Checkpoint(
+                module=module,
+                task=self.task,
+                measurement=self.spec.measurement,
+                num_examples=self.spec.dataset.num_examples,
+                capture=GradientCapture(module, self.spec.layers),
+            )
+        return self._checkpoints[number]
+
+    def batch_size(self, number: int) -> int:
+        """Return how many examples go through at once: bounded by the memory of their gradients, not by n."""
+        if self.spec.batch_size is not None:
+            return self.spec.batch_size
+        bytes_each = 4 * self.checkpoint(number).capture.num_parameters
+        return max(1, min(_MAX_BATCH, _BATCH_BYTES // bytes_each))
+
+    def method(self, number: int, fitted: Arrays) -> FeatureMethod:
+        """Return the method on one checkpoint; `fitted` holds its arrays under `<number>.<name>`, as far as they exist."""
+        checkpoint, spec = self.checkpoint(number), self.spec.method
+        own = {name.split(".", 1)[1]: value for name, value in fitted.items() if name.startswith(f"{number}.")}
+        match spec:
+            case TrakMethod():
+                return Trak(checkpoint, build_projection(spec.projection), own or None)
+            case EkfacMethod():
+                factors = EkfacFactors.from_arrays(checkpoint.capture.blocks, own, self.device)
+                return Ekfac(checkpoint, build_projection(spec.projection), factors, spec.damping)
+            case GradDotMethod():
+                return GradDot(checkpoint, build_projection(spec.projection))
+            case GradCosMethod():
+                return GradCos(checkpoint, build_projection(spec.projection))
+            case RepresentationMethod():
+                return Representation(checkpoint, spec.similarity)

@@ -1,0 +1,28 @@
+"""How much of the exact top-k the first search stage finds, measured when an index is built."""
+
+import numpy as np
+
+from attribution_core.methods.loaded import LoadedIndex, top_rows
+from attribution_core.progress import Progress
+
+QUERIES = 16
+TOP = 10
+
+
+def measured_recall(index: LoadedIndex, progress: Progress) -> float:
+    """Return the mean share of the exact top 10 of both signs among the candidates, over training rows as queries.
+
+    The queries are spread evenly over the training set; the exact scan uses unprojected scores where the method has them.
+    """
+    n = len(index.store)
+    rows = np.unique(np.linspace(0, n - 1, min(QUERIES, n)).astype(np.int64))
+    query = index.query(index.context.source.batch(rows), None)
+    exact = index.exact_scores(query, np.arange(n), progress)  # (queries, n)
+    found: list[float] = []
+    for sign in (1, -1):
+        candidates = index.candidates(query, sign, TOP, None)
+        for number in range(len(rows)):
+            wanted = top_rows(exact[number], np.arange(n), TOP, sign)[0]
+            if len(wanted):
+                found.append(len(set(wanted.tolist()) & set(candidates[number].tolist())) / len(wanted))
+    return round(float(np.mean(found)), 6) if found else 1.0

@@ -1,0 +1,71 @@
+"""Similarity of penultimate representations: which training examples look alike to the model. Evidence, not causation.
+
+Source: Hanawa et al. 2021.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attribution_core.data.batch import Batch
+from attribution_core.errors import UnsupportedLayerError
+from attribution_core.methods.base import Checkpoint, FeatureMethod, QuerySide, TrainRows
+
+_TINY = 1e-30
+
+
+class Representation(FeatureMethod):
+    """Rows are inputs of the model's last linear layer, averaged over real tokens; unit length for cosines."""
+
+    exact_rows = True
+
+    def __init__(self, checkpoint: Checkpoint, similarity: str) -> None:
+        super().__init__(checkpoint)
+        linear = [module for module in checkpoint.module.modules() if isinstance(module, nn.Linear)]
+        if not linear:
+            raise UnsupportedLayerError("the model has no linear layer whose input could represent an example")
+        self._head = linear[-1]
+        self._cosine = similarity == "cosine"
+
+    @property
+    def dim(self) -> int:
+        """Width of the last linear layer's input."""
+        return self._head.in_features
+
+    def encode_train(self, batch: Batch) -> TrainRows:
+        """Return the representations."""
+        rows, _ = self._represent(batch)
+        return TrainRows(rows, torch.ones_like(rows[:, 0]), rows.square().sum(1))
+
+    def encode_query(self, batch: Batch) -> QuerySide:
+        """Return the representations."""
+        rows, output = self._represent(batch)
+        return QuerySide(output, rows)
+
+    @torch.no_grad()
+    def _represent(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        seen: list[Tensor] = []
+
+        def keep(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+            seen.append(arguments[0])
+
+        handle = self._head.register_forward_pre_hook(keep)
+        try:
+            output = batch.forward(self.checkpoint.module)
+        finally:
+            handle.remove()
+        rows = seen[-1]
+        if rows.dim() == 3:
+            rows = _mean_over_tokens(rows, batch.mask)
+        rows = rows.flatten(1)
+        if self._cosine:
+            rows = rows / rows.norm(dim=1, keepdim=True).clamp(min=_TINY)
+        return rows, output
+
+
+def _mean_over_tokens(states: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return states.mean(1)
+    real = mask.unsqueeze(-1)
+    return torch.where(real, states, 0).sum(1) / real.sum(1)

@@ -1,0 +1,1 @@
+"""Top-k search for both signs of the score."""
