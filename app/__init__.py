@@ -1,0 +1,1 @@
+"""The Headwater service: datasets and models in, attributions out, over HTTP."""

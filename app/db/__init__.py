@@ -1,0 +1,1 @@
+"""Tables and sessions; SQL lives in the domains' repositories."""

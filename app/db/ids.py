@@ -1,0 +1,20 @@
+"""Ids that sort by creation: a prefix, the time in milliseconds, then randomness, in base 32."""
+
+import secrets
+import time
+
+_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
+_LENGTH = 26
+PREFIXES = ("ds", "mdl", "ckpt", "idx", "job", "key")
+
+
+def new_id(prefix: str) -> str:
+    """Return a new id such as `ds_01k9…`."""
+    number = (time.time_ns() // 1_000_000 << 82) | secrets.randbits(82)
+    digits = [_ALPHABET[number >> shift & 31] for shift in range(5 * (_LENGTH - 1), -1, -5)]
+    return f"{prefix}_{''.join(digits)}"
+
+
+def looks_like_id(value: str, prefix: str) -> bool:
+    """Return whether a value has the form of an id rather than of a name."""
+    return value.startswith(f"{prefix}_") and len(value) == len(prefix) + 1 + _LENGTH

@@ -1,0 +1,37 @@
+"""Fitted indexes."""
+
+from typing import Any
+
+from sqlalchemy import ForeignKey
+from sqlalchemy.orm import Mapped, mapped_column
+
+from app.db.base import Base, Created
+
+
+class Index(Created, Base):
+    """A method fitted to a model's checkpoints and a data set."""
+
+    __tablename__ = "attribution_index"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(unique=True)
+    model_id: Mapped[str] = mapped_column(ForeignKey("model.id"), index=True)
+    dataset_id: Mapped[str] = mapped_column(ForeignKey("dataset.id"), index=True)
+    checkpoint_ids: Mapped[list[Any]]
+    method: Mapped[dict[str, Any]]
+    measurement: Mapped[str]
+    layers: Mapped[list[Any] | None]
+    store: Mapped[dict[str, Any]]
+    search: Mapped[dict[str, Any]]
+    shard_size: Mapped[int]
+    status: Mapped[str]
+    fingerprint: Mapped[str]
+    artifact: Mapped[str | None]
+    coverage: Mapped[dict[str, Any] | None]
+    bytes: Mapped[int | None]
+    dim: Mapped[int | None]
+    recall: Mapped[float | None]
+    timings: Mapped[dict[str, Any] | None]
+    quality: Mapped[dict[str, Any] | None]
+    job_id: Mapped[str | None]
+    error: Mapped[dict[str, Any] | None]

@@ -1,0 +1,1 @@
+"""The process that answers queries, and the client that feeds it."""

@@ -1,0 +1,1 @@
+"""Attribution methods fitted to a model and a data set."""

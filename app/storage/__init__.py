@@ -1,0 +1,1 @@
+"""Files: published artifacts, and the roots an operator opened."""
