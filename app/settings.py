@@ -24,7 +24,9 @@ class EngineSettings(BaseModel):
 
     queue_limit: int = Field(default=64, ge=1, le=10_000, description="Queries waiting at most; more are answered 429.")
     timeout_seconds: float = Field(default=60, gt=0, description="Longest a query may take, waiting included.")
-    memory_bytes: int = Field(default=4 << 30, ge=1 << 20, description="Loaded indexes kept warm, by their estimated size.")
+    memory_bytes: int = Field(
+        default=4 << 30, ge=1 << 20, description="Loaded indexes kept warm, by their estimated size."
+    )
     threads: int | None = Field(default=None, ge=1, description="Torch threads; all cores by default.")
     device: str = Field(default="auto", description="`auto`, `cpu` or `cuda`.")
 
@@ -32,8 +34,12 @@ class EngineSettings(BaseModel):
 class WorkerSettings(BaseModel):
     """The process that runs jobs."""
 
-    lease_seconds: float = Field(default=30, ge=1, description="After this long without a sign, a worker's work is taken over.")
-    max_attempts: int = Field(default=5, ge=1, le=1000, description="Times a piece of work is tried before its job fails.")
+    lease_seconds: float = Field(
+        default=30, ge=1, description="After this long without a sign, a worker's work is taken over."
+    )
+    max_attempts: int = Field(
+        default=5, ge=1, le=1000, description="Times a piece of work is tried before its job fails."
+    )
     shard_size: int = Field(default=512, ge=1, le=1_000_000, description="Training examples per shard of a fit.")
     threads: int | None = Field(default=None, ge=1, description="Torch threads; all cores by default.")
     device: str = Field(default="auto", description="`auto`, `cpu` or `cuda`.")
@@ -51,14 +57,17 @@ class LimitSettings(BaseModel):
 class Settings(BaseSettings):
     """The service's configuration."""
 
-    model_config = SettingsConfigDict(env_prefix="HEADWATER_", env_nested_delimiter="__", env_file=".env", extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix="HEADWATER_", env_nested_delimiter="__", env_file=".env", extra="ignore"
+    )
 
     data_dir: Path = Field(default=Path("data"), description="Everything the service keeps.")
     roots: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")], Path] = Field(
         default_factory=dict, description='Folders that requests may import from, as JSON: {"name": "/path"}.'
     )
     allowed_hosts: list[str] = Field(
-        default=["localhost", "127.0.0.1", "[::1]", "::1", "testserver"], description="Host headers that are answered, as JSON."
+        default=["localhost", "127.0.0.1", "[::1]", "::1", "testserver"],
+        description="Host headers that are answered, as JSON.",
     )
     max_body_bytes: int = Field(default=8 << 20, ge=1024, description="Largest JSON body.")
     max_upload_bytes: int = Field(default=4 << 30, ge=1024, description="Largest upload.")

@@ -1,7 +1,7 @@
 """The declarative base: every table's common columns and types."""
 
 from datetime import datetime
-from typing import Any
+from typing import Any, ClassVar
 
 from sqlalchemy import BigInteger, DateTime, MetaData, func
 from sqlalchemy.dialects.postgresql import JSONB
@@ -19,7 +19,7 @@ class Base(DeclarativeBase):
     """Maps Python types to Postgres types: dicts and lists to JSONB, ints to bigint, datetimes with time zone."""
 
     metadata = MetaData(naming_convention=CONSTRAINT_NAMES)
-    type_annotation_map = {
+    type_annotation_map: ClassVar = {
         dict[str, Any]: JSONB(none_as_null=True),
         list[Any]: JSONB(none_as_null=True),
         int: BigInteger,

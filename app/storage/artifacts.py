@@ -1,0 +1,163 @@
+"""Published artifacts: folders that are either whole and verified by a manifest, or not there.
+
+Publishing: files are written in a workspace → each is flushed → `manifest.json` with sizes and sha256 → the folder is renamed → its
+parent is flushed. Only then does a row in the database refer to it; a folder without a row is garbage that `collect` removes.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from attribution_core.errors import CorruptArtifactError
+from attribution_core.fingerprint import canonical_json, sha256_file, sha256_of
+
+MANIFEST = "manifest.json"
+_CRASH_VARIABLE = "HEADWATER_CRASH_AT"
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published artifact: its name in the store, the hash of its manifest's files, and its size."""
+
+    name: str
+    sha256: str
+    bytes: int
+
+
+class ArtifactStore:
+    """Artifacts under `<root>/artifacts`, work in progress under `<root>/work`.
+
+    Args:
+        root: the data folder.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.resolve()
+        self._artifacts = self.root / "artifacts"
+        self._work = self.root / "work"
+
+    def prepare(self) -> None:
+        """Create the folders."""
+        for folder in (self._artifacts, self._work, self.root / "uploads"):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def workspace(self, job_id: str) -> Path:
+        """Return the folder where a job keeps what is not published yet; every attempt finds the same one."""
+        folder = self._work / job_id
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def drop_workspace(self, job_id: str) -> None:
+        """Remove a job's workspace."""
+        shutil.rmtree(self._work / job_id, ignore_errors=True)
+
+    def publish(self, folder: Path, name: str) -> Published:
+        """Make a folder's files visible under `name`; a repeated publication of equal files changes nothing.
+
+        Raises:
+            CorruptArtifactError: if other files were published under that name.
+        """
+        crash_point("after-write")
+        files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+        files.pop(MANIFEST, None)
+        for path in files.values():
+            _flush(path)
+        crash_point("after-fsync")
+        entries = {key: {"sha256": sha256_file(path), "bytes": path.stat().st_size} for key, path in files.items()}
+        (folder / MANIFEST).write_bytes(canonical_json({"version": 1, "files": entries}))
+        _flush(folder / MANIFEST)
+        _flush(folder)
+        crash_point("after-manifest")
+        target = self._path(name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        published = Published(name, sha256_of(entries), sum(int(entry["bytes"]) for entry in entries.values()))
+        if target.exists():
+            if self._manifest(target) != entries:
+                raise CorruptArtifactError(f"artifact {name} exists with other content")
+            shutil.rmtree(folder)
+        else:
+            folder.rename(target)
+        _flush(target.parent)
+        crash_point("after-rename")
+        return published
+
+    def open(self, name: str) -> Path:
+        """Return a published artifact's folder after checking that each file is there with its size.
+
+        Raises:
+            CorruptArtifactError: if it is missing or a file has another size.
+        """
+        folder = self._path(name)
+        for key, entry in self._manifest(folder).items():
+            path = folder / key
+            if not path.is_file() or path.stat().st_size != entry["bytes"]:
+                raise CorruptArtifactError(f"file {key} of {name} is missing or truncated")
+        return folder
+
+    def verify(self, name: str) -> Path:
+        """Return a published artifact's folder after reading every byte of it.
+
+        Raises:
+            CorruptArtifactError: if a file does not match its checksum.
+        """
+        folder = self.open(name)
+        for key, entry in self._manifest(folder).items():
+            if sha256_file(folder / key) != entry["sha256"]:
+                raise CorruptArtifactError(f"file {key} of {name} does not match its checksum")
+        return folder
+
+    def delete(self, name: str) -> None:
+        """Remove an artifact; it may be gone already."""
+        shutil.rmtree(self._path(name), ignore_errors=True)
+
+    def writable(self) -> bool:
+        """Return whether files can be written."""
+        probe = self._work / f".probe-{os.getpid()}"
+        try:
+            probe.write_bytes(b"1")
+            probe.unlink()
+        except OSError:
+            return False
+        return True
+
+    def collect(self, in_use: Callable[[str], bool]) -> list[str]:
+        """Remove artifacts that `in_use(name)` does not claim; returns their names."""
+        removed = []
+        for folder in sorted(self._artifacts.glob("*/*")):
+            name = str(folder.relative_to(self._artifacts))
+            if not in_use(name):
+                shutil.rmtree(folder)
+                removed.append(name)
+        return removed
+
+    def _path(self, name: str) -> Path:
+        path = (self._artifacts / name).resolve()
+        if not path.is_relative_to(self._artifacts):
+            raise CorruptArtifactError("an artifact's name leaves the store")
+        return path
+
+    @staticmethod
+    def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
+        try:
+            files: dict[str, dict[str, Any]] = json.loads((folder / MANIFEST).read_bytes())["files"]
+        except (OSError, ValueError, KeyError) as error:
+            raise CorruptArtifactError(f"the manifest of {folder.name} cannot be read") from error
+        return files
+
+
+def crash_point(name: str) -> None:
+    """End the process here if a test asks for it, as a power cut would."""
+    if os.environ.get(_CRASH_VARIABLE) == name:
+        os._exit(137)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

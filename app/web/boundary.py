@@ -1,0 +1,117 @@
+"""The boundary of every request: who is asking, is the input well-formed, one transaction, one commit.
+
+In order: authenticate, refuse malformed JSON and unknown query parameters, replay or claim an Idempotency-Key, run the endpoint with one
+lazily opened session, store the answer beside the effect, commit, and only then wait if the caller prefers to.
+"""
+
+import asyncio
+import re
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.dependencies.utils import get_flat_dependant
+from fastapi.encoders import jsonable_encoder
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.auth.service import authenticate
+from app.errors import FieldProblem, InvalidRequest
+from app.jobs.service import is_finished
+from app.web.idempotency import IdempotencyClaim, checked_key, request_hash
+from app.web.resources import Resources, resources_of
+from app.web.strict_json import parse_strictly
+
+MAX_WAIT_SECONDS = 60
+_POLL_SECONDS = 0.2
+Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+
+
+class TransactionalRoute(APIRoute):
+    """A route whose endpoint runs inside the boundary."""
+
+    def get_route_handler(self) -> Handler:
+        """Wrap FastAPI's handler."""
+        endpoint = super().get_route_handler()
+        known = {field.alias for field in get_flat_dependant(self.dependant).query_params}
+
+        async def handle(request: Request) -> Response:
+            resources = resources_of(request)
+            request.state.principal = await authenticate(resources.keys, request)
+            _refuse_unknown_parameters(request, known)
+            await _refuse_malformed_json(request)
+            response = await _in_transaction(request, resources, endpoint)
+            return await _waited(request, resources, response)
+
+        return handle
+
+
+async def _in_transaction(request: Request, resources: Resources, endpoint: Handler) -> Response:
+    key = request.headers.get("idempotency-key")
+    if request.method != "POST" or key is None:
+        async with resources.sessions() as session:
+            return await _run(request, session, endpoint, None)
+    owner: str = request.state.principal.id
+    claim = IdempotencyClaim(resources.sessions, owner, checked_key(key), await request_hash(request))
+    stored = await claim.take()
+    if stored is not None:
+        return stored
+    try:
+        async with resources.sessions() as session:
+            return await _run(request, session, endpoint, claim)
+    except BaseException:
+        await asyncio.shield(claim.drop())
+        raise
+
+
+async def _run(request: Request, session: AsyncSession, endpoint: Handler, claim: IdempotencyClaim | None) -> Response:
+    """Run the endpoint and commit; on an error nothing of it stays, and files it published are taken back."""
+    request.state.session = session
+    try:
+        response = await endpoint(request)
+        if claim is not None and response.status_code < 400:
+            await claim.keep(session, response)
+        await session.commit()
+    except BaseException:
+        for undo in getattr(request.state, "undo", []):
+            undo()
+        raise
+    for after in getattr(request.state, "after_commit", []):
+        after()
+    return response
+
+
+async def _waited(request: Request, resources: Resources, response: Response) -> Response:
+    """Answer the finished resource if its job ends within the preferred time."""
+    match = re.search(r"(?:^|[,;\s])wait=(\d{1,9})\b", request.headers.get("prefer", ""))
+    finished = getattr(request.state, "finished", None)
+    if match is None or finished is None or response.status_code != 202:
+        return response
+    job_id = response.headers["location"].rsplit("/", 1)[1]
+    deadline = time.monotonic() + min(int(match[1]), MAX_WAIT_SECONDS)
+    while time.monotonic() < deadline:
+        async with resources.sessions() as session:
+            if await is_finished(session, job_id):
+                resource = await finished(session)
+                return JSONResponse(jsonable_encoder(resource), 200, {"Preference-Applied": f"wait={match[1]}"})
+        await asyncio.sleep(_POLL_SECONDS)
+    return response
+
+
+def _refuse_unknown_parameters(request: Request, known: set[str]) -> None:
+    unknown = sorted(set(request.query_params) - known)
+    if unknown:
+        problems = [FieldProblem(pointer=f"/query/{name[:64]}", detail="unknown parameter") for name in unknown[:20]]
+        raise InvalidRequest(f"Unknown query parameter {unknown[0][:64]!r}.", problems)
+    if any("\x00" in value or not value.isprintable() for value in request.query_params.values()):
+        raise InvalidRequest("A query parameter has a control character.")
+
+
+async def _refuse_malformed_json(request: Request) -> None:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if request.method in ("POST", "PUT", "PATCH") and kind in ("", "application/json"):
+        body = await request.body()
+        if body:
+            parse_strictly(body)

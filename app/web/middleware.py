@@ -1,0 +1,95 @@
+"""Around every request: its id, its limits, and what is logged and counted of it."""
+
+import re
+import time
+
+import structlog
+from fastapi import Request
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.db.ids import new_id
+from app.errors import PayloadTooLarge
+from app.telemetry import REQUEST_SECONDS, REQUESTS
+
+_REQUEST_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
+_HEADERS = {
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-store",
+}
+log = structlog.get_logger("headwater.access")
+
+
+class Observed:
+    """Gives each request an id, logs its outcome without bodies or headers, and counts it by route."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one ASGI connection."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if _REQUEST_ID.match(given) else new_id("req")
+        scope.setdefault("state", {})["request_id"] = request_id
+        began, status = time.perf_counter(), 500
+
+        async def observed(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                for name, value in _HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        structlog.contextvars.bind_contextvars(request_id=request_id)
+        try:
+            await self.app(scope, receive, observed)
+        finally:
+            seconds = time.perf_counter() - began
+            route = getattr(scope.get("route"), "path", "unmatched")
+            REQUESTS.labels(scope["method"] if len(scope["method"]) < 8 else "OTHER", route, status).inc()
+            REQUEST_SECONDS.labels(route).observe(seconds)
+            log.info("request", method=scope["method"][:16], route=route, status=status, ms=round(1000 * seconds, 1))
+            structlog.contextvars.clear_contextvars()
+
+
+class LimitedBody:
+    """Stops reading a body that is larger than its kind may be."""
+
+    def __init__(self, app: ASGIApp, json_bytes: int, upload_bytes: int) -> None:
+        self.app = app
+        self.json_bytes = json_bytes
+        self.upload_bytes = upload_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one ASGI connection."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        upload = headers.get("content-type", "").startswith("multipart/form-data")
+        limit = self.upload_bytes if upload else self.json_bytes
+        length = headers.get("content-length", "")
+        declared = int(length) if length.isdecimal() and len(length) < 20 else 0
+        total = 0
+
+        async def limited() -> Message:
+            nonlocal total
+            message = await receive()
+            total += len(message.get("body", b""))
+            if max(total, declared) > limit:
+                raise PayloadTooLarge(f"The body is larger than {limit:,} bytes.")
+            return message
+
+        await self.app(scope, limited, send)
+
+
+def request_id_of(request: Request) -> str:
+    """Return the request's id."""
+    return str(getattr(request.state, "request_id", ""))

@@ -1,0 +1,79 @@
+"""JSON bodies parsed strictly, in one place, before anything looks at them."""
+
+import json
+from typing import Any
+
+from app.errors import FieldProblem, InvalidRequest
+
+MAX_DEPTH = 64
+
+
+def parse_strictly(body: bytes) -> Any:
+    """Return the value of a JSON body.
+
+    Raises:
+        InvalidRequest: for anything that is not plain JSON: repeated keys, NaN, numbers beyond 64 bits or float range,
+            NUL characters, lone surrogates, deep nesting.
+    """
+    try:
+        value = json.loads(
+            body.decode("utf-8"),
+            object_pairs_hook=_without_repeats,
+            parse_constant=_refuse_constant,
+            parse_float=_float,
+        )
+    except UnicodeDecodeError:
+        raise InvalidRequest("The body is not UTF-8.") from None
+    except RecursionError:
+        raise InvalidRequest("The body is nested too deeply.") from None
+    except ValueError as error:
+        raise InvalidRequest(f"The body is not valid JSON: {error}") from None
+    _check(value, "", 0)
+    return value
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key occurs twice in one object")
+    return found
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError(f"{text[:20]} is too large a number")
+    return value
+
+
+def _check(value: Any, pointer: str, depth: int) -> None:
+    if depth > MAX_DEPTH:
+        raise _refused(pointer, "nested too deeply")
+    match value:
+        case dict():
+            for key, entry in value.items():
+                _check_text(key, pointer)
+                _check(entry, f"{pointer}/{key[:64].replace('~', '~0').replace('/', '~1')}", depth + 1)
+        case list():
+            for number, entry in enumerate(value):
+                _check(entry, f"{pointer}/{number}", depth + 1)
+        case str():
+            _check_text(value, pointer)
+        case int():
+            if not -(2**63) <= value < 2**63:
+                raise _refused(pointer, "a whole number beyond 64 bits")
+
+
+def _check_text(text: str, pointer: str) -> None:
+    if "\x00" in text:
+        raise _refused(pointer, "text with a NUL character")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise _refused(pointer, "text with a lone surrogate, which is not valid Unicode")
+
+
+def _refused(pointer: str, detail: str) -> InvalidRequest:
+    return InvalidRequest(f"The body has {detail}.", [FieldProblem(pointer=pointer, detail=detail)])

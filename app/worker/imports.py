@@ -1,0 +1,30 @@
+"""The import job: a user's file becomes a published data set."""
+
+from collections.abc import Awaitable, Callable
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.datasets import service as datasets
+from app.worker.runner import Kind, Runner, Running, computed
+from attribution_core.data.importer import DatasetSummary, import_dataset
+
+
+async def run_import(runner: Runner, running: Running) -> Callable[[AsyncSession], Awaitable[None]]:
+    """Convert the file in the job's workspace, publish it, and return what makes it visible."""
+    job = running.job
+    async with runner.sessions() as session:
+        source, spec = await datasets.import_plan(session, job.resource_id, runner.settings)
+    folder = runner.artifacts.workspace(job.id) / "dataset"
+    folder.mkdir(exist_ok=True)
+    summary = await computed(lambda: import_dataset(source, spec, folder, running.progress), running.progress)
+    assert isinstance(summary, DatasetSummary)
+    running.progress.advance(0)
+    published = runner.artifacts.publish(folder, f"datasets/{job.resource_id}")
+
+    async def effect(session: AsyncSession) -> None:
+        await datasets.finish_import(session, job.resource_id, summary, published)
+
+    return effect
+
+
+IMPORT = Kind(run_import, datasets.fail_import)

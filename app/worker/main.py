@@ -1,0 +1,84 @@
+"""The worker process: `python -m app.worker.main`, or `headwater worker`. One job at a time; start more for more."""
+
+import asyncio
+import contextlib
+import os
+import secrets
+import signal
+import socket
+
+import structlog
+import torch
+
+from app.db.session import create_engine, create_sessionmaker, plain_url
+from app.jobs.queue import Queue
+from app.log import configure_logging
+from app.settings import Settings
+from app.storage.artifacts import ArtifactStore
+from app.worker.fits import FIT
+from app.worker.imports import IMPORT
+from app.worker.runner import OUTAGE, Runner
+
+log = structlog.get_logger("headwater.worker")
+
+
+async def work(settings: Settings) -> None:
+    """Run jobs until told to stop by SIGTERM or SIGINT; leases are then given back."""
+    artifacts = ArtifactStore(settings.data_dir)
+    artifacts.prepare()
+    database = create_engine(settings.database)
+    name = f"{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(3)}"
+    kinds = {"import": IMPORT, "fit": FIT}
+    runner = Runner(settings, create_sessionmaker(database), artifacts, name, kinds)
+    tasks = [asyncio.create_task(_receive(settings, runner, name)), asyncio.create_task(_sweep(runner))]
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    parent = asyncio.create_task(_parent_gone(os.getppid()))
+    log.info("worker ready", worker=name)
+    await asyncio.wait([asyncio.create_task(stop.wait()), parent, *tasks], return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks, timeout=9)
+    await database.dispose()
+    log.info("worker stopped", worker=name)
+
+
+async def _receive(settings: Settings, runner: Runner, name: str) -> None:
+    """Receive messages for ever; a lost database is waited for."""
+    while True:
+        try:
+            await Queue(plain_url(settings.database), runner.handle).receive(name)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:  # whatever the queue raises when its connection dies
+            log.warning("queue lost; trying again", error=str(error)[:200])
+        await asyncio.sleep(1)
+
+
+async def _sweep(runner: Runner) -> None:
+    """Look for abandoned jobs, at start and then about once a lease."""
+    while True:
+        with contextlib.suppress(*OUTAGE):
+            await runner.sweep()
+        await asyncio.sleep(min(10.0, runner.lease_seconds / 2))
+
+
+async def _parent_gone(parent: int) -> None:
+    """Return when the supervisor that started this process is gone, so that no worker outlives its service."""
+    supervised = os.environ.get("HEADWATER_SUPERVISED") == "1"
+    while not supervised or os.getppid() == parent:
+        await asyncio.sleep(1)
+
+
+def main() -> None:
+    """Start a worker with the environment's settings."""
+    settings = Settings()
+    configure_logging(settings, "worker")
+    threads = settings.worker.threads or os.cpu_count() or 1
+    torch.set_num_threads(threads)
+    asyncio.run(work(settings))
+
+
+if __name__ == "__main__":
+    main()

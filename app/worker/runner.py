@@ -1,0 +1,274 @@
+"""Runs jobs: claims, heartbeats, cancellation, and the one transaction in which a job's effect becomes visible."""
+
+import asyncio
+import contextlib
+import errno
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+
+import structlog
+from sqlalchemy.exc import DBAPIError, InterfaceError
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.db.session import SessionMaker
+from app.db.tables import Job, Shard
+from app.errors import Problem
+from app.jobs import repository
+from app.jobs.queue import Queue
+from app.jobs.service import problem, record
+from app.settings import Settings
+from app.storage.artifacts import ArtifactStore
+from app.worker.progress import JobProgress
+from attribution_core.data.importer import DatasetProblems
+from attribution_core.errors import AttributionError, Cancelled
+
+log = structlog.get_logger("headwater.worker")
+OUTAGE = (DBAPIError, InterfaceError, OSError, TimeoutError)
+
+
+class LeaseLost(Exception):  # noqa: N818, an event rather than an error
+    """Another worker has taken over; nothing this attempt did may count."""
+
+
+@dataclass
+class Running:
+    """One job in this worker's hands."""
+
+    job: Job
+    progress: JobProgress = field(default_factory=JobProgress)
+    shard: Shard | None = None
+
+
+Effect = Callable[[AsyncSession], Awaitable[None]]
+Work = Callable[["Runner", Running], Awaitable[Effect | None]]
+Fail = Callable[[AsyncSession, str, dict[str, object]], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How one kind of job is done, helped with, and recorded as failed."""
+
+    work: Work
+    fail: Fail
+    assist: Work | None = None
+
+
+class Runner:
+    """Executes jobs by kind.
+
+    Args:
+        name: this worker's name in leases.
+        kinds: what to do for each kind of job.
+    """
+
+    def __init__(
+        self, settings: Settings, sessions: SessionMaker, artifacts: ArtifactStore, name: str, kinds: dict[str, Kind]
+    ) -> None:
+        self.settings = settings
+        self.sessions = sessions
+        self.artifacts = artifacts
+        self.name = name
+        self.kinds = kinds
+
+    @property
+    def lease_seconds(self) -> float:
+        """How long a claim holds without renewal."""
+        return self.settings.worker.lease_seconds
+
+    async def handle(self, job_id: str) -> None:
+        """Do what there is to do for a job: run it, help the worker that runs it, or nothing."""
+        async with self.sessions.begin() as session:
+            job = await repository.claim_job(session, job_id, self.name, self.lease_seconds)
+            if job is not None:
+                await record(session, job)
+            else:
+                job = await repository.get(session, job_id)
+                if job is None or job.state != "running":
+                    return
+                kind = self.kinds[job.kind]
+                if kind.assist is None:
+                    return
+        if job.worker == self.name:
+            await self._lead(Running(job))
+        else:
+            with contextlib.suppress(LeaseLost, Cancelled, AttributionError):
+                assert kind.assist is not None
+                await kind.assist(self, Running(job))
+
+    async def sweep(self) -> None:
+        """Wake a worker for every job that nobody holds."""
+        async with self.sessions.begin() as session:
+            for job_id in await repository.abandoned(session):
+                await Queue.wake(session, job_id)
+
+    async def _lead(self, running: Running) -> None:
+        job, kind = running.job, self.kinds[running.job.kind]
+        log.info("job started", job=job.id, kind=job.kind, attempt=job.attempt)
+        try:
+            if job.state == "cancelling":
+                raise Cancelled("the job was stopped")
+            async with self.heartbeat(running):
+                effect = await kind.work(self, running)
+            if effect is not None:
+                await self._succeed(running, effect)
+        except LeaseLost:
+            log.warning("job taken over by another worker", job=job.id, attempt=job.attempt)
+        except Cancelled:
+            await self._cancelled(running)
+        except asyncio.CancelledError:
+            await asyncio.shield(self._release(running))
+            raise
+        except OUTAGE as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO):
+                await self._failed(running, kind, _error_of(error))
+            else:
+                log.warning("database lost; the job goes on later", job=job.id, error=str(error)[:200])
+                await self._release(running)
+        except Exception as error:
+            log.exception("job failed", job=job.id)
+            await self._failed(running, kind, _error_of(error))
+
+    @contextlib.asynccontextmanager
+    async def heartbeat(self, running: Running) -> AsyncIterator[None]:
+        """Renew leases, publish progress and watch for cancellation while the body runs.
+
+        Raises:
+            LeaseLost: if the job or shard was taken over meanwhile.
+        """
+        beat = asyncio.create_task(self._beat(running))
+        try:
+            yield
+        finally:
+            beat.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await beat
+
+    async def _beat(self, running: Running) -> None:
+        pause = min(1.0, self.lease_seconds / 4)
+        shown = -1
+        while True:
+            await asyncio.sleep(pause)
+            try:
+                async with self.sessions.begin() as session:
+                    state = await self._renewed(session, running)
+                    if state in ("lost", "cancelling"):
+                        running.progress.stop()
+                    if state == "running" and running.progress.done != shown:
+                        shown = running.progress.done
+                        await self._publish_progress(session, running)
+            except OUTAGE as error:
+                log.warning("heartbeat failed", job=running.job.id, error=str(error)[:200])
+
+    async def _renewed(self, session: AsyncSession, running: Running) -> str:
+        """Renew what this worker holds; returns `running`, `cancelling`, `assisting` or `lost`."""
+        if running.shard is not None and not await repository.renew_shard(session, running.shard, self.lease_seconds):
+            return "lost"
+        if running.job.worker != self.name:
+            state = await repository.state_of(session, running.job.id)
+            return "assisting" if state == "running" else "lost"
+        return await repository.renew_job(session, running.job.id, running.job.attempt, self.lease_seconds) or "lost"
+
+    async def _publish_progress(self, session: AsyncSession, running: Running) -> None:
+        progress, job = running.progress, running.job
+        await repository.set_progress(session, job.id, progress.done, None, progress.rate())
+        fresh = await repository.get(session, job.id)
+        if fresh is not None:
+            await record(session, fresh, "progress")
+
+    async def _succeed(self, running: Running, effect: Effect) -> None:
+        """Apply the effect and end the job in one transaction, if this attempt still holds it."""
+        job = running.job
+        async with self.sessions.begin() as session:
+            await effect(session)
+            await repository.set_progress(
+                session, job.id, running.progress.done, running.progress.done, running.progress.rate()
+            )
+            if not await repository.finish_job(session, job.id, job.attempt, "succeeded", None):
+                await session.rollback()
+                raise Cancelled("the job was stopped or taken over")
+            await repository.drop_shards(session, job.id)
+            await self._record_end(session, job.id)
+        self.artifacts.drop_workspace(job.id)
+        log.info("job succeeded", job=job.id)
+
+    async def _failed(self, running: Running, kind: Kind, error: dict[str, object]) -> None:
+        await self._ended(running, "failed", error, kind)
+
+    async def _cancelled(self, running: Running) -> None:
+        """End a cancelled job; a job that only lost its lease is left to its new worker."""
+        async with self.sessions() as session:
+            state = await repository.state_of(session, running.job.id)
+        if state == "cancelling":
+            stopped = problem("cancelled", "Cancelled", "The job was cancelled.")
+            await self._ended(running, "cancelled", None, self.kinds[running.job.kind], stopped)
+
+    async def _ended(
+        self,
+        running: Running,
+        state: str,
+        error: dict[str, object] | None,
+        kind: Kind,
+        told: dict[str, object] | None = None,
+    ) -> None:
+        job = running.job
+        async with self.sessions.begin() as session:
+            if await repository.finish_job(session, job.id, job.attempt, state, error):
+                await kind.fail(session, job.resource_id, told or error or {})
+                await self._record_end(session, job.id)
+        log.info("job ended", job=job.id, state=state)
+
+    async def _release(self, running: Running) -> None:
+        with contextlib.suppress(*OUTAGE):
+            async with self.sessions.begin() as session:
+                await repository.release_shards(session, self.name)
+                await repository.release_job(session, running.job.id, running.job.attempt)
+                await Queue.wake(session, running.job.id)
+
+    @staticmethod
+    async def _record_end(session: AsyncSession, job_id: str) -> None:
+        job = await repository.get(session, job_id)
+        if job is not None:
+            await record(session, job)
+
+
+async def computed(function: Callable[[], object], progress: JobProgress) -> object:
+    """Run a computation in a thread; if this task is cancelled the computation is told to stop and waited for."""
+    task = asyncio.ensure_future(asyncio.to_thread(function))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        progress.stop()
+        with contextlib.suppress(BaseException):
+            await asyncio.wait_for(task, 8)
+        raise
+
+
+def _error_of(error: BaseException) -> dict[str, object]:
+    """Return the problem that describes an exception to the job's owner."""
+    match error:
+        case DatasetProblems():
+            listed = [
+                {"pointer": f"/rows/{entry['row']}/{entry['column']}", "detail": entry["problem"]}
+                for entry in error.problems
+            ]
+            return problem("invalid-data", "The data has problems", str(error), listed) | {"total": error.total}
+        case AttributionError():
+            pointers = [{"pointer": error.pointer, "detail": str(error)}] if error.pointer else []
+            return problem("invalid-request", "Invalid request", str(error), pointers)
+        case Problem():
+            return problem(error.slug, error.title, error.detail)
+        case MemoryError():
+            return problem("out-of-memory", "Out of memory", "The worker ran out of memory.")
+        case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+            return problem("storage-full", "Storage failed", f"A file could not be written: {error.strerror}.") | {
+                "status": 507
+            }
+        case _:
+            return problem("internal", "Internal error", f"{type(error).__name__}: {error}") | {"status": 500}
+
+
+def stopwatch() -> Callable[[], float]:
+    """Return a function that tells the seconds since now."""
+    began = time.monotonic()
+    return lambda: round(time.monotonic() - began, 3)
