@@ -1,23 +1,42 @@
 """Feature rows in shards of consecutive training examples.
 
-A shard file `NNNNN.safetensors` holds `rows` (count, k) in the store's dtype, `weights` (count,) and `self_influence` (count,), both float32.
-A training example's score for a query is `weights[i] · ⟨query, rows[i]⟩`.
+A shard file `NNNNN.safetensors` holds `rows` (count, k) in the store's dtype, `weights` (count,) and `self_influence` (count,), both
+float32. A training example's score for a query is `weights[i] · ⟨query, rows[i]⟩`.
 """
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
-from attribution_core.arrays import read_arrays, write_arrays
+from attribution_core.arrays import write_arrays
 from attribution_core.errors import CorruptArtifactError
 
 Arrays = dict[str, np.ndarray]
+_DTYPES = {"F32": np.float32, "F16": np.float16}
 
 
-def write_shard(folder: Path, number: int, rows: np.ndarray, weights: np.ndarray, self_influence: np.ndarray) -> None:
-    """Write one shard; `rows` keeps its dtype."""
+def write_shard(
+    folder: Path,
+    number: int,
+    rows: np.ndarray,
+    weights: np.ndarray,
+    self_influence: np.ndarray,
+    *,
+    dtype: Literal["float32", "float16"] = "float32",
+) -> None:
+    """Write one shard.
+
+    Gradients of well-fitted examples are far below the smallest float16, so its rows are stored with a largest entry of 1
+    and their scale goes into the weight.
+    """
+    if dtype == "float16":
+        scale = np.abs(rows).max(axis=1, initial=0)
+        scale[scale == 0] = 1
+        rows, weights = (rows / scale[:, None]).astype(np.float16), weights * scale
     write_arrays(
         folder / f"{number:05d}.safetensors",
         {"rows": rows, "weights": weights.astype(np.float32), "self_influence": self_influence.astype(np.float32)},
@@ -48,22 +67,35 @@ class FeatureStore:
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yield `(first row, rows)` shard by shard, rows as float32 (count, k), unweighted."""
         for number, path in enumerate(self.paths):
-            yield int(self.starts[number]), read_arrays(path)["rows"].astype(np.float32)
+            yield int(self.starts[number]), _mapped_rows(path).astype(np.float32)
+
+    def weighted_blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield `(first row, rows)` with every row multiplied by its weight, as rows are searched."""
+        for start, rows in self.blocks():
+            yield start, rows * self.weights[start : start + len(rows), None]
 
     def read(self, rows: np.ndarray) -> np.ndarray:
-        """Return the given rows as float32 (len(rows), k), unweighted, in their order."""
+        """Return the given rows as float32 (len(rows), k), unweighted, in their order; only their pages are read."""
         shard_of = np.searchsorted(self.starts, rows, side="right") - 1
-        parts: list[tuple[np.ndarray, np.ndarray]] = []
+        found = np.empty((len(rows), _mapped_rows(self.paths[0]).shape[1]), np.float32)
         for number in np.unique(shard_of):
             places = np.flatnonzero(shard_of == number)
-            values = read_arrays(self.paths[number])["rows"][rows[places] - self.starts[number]]
-            parts.append((places, values.astype(np.float32)))
-        found = np.empty((len(rows), parts[0][1].shape[1] if parts else 0), np.float32)
-        for places, values in parts:
-            found[places] = values
+            found[places] = _mapped_rows(self.paths[number])[rows[places] - self.starts[number]]
         return found
 
 
 def _without_rows(path: Path) -> Arrays:
-    with safe_open(path, framework="numpy") as file:
-        return {name: file.get_tensor(name) for name in ("weights", "self_influence")}
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {name: file.get_tensor(name) for name in ("weights", "self_influence")}
+    except (SafetensorError, OSError) as error:
+        raise CorruptArtifactError(f"{path.name} cannot be read: {error}") from error
+
+
+def _mapped_rows(path: Path) -> np.ndarray:
+    """Map a shard's rows into memory; the file is closed when the last view of them is gone."""
+    with path.open("rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        entry = json.loads(file.read(header_size))["rows"]
+    offset = 8 + header_size + entry["data_offsets"][0]
+    return np.memmap(path, _DTYPES[entry["dtype"]], mode="r", offset=offset, shape=tuple(entry["shape"]))

@@ -12,16 +12,15 @@ from attribution_core.curvature import EkfacFactors
 from attribution_core.data.collate import ExampleSource
 from attribution_core.data.reader import DatasetReader
 from attribution_core.data.tokenizers import load_tokenizer
-from attribution_core.errors import InvalidInputError
-from attribution_core.fingerprint import sha256_of
-from attribution_core.gradients import GradientCapture
-from attribution_core.methods.base import Checkpoint, FeatureMethod
+from attribution_core.errors import CorruptArtifactError, FingerprintMismatchError, InvalidInputError
+from attribution_core.fingerprint import sha256_file, sha256_of
+from attribution_core.methods.base import CheckedCapture, Checkpoint, FeatureMethod
 from attribution_core.methods.ekfac import Ekfac
 from attribution_core.methods.grad_cos import GradCos
 from attribution_core.methods.grad_dot import GradDot
 from attribution_core.methods.representation import Representation
 from attribution_core.methods.trak import Trak
-from attribution_core.projection import VERSION, build_projection
+from attribution_core.projection import VERSION, Projection, build_projection
 from attribution_core.spec import (
     ArchitectureSpec,
     DatasetSpec,
@@ -29,6 +28,7 @@ from attribution_core.spec import (
     GradCosMethod,
     GradDotMethod,
     MethodSpec,
+    ProjectionSpec,
     RepresentationMethod,
     SearchSpec,
     Spec,
@@ -104,7 +104,8 @@ class FitSpec(Spec):
         )
         data = self.dataset.spec.model_dump(mode="json", include={"kind", "normalize", "max_length"})
         weights = [checkpoint.sha256 for checkpoint in self.checkpoints]
-        return sha256_of([decides, data, self.dataset.sha256, weights, VERSION])
+        tokenizer = sha256_file(self.tokenizer_path) if self.tokenizer_path else None
+        return sha256_of([decides, data, self.dataset.sha256, weights, tokenizer, VERSION])
 
 
 class FitContext:
@@ -112,6 +113,7 @@ class FitContext:
 
     Raises:
         InvalidInputError: if the task has no such measurement.
+        FingerprintMismatchError: if the data set is not the one named.
     """
 
     def __init__(self, spec: FitSpec, device: str = "cpu") -> None:
@@ -124,6 +126,10 @@ class FitContext:
                 f"{spec.task.type} has no measurement {spec.measurement!r}; it has {known}", "/measurement"
             )
         self.source = self.source_of(spec.dataset.folder, spec.dataset.spec)
+        if self.source.reader.num_examples != spec.dataset.num_examples:
+            raise FingerprintMismatchError(
+                f"data set {spec.dataset.id} has {self.source.reader.num_examples} examples, not {spec.dataset.num_examples}"
+            )
         self._checkpoints: dict[int, Checkpoint] = {}
 
     def source_of(self, folder: Path, dataset: DatasetSpec) -> ExampleSource:
@@ -132,15 +138,23 @@ class FitContext:
         return ExampleSource(DatasetReader(folder, dataset), self.spec.task, tokenizer, self.device)
 
     def checkpoint(self, number: int) -> Checkpoint:
-        """Return one loaded checkpoint."""
+        """Return one loaded checkpoint.
+
+        Raises:
+            CorruptArtifactError: if its file is missing.
+            FingerprintMismatchError: if its file holds other weights than the spec names.
+            CheckpointError: if the weights do not fit the architecture.
+        """
         if number not in self._checkpoints:
-            module = load_model(self.spec.architecture, self.spec.checkpoints[number].path, self.device)
+            reference = self.spec.checkpoints[number]
+            _check_weights(reference)
+            module = load_model(self.spec.architecture, reference.path, self.device)
             self._checkpoints[number] = Checkpoint(
                 module=module,
                 task=self.task,
                 measurement=self.spec.measurement,
                 num_examples=self.spec.dataset.num_examples,
-                capture=GradientCapture(module, self.spec.layers),
+                capture=CheckedCapture(module, self.spec.layers),
             )
         return self._checkpoints[number]
 
@@ -157,13 +171,27 @@ class FitContext:
         own = {name.split(".", 1)[1]: value for name, value in fitted.items() if name.startswith(f"{number}.")}
         match spec:
             case TrakMethod():
-                return Trak(checkpoint, build_projection(spec.projection), own or None)
+                return Trak(checkpoint, _projection(spec.projection, number), own or None)
             case EkfacMethod():
                 factors = EkfacFactors.from_arrays(checkpoint.capture.blocks, own, self.device)
-                return Ekfac(checkpoint, build_projection(spec.projection), factors, spec.damping)
+                return Ekfac(checkpoint, _projection(spec.projection, number), factors, spec.damping)
             case GradDotMethod():
-                return GradDot(checkpoint, build_projection(spec.projection))
+                return GradDot(checkpoint, _projection(spec.projection, number))
             case GradCosMethod():
-                return GradCos(checkpoint, build_projection(spec.projection))
+                return GradCos(checkpoint, _projection(spec.projection, number))
             case RepresentationMethod():
                 return Representation(checkpoint, spec.similarity)
+
+
+def _check_weights(reference: CheckpointRef) -> None:
+    try:
+        found = sha256_file(reference.path)
+    except OSError as error:
+        raise CorruptArtifactError(f"checkpoint {reference.id} cannot be read: {error.strerror}") from error
+    if found != reference.sha256:
+        raise FingerprintMismatchError(f"the weights of checkpoint {reference.id} are not those it was registered with")
+
+
+def _projection(spec: ProjectionSpec, number: int) -> Projection:
+    """Return a projection of its own for each checkpoint: their errors then average out over an ensemble."""
+    return build_projection(spec.model_copy(update={"seed": spec.seed + (number << 32)}))

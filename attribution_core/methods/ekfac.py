@@ -16,13 +16,15 @@ from attribution_core.projection import Projection
 class Ekfac(GradientMethod):
     """`τ_i = (1/n) ∇mᵀ (H̄ + λ)⁻¹ φ_i` with `H̄` by EK-FAC."""
 
-    needs_curvature = True
-
     def __init__(self, checkpoint: Checkpoint, projection: Projection, factors: EkfacFactors, damping: float) -> None:
         super().__init__(checkpoint, projection)
         self.factors = factors
         self.default_damping = damping
 
     def solve(self, gradients: list[Tensor], damping: float | None) -> list[Tensor]:
-        """Return `(H̄ + λ)⁻¹ v`, λ a multiple of each layer's mean eigenvalue."""
+        """Return `(H̄ + λ)⁻¹ v`, λ a multiple of each layer's mean eigenvalue.
+
+        Raises:
+            SingularCurvatureError: if the curvature is singular at this damping.
+        """
         return self.factors.solve(gradients, self.default_damping if damping is None else damping)

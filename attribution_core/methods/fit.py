@@ -4,9 +4,8 @@ A fit is a list of stages. Each stage has shards that are pure functions of the 
 reduction over its shards in order. `assemble` lays the results out as the artifact. There is no clock, random state or placement in any file.
 """
 
-import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,20 @@ import numpy as np
 from attribution_core.arrays import read_arrays, write_arrays
 from attribution_core.curvature import Eigenbasis
 from attribution_core.curvature.fisher import FisherPasses
+from attribution_core.data.batch import Batch
 from attribution_core.errors import InvalidInputError
 from attribution_core.features.store import FeatureStore, write_shard
+from attribution_core.methods import trak
+from attribution_core.methods.artifact import FACTORS_FILE, FEATURES_FOLDER, write_description
+from attribution_core.methods.base import FeatureMethod, TrainRows
 from attribution_core.methods.context import FitContext, FitSpec
-from attribution_core.methods.loaded import FACTORS_FILE, FEATURES_FOLDER, INDEX_FILE, LoadedIndex
+from attribution_core.methods.loaded import LoadedIndex
 from attribution_core.methods.recall import measured_recall
 from attribution_core.progress import Progress
 from attribution_core.search.faiss_index import FILE_NAME as SEARCH_FILE
 from attribution_core.search.faiss_index import VectorIndex
 from attribution_core.sharding import shard_ranges
-from attribution_core.spec import ClassificationTask, EkfacMethod, TrakMethod
+from attribution_core.spec import EkfacMethod, RegressionTask, TrakMethod
 
 Arrays = dict[str, np.ndarray]
 
@@ -72,7 +75,7 @@ class FitPipeline:
 
     Args:
         spec: what is fitted.
-        work: folder where reduced arrays of finished stages are, as `<stage>.safetensors`.
+        work: folder where reduced arrays of finished stages are, as `<stage>.safetensors`; they are read once.
         device: where torch computes.
     """
 
@@ -80,6 +83,8 @@ class FitPipeline:
         self.spec = spec
         self.work = work
         self.context = FitContext(spec, device)
+        self._reductions: dict[str, Arrays] = {}
+        self._methods: dict[int, FeatureMethod] = {}
 
     def stages(self) -> list[Stage]:
         """Return the stages in order."""
@@ -97,6 +102,7 @@ class FitPipeline:
 
         Raises:
             InvalidInputError: if the data does not fit the model.
+            SingularCurvatureError: if the method's damping is 0 and the curvature singular.
             Cancelled: if the work should stop.
         """
         shard = self.stages()[0].shards[ordinal]
@@ -106,27 +112,19 @@ class FitPipeline:
             case "covariance":
                 return self._passes(shard.checkpoint).covariances(batches, progress).arrays()
             case "eigenvalues":
-                checkpoint = self.context.checkpoint(shard.checkpoint)
+                blocks = self.context.checkpoint(shard.checkpoint).capture.blocks
                 fitted = _of_checkpoint(self._reduced("covariance"), shard.checkpoint)
-                basis = Eigenbasis(checkpoint.capture.blocks, fitted, self.context.device)
+                basis = Eigenbasis(blocks, fitted, self.context.device)
                 return self._passes(shard.checkpoint).eigenvalues(batches, basis, progress).arrays()
             case _:
-                method = self.context.method(shard.checkpoint, self._curvature())
-                encoded: list[Arrays] = []
-                for batch in batches:
-                    found = method.encode_train(batch)
-                    own = found.weights if found.self_influence is None else found.self_influence
-                    parts = {"rows": found.rows, "weights": found.weights, "self_influence": own}
-                    encoded.append({name: value.detach().float().cpu().numpy() for name, value in parts.items()})
-                    progress.advance(len(batch))
-                return {name: np.concatenate([part[name] for part in encoded]) for name in encoded[0]}
+                return self._features(shard.checkpoint, batches, progress)
 
     def reduce(self, stage: str, shard_files: Sequence[Path]) -> Arrays:
         """Combine a stage's shard files, given in order of their ordinals, into `<checkpoint>.<name>` arrays."""
-        count = len(self.spec.checkpoints)
-        per_checkpoint = np.array_split(np.array(shard_files, dtype=object), count)
+        size = len(shard_files) // len(self.spec.checkpoints)
         reduced: Arrays = {}
-        for number, files in enumerate(per_checkpoint):
+        for number in range(len(self.spec.checkpoints)):
+            files = shard_files[number * size : (number + 1) * size]
             if stage == "covariance":
                 found = Eigenbasis.solve(_summed(files))
             elif stage == "eigenvalues":
@@ -139,17 +137,16 @@ class FitPipeline:
 
     def assemble(self, into: Path, feature_files: Sequence[Path], progress: Progress) -> FitSummary:
         """Lay out the artifact in an empty folder from the reduced stages and the `features` shards in order."""
-        fitted = self._curvature() | self._reduced("features")
-        write_arrays(into / FACTORS_FILE, fitted or {"none": np.zeros(0, np.float32)})
+        write_arrays(into / FACTORS_FILE, self._curvature() | self._reduced("features"))
         self._write_features(into, feature_files)
         self._write_search(into)
         first = self.context.checkpoint(0).capture.coverage
         coverage = {"percent": first.percent, "covered": list(first.covered), "skipped": list(first.skipped)}
-        described = {"fingerprint": self.spec.fingerprint(), "coverage": coverage, "recall": 1.0}
-        _write_json(into / INDEX_FILE, described)
+        described = {"fingerprint": self.spec.fingerprint(), "coverage": coverage}
+        write_description(into, {**described, "recall": None})
         index = LoadedIndex(into, self.spec, self.context)
         recall = measured_recall(index, progress)
-        _write_json(into / INDEX_FILE, {**described, "recall": recall})
+        write_description(into, {**described, "recall": recall})
         size = sum(path.stat().st_size for path in into.rglob("*") if path.is_file())
         return FitSummary(self.spec.fingerprint(), len(index.store), index.dim, size, recall, coverage)
 
@@ -163,58 +160,60 @@ class FitPipeline:
         return FisherPasses(checkpoint.module, checkpoint.capture, checkpoint.task, self.spec.method)
 
     def _reduced(self, stage: str) -> Arrays:
-        return read_arrays(self.work / f"{stage}.safetensors")
+        if stage not in self._reductions:
+            self._reductions[stage] = read_arrays(self.work / f"{stage}.safetensors")
+        return self._reductions[stage]
 
     def _curvature(self) -> Arrays:
         return self._reduced("covariance") | self._reduced("eigenvalues") if self._curved else {}
 
+    def _features(self, number: int, batches: Iterable[Batch], progress: Progress) -> Arrays:
+        if number not in self._methods:
+            self._methods[number] = self.context.method(number, self._curvature())
+        encoded: list[Arrays] = []
+        for batch in batches:
+            found = self._methods[number].encode_train(batch)
+            _check_finite(found, batch)
+            encoded.append(found.arrays())
+            progress.advance(len(batch))
+        return {name: np.concatenate([part[name] for part in encoded]) for name in encoded[0]}
+
     def _kernel(self, files: Sequence[Path]) -> Arrays:
-        if not isinstance(self.spec.method, TrakMethod):
-            return {"done": np.ones(1, np.float32)}
-        shards = [read_arrays(path) for path in files]
-        weighted = self.spec.method.curvature == "gauss_newton" and isinstance(self.spec.task, ClassificationTask)
-        weights = [shard["weights"] for shard in shards] if weighted else []
-        return dict(self.context.method(0, {}).kernel([shard["rows"] for shard in shards], weights))
+        method = self.spec.method
+        if not isinstance(method, TrakMethod):
+            return {}
+        # For squared errors the curvature of the loss in the prediction is 1.
+        weighted = method.curvature == "gauss_newton" and not isinstance(self.spec.task, RegressionTask)
+        return trak.kernel_of((read_arrays(path) for path in files), weighted=weighted)
 
     def _write_features(self, into: Path, files: Sequence[Path]) -> None:
         """Join each range's shards of all checkpoints side by side."""
-        members = np.array(files, dtype=object).reshape(len(self.spec.checkpoints), -1)
-        for number, of_range in enumerate(members.T):
-            shards = [read_arrays(path) for path in of_range]
-            rows = np.concatenate([shard["rows"] for shard in shards], axis=1).astype(self.spec.store.dtype)
-            if not np.isfinite(rows).all():
-                raise InvalidInputError("features are too large for float16; store them as float32", "/store/dtype")
-            weights, own = (
-                np.mean([shard[name] for shard in shards], axis=0) for name in ("weights", "self_influence")
-            )
+        ranges = len(files) // len(self.spec.checkpoints)
+        for number in range(ranges):
+            shards = [read_arrays(path) for path in files[number::ranges]]
+            rows = np.concatenate([shard["rows"] for shard in shards], axis=1)
+            weights = np.mean([shard["weights"] for shard in shards], axis=0)
             if isinstance(self.spec.method, TrakMethod):
-                own = self._trak_self_influence(shards, weights)
-            write_shard(into / FEATURES_FOLDER, number, rows, weights, own)
+                own = self._trak_self_influence(shards, self.spec.method.damping) * weights
+            else:
+                own = np.mean([shard["self_influence"] for shard in shards], axis=0)
+            write_shard(into / FEATURES_FOLDER, number, rows, weights, own, dtype=self.spec.store.dtype)
 
-    def _trak_self_influence(self, shards: Sequence[Arrays], weights: np.ndarray) -> np.ndarray:
-        """Return `mean_m φᵀ(K + λ)⁻¹φ · w`, known only now that the kernel is."""
-        fitted = self._reduced("features")
-        total = np.zeros(len(weights), np.float32)
+    def _trak_self_influence(self, shards: Sequence[Arrays], damping: float) -> np.ndarray:
+        """Return `mean_m ⟨P∇m_i, (K + λ)⁻¹ φ_i⟩` of one range's rows, known only now that the kernel is."""
+        total = np.zeros(len(shards[0]["rows"]))
         for number, shard in enumerate(shards):
-            vectors, values = (fitted[f"{number}.{name}"] for name in ("vectors", "values"))
-            assert isinstance(self.spec.method, TrakMethod)
-            rotated = shard["rows"] @ vectors
-            total += (rotated**2 / (values + max(self.spec.method.damping, 1e-12) * values.mean())).sum(1) / len(shards)
-        return total * weights
+            kernel = _of_checkpoint(self._reduced("features"), number)
+            solved = trak.solve(kernel, shard.get("measured", shard["rows"]), damping)
+            total += np.einsum("ik,ik->i", solved, shard["rows"], dtype=np.float64) / len(shards)
+        return total
 
     def _write_search(self, into: Path) -> None:
         if self.spec.search.type == "flat":
             return  # an exhaustive search reads the rows themselves
         store = FeatureStore(into / FEATURES_FOLDER, self.spec.dataset.num_examples)
-        index = VectorIndex.build(
-            self.spec.search, weighted_blocks(store), len(store), store.read(np.zeros(1, int)).shape[1]
-        )
-        index.write(into / SEARCH_FILE)
-
-
-def weighted_blocks(store: FeatureStore) -> list[tuple[int, np.ndarray]]:
-    """Return rows multiplied by their weights, as they are searched."""
-    return [(start, rows * store.weights[start : start + len(rows), None]) for start, rows in store.blocks()]
+        dim = store.read(np.zeros(1, np.int64)).shape[1]
+        VectorIndex.build(self.spec.search, store.weighted_blocks, len(store), dim).write(into / SEARCH_FILE)
 
 
 def fit(spec: FitSpec, work: Path, into: Path, progress: Progress, device: str = "cpu") -> FitSummary:
@@ -244,5 +243,8 @@ def _summed(files: Sequence[Path]) -> Arrays:
     return total
 
 
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1, sort_keys=True))
+def _check_finite(found: TrainRows, batch: Batch) -> None:
+    finite = found.rows.isfinite().all(dim=1) & found.weights.isfinite()
+    if not bool(finite.all()):
+        row = int(batch.rows[~finite][0])
+        raise InvalidInputError(f"the model gives no finite gradient for training example {row}")

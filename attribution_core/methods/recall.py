@@ -17,12 +17,12 @@ def measured_recall(index: LoadedIndex, progress: Progress) -> float:
     n = len(index.store)
     rows = np.unique(np.linspace(0, n - 1, min(QUERIES, n)).astype(np.int64))
     query = index.query(index.context.source.batch(rows), None)
-    exact = index.exact_scores(query, np.arange(n), progress)  # (queries, n)
+    exact = index.scores(query, np.arange(n), rescore=True, progress=progress)  # (queries, n)
+    candidates = index.candidates(query, TOP, None)
     found: list[float] = []
-    for sign in (1, -1):
-        candidates = index.candidates(query, sign, TOP, None)
-        for number in range(len(rows)):
-            wanted = top_rows(exact[number], np.arange(n), TOP, sign)[0]
+    for number in range(len(rows)):
+        for sign in (1, -1):
+            wanted = top_rows(exact[number], np.arange(n), TOP, sign).rows
             if len(wanted):
-                found.append(len(set(wanted.tolist()) & set(candidates[number].tolist())) / len(wanted))
+                found.append(float(np.isin(wanted, candidates[number]).mean()))
     return round(float(np.mean(found)), 6) if found else 1.0

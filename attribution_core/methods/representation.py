@@ -16,7 +16,7 @@ _TINY = 1e-30
 
 
 class Representation(FeatureMethod):
-    """Rows are inputs of the model's last linear layer, averaged over real tokens; unit length for cosines."""
+    """Rows are inputs of the model's last linear layer, averaged over positions that are not padding; unit length for cosines."""
 
     exact_rows = True
 
@@ -43,7 +43,6 @@ class Representation(FeatureMethod):
         rows, output = self._represent(batch)
         return QuerySide(output, rows)
 
-    @torch.no_grad()
     def _represent(self, batch: Batch) -> tuple[Tensor, Tensor]:
         seen: list[Tensor] = []
 
@@ -52,19 +51,20 @@ class Representation(FeatureMethod):
 
         handle = self._head.register_forward_pre_hook(keep)
         try:
-            output = batch.forward(self.checkpoint.module)
+            output = self.checkpoint.output(batch)
         finally:
             handle.remove()
+        if not seen:
+            raise UnsupportedLayerError("the forward pass does not use the model's last linear layer")
         rows = seen[-1]
-        if rows.dim() == 3:
-            rows = _mean_over_tokens(rows, batch.mask)
-        rows = rows.flatten(1)
+        if rows.dim() > 2:
+            rows = _mean_over_positions(rows.flatten(1, -2), batch.mask)
         if self._cosine:
             rows = rows / rows.norm(dim=1, keepdim=True).clamp(min=_TINY)
         return rows, output
 
 
-def _mean_over_tokens(states: Tensor, mask: Tensor | None) -> Tensor:
+def _mean_over_positions(states: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return states.mean(1)
     real = mask.unsqueeze(-1)

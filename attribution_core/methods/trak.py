@@ -1,13 +1,17 @@
 """TRAK: `τ(z) = [mean_m φ_m(z)ᵀ (Φ_mᵀΦ_m + λ)⁻¹ Φ_mᵀ] ∘ [mean_m (1 - p_m)]`, with `φ = P ∇f` and `f = log p/(1-p)`.
 
+The training side is always `f`, in which the loss is `log(1 + e^-f)` with slope `-(1 - p)` and curvature `p(1 - p)`; the query side is
+the measurement, which is `f` itself for margins, so scores are changes of the measurement.
+
 The kernel is a sum over examples, so there is no factor 1/n. With `curvature: gauss_newton` the kernel weights each row by
 `p(1-p)`, which is the Hessian of the linearised logistic model and puts scores in units of the measurement; the published
-kernel leaves that weight out and so scores come out smaller. Default λ is above 0: with more dimensions than examples the published λ = 0 means nothing.
+kernel leaves that weight out and so scores come out smaller. For squared errors `f` is the prediction, the curvature is 1 and both kernels agree.
+λ is a multiple of the kernel's mean eigenvalue and above 0 by default: with more dimensions than examples the published λ = 0 means nothing.
 
 Source: Park et al. 2023, equations 13-17.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -15,12 +19,17 @@ from torch import Tensor
 
 from attribution_core.data.batch import Batch
 from attribution_core.errors import SingularCurvatureError
+from attribution_core.gradients import Pass
 from attribution_core.methods.base import Arrays, Checkpoint, FeatureMethod, QuerySide, TrainRows
 from attribution_core.projection import Projection
 
+# Measurements that are the linearised output f, so that training rows serve as their own query side.
+_IS_LINEARISED_OUTPUT = ("margin", "prediction")
+_SINGULAR = 1e-12
+
 
 class Trak(FeatureMethod):
-    """One member of the ensemble; `kernel` holds the eigendecomposition of `Φᵀ W Φ` once all rows are known."""
+    """One member of the ensemble; `kernel` is known once all rows are."""
 
     exact_rows = True
 
@@ -36,43 +45,61 @@ class Trak(FeatureMethod):
 
     def encode_train(self, batch: Batch) -> TrainRows:
         """Return `φ_i` and the weights `1 - p_i`."""
-        rows, output = self._features(batch)
-        return TrainRows(rows, self.checkpoint.task.residual(output, batch).detach())
+        task, measurement = self.checkpoint.task, self.checkpoint.measurement
+        run = self.checkpoint.run(batch)
+        weights = task.residual(run.output, batch).detach()
+        rows = self._projected(run, task.log_odds(run.output, batch), keep=True)
+        if measurement in _IS_LINEARISED_OUTPUT:
+            return TrainRows(rows, weights)
+        return TrainRows(rows, weights, measured=self._projected(run, task.measure(run.output, batch, measurement)))
 
     def encode_query(self, batch: Batch) -> QuerySide:
-        """Return `φ(z)`."""
-        rows, output = self._features(batch)
-        return QuerySide(output, rows)
+        """Return `P ∇m_z`."""
+        run = self.checkpoint.run(batch)
+        measured = self.checkpoint.task.measure(run.output, batch, self.checkpoint.measurement)
+        return QuerySide(run.output.detach(), self._projected(run, measured))
 
     def precondition(self, query: QuerySide, damping: float) -> QuerySide:
-        """Return `(ΦᵀWΦ + λ)⁻¹ φ(z)`, λ a multiple of the kernel's mean eigenvalue.
+        """Return `(ΦᵀWΦ + λ)⁻¹ P ∇m_z`.
 
         Raises:
             SingularCurvatureError: if λ is 0 and the kernel is singular.
         """
         assert self._kernel is not None
-        vectors = torch.from_numpy(self._kernel["vectors"]).to(query.rows)
-        values = torch.from_numpy(self._kernel["values"]).to(query.rows)
-        damped = values + damping * values.mean()
-        if float(damped.min()) <= float(values.max()) * 1e-12:
-            raise SingularCurvatureError("TRAK's kernel is singular: use a damping above 0", "/damping")
-        return QuerySide(query.output, (query.rows @ vectors / damped) @ vectors.T)
+        solved = solve(self._kernel, query.rows.detach().cpu().numpy(), damping)
+        return QuerySide(query.output, torch.from_numpy(solved).to(query.rows))
 
-    def _features(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        run = self.checkpoint.capture.run(batch.forward)
-        odds = self.checkpoint.task.log_odds(run.output, batch)
-        gradients = [gradient.materialise().flatten(1) for gradient in run.gradients(odds)]
-        return self.projection.project(gradients), run.output.detach()
+    def _projected(self, run: Pass, objective: Tensor, *, keep: bool = False) -> Tensor:
+        return self.projection.project([gradient.materialise() for gradient in run.gradients(objective, keep=keep)])
 
-    @staticmethod
-    def kernel(rows: Sequence[np.ndarray], weights: Sequence[np.ndarray]) -> Arrays:
-        """Return eigenvectors and eigenvalues of `Σ φφᵀ`, or of `Σ p(1-p) φφᵀ` for non-empty weights `1 - p`."""
-        total = np.zeros((rows[0].shape[1],) * 2)
-        for number, part in enumerate(rows):
-            block = part.astype(np.float64)
-            if weights:
-                misfit = weights[number].astype(np.float64)
-                block = block * np.sqrt(misfit * (1 - misfit))[:, None]
-            total += block.T @ block
-        values, vectors = np.linalg.eigh(total)
-        return {"values": values.clip(min=0).astype(np.float32), "vectors": vectors.astype(np.float32)}
+
+def kernel_of(shards: Iterable[Arrays], *, weighted: bool) -> dict[str, np.ndarray]:
+    """Return eigenvalues (k,) and eigenvectors (k, k) of `Σ φφᵀ`, or of `Σ p(1-p) φφᵀ`.
+
+    Args:
+        shards: arrays `rows` (count, k) and `weights` (count,) with `1 - p`.
+        weighted: whether rows are weighted by p(1-p).
+    """
+    total: np.ndarray | float = 0.0
+    for shard in shards:
+        rows = shard["rows"].astype(np.float64)
+        if weighted:
+            misfit = shard["weights"].astype(np.float64)
+            rows *= np.sqrt(misfit * (1 - misfit))[:, None]
+        total = total + rows.T @ rows
+    values, vectors = np.linalg.eigh(total)
+    return {"values": values.clip(min=0).astype(np.float32), "vectors": vectors.astype(np.float32)}
+
+
+def solve(kernel: Arrays, rows: np.ndarray, damping: float) -> np.ndarray:
+    """Return `(K + λ)⁻¹ row` of each row (count, k), float32; λ a multiple of K's mean eigenvalue.
+
+    Raises:
+        SingularCurvatureError: if λ is 0 and K is singular.
+    """
+    values, vectors = kernel["values"].astype(np.float64), kernel["vectors"]
+    damped = values + damping * values.mean()
+    if damped.min() <= _SINGULAR * values.max():
+        raise SingularCurvatureError("TRAK's kernel is singular: use a damping above 0", "/damping")
+    solved: np.ndarray = (((rows @ vectors) / damped) @ vectors.T).astype(np.float32)
+    return solved

@@ -18,9 +18,14 @@ class Ranked:
         return cls(np.empty((queries, 0), np.int64), np.empty((queries, 0), np.float32))
 
 
+def ordered(found: Ranked, k: int) -> Ranked:
+    """Return the k best of each list; equal scores are ordered by row number, so the result is unique."""
+    order = np.lexsort((found.rows, -found.scores), axis=1)[:, :k]
+    return Ranked(np.take_along_axis(found.rows, order, 1), np.take_along_axis(found.scores, order, 1))
+
+
 def merged(first: Ranked, second: Ranked, k: int) -> Ranked:
-    """Return the k best of both; equal scores are ordered by row number, so the result is unique."""
+    """Return the k best of both."""
     rows = np.concatenate([first.rows, second.rows], axis=1)
     scores = np.concatenate([first.scores, second.scores], axis=1)
-    order = np.lexsort((rows, -scores), axis=1)[:, :k]
-    return Ranked(np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1))
+    return ordered(Ranked(rows, scores), k)
