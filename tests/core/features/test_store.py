@@ -1,0 +1,70 @@
+"""Feature shards: what is read is what was written, in any order, and damage is noticed."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from attribution_core.errors import CorruptArtifactError
+from attribution_core.features.store import FeatureStore, write_shard
+
+RNG = np.random.default_rng(0)
+
+
+def written(folder: Path, sizes: list[int], scale: float = 1.0, **options: str) -> tuple[np.ndarray, np.ndarray]:
+    rows = (scale * RNG.normal(size=(sum(sizes), 7))).astype(np.float32)
+    weights = RNG.uniform(0.5, 2, size=len(rows)).astype(np.float32)
+    start = 0
+    for number, size in enumerate(sizes):
+        part = slice(start, start + size)
+        write_shard(folder, number, rows[part], weights[part], weights[part] * 10, **options)
+        start += size
+    return rows, weights
+
+
+@pytest.mark.parametrize("sizes", [[10], [4, 4, 2], [1] * 10])
+def test_rows_come_back_whatever_the_shards(tmp_path: Path, sizes: list[int]) -> None:
+    rows, weights = written(tmp_path, sizes)
+    store = FeatureStore(tmp_path, 10)
+    wanted = np.array([9, 0, 3, 3, 8, 1])
+    np.testing.assert_array_equal(store.read(wanted), rows[wanted])
+    assert store.read(np.empty(0, np.int64)).shape == (0, 7)
+    np.testing.assert_array_equal(store.weights, weights)
+    np.testing.assert_array_equal(store.self_influence, weights * 10)
+    assert [start for start, _ in store.blocks()] == np.cumsum([0, *sizes[:-1]]).tolist()
+    np.testing.assert_array_equal(np.concatenate([block for _, block in store.blocks()]), rows)
+    weighted = np.concatenate([block for _, block in store.weighted_blocks()])
+    np.testing.assert_array_equal(weighted, rows * weights[:, None])
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e9])
+def test_float16_keeps_scores_whatever_the_scale_of_the_gradients(tmp_path: Path, scale: float) -> None:
+    rows, weights = written(tmp_path, [6, 4], scale, dtype="float16")
+    store = FeatureStore(tmp_path, 10)
+    found = np.concatenate([block for _, block in store.weighted_blocks()])
+    assert found.dtype == np.float32
+    assert np.abs(found - rows * weights[:, None]).max() < 1e-3 * scale * 4
+    exact = FeatureStore(_plain(tmp_path / "plain", rows, weights), 10)
+    assert store.paths[0].stat().st_size < exact.paths[0].stat().st_size
+
+
+def _plain(folder: Path, rows: np.ndarray, weights: np.ndarray) -> Path:
+    write_shard(folder, 0, rows, weights, weights)
+    return folder
+
+
+def test_a_row_of_zeros_is_a_row_of_zeros(tmp_path: Path) -> None:
+    write_shard(tmp_path, 0, np.zeros((2, 3), np.float32), np.ones(2), np.zeros(2), dtype="float16")
+    np.testing.assert_array_equal(FeatureStore(tmp_path, 2).read(np.array([0, 1])), np.zeros((2, 3)))
+
+
+def test_missing_and_damaged_shards_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CorruptArtifactError, match="no feature shards"):
+        FeatureStore(tmp_path, 10)
+    written(tmp_path, [6, 4])
+    with pytest.raises(CorruptArtifactError, match="10 rows instead of 11"):
+        FeatureStore(tmp_path, 11)
+    last = tmp_path / "00001.safetensors"
+    last.write_bytes(last.read_bytes()[:-20])
+    with pytest.raises(CorruptArtifactError, match="00001"):
+        FeatureStore(tmp_path, 10)
