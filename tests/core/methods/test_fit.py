@@ -1,0 +1,155 @@
+"""A fit's result depends on nothing but its spec: not on who ran which shard, when, or how large shards and batches are."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from attribution_core.arrays import write_arrays
+from attribution_core.errors import Cancelled
+from attribution_core.fingerprint import sha256_file
+from attribution_core.methods.context import FitSpec
+from attribution_core.methods.fit import FitPipeline, FitSummary
+from attribution_core.methods.loaded import LoadedIndex
+from attribution_core.progress import NoProgress
+from tests.core.methods.problems import SMALL, Problem, relative_error
+
+METHODS: dict[str, dict[str, Any]] = {
+    "trak": {"type": "trak", "projection": SMALL, "damping": 0.1},
+    "ekfac": {"type": "ekfac", "projection": SMALL, "damping": 0.1},
+    "ekfac sampled": {"type": "ekfac", "projection": SMALL, "damping": 0.1, "fisher": "sampled", "samples": 2},
+    "grad_dot": {"type": "grad_dot", "projection": SMALL},
+    "grad_cos": {"type": "grad_cos", "projection": SMALL},
+    "representation": {"type": "representation"},
+}
+IVF = {"type": "ivf", "lists": 6}
+ALL = np.arange(60)
+
+
+def run(spec: FitSpec, work: Path, into: Path, seed: int | None = None) -> FitSummary:
+    """Fit with a fresh pipeline for every shard, in an order shuffled by `seed`."""
+    stages = FitPipeline(spec, work).stages()
+    files: list[Path] = []
+    for stage in stages:
+        files = [work / stage.name / f"{shard.ordinal:05d}.safetensors" for shard in stage.shards]
+        order = np.arange(len(files)) if seed is None else np.random.default_rng(seed).permutation(len(files))
+        for ordinal in order:
+            write_arrays(files[ordinal], FitPipeline(spec, work).run_shard(stage.name, int(ordinal), NoProgress()))
+        write_arrays(work / f"{stage.name}.safetensors", FitPipeline(spec, work).reduce(stage.name, files))
+    return FitPipeline(spec, work).assemble(into, files, NoProgress())
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): sha256_file(path) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_same_bytes_in_any_order(ensemble: Problem, tmp_path: Path, method: str) -> None:
+    spec = ensemble.with_(method=METHODS[method], search=IVF)
+    summary = run(spec, tmp_path / "work", tmp_path / "one")
+    assert run(spec, tmp_path / "work2", tmp_path / "two", seed=5) == summary
+    assert hashes(tmp_path / "one") == hashes(tmp_path / "two")
+    assert {"index.json", "factors.safetensors", "search.faiss"} < set(hashes(tmp_path / "one"))
+
+
+def test_same_bytes_from_two_processes(problem: Problem, tmp_path: Path) -> None:
+    """Even shards here, odd shards in another process, against all in one."""
+    spec = problem.with_(method=METHODS["ekfac"])
+    (tmp_path / "spec.json").write_text(spec.model_dump_json())
+    code = """
+import sys
+from pathlib import Path
+from attribution_core.arrays import write_arrays
+from attribution_core.methods.context import FitSpec
+from attribution_core.methods.fit import FitPipeline
+from attribution_core.progress import NoProgress
+spec, work, stage = FitSpec.model_validate_json(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), sys.argv[3]
+pipeline = FitPipeline(spec, work)
+for shard in pipeline.stages()[0].shards[1::2]:
+    write_arrays(work / stage / f"{shard.ordinal:05d}.safetensors", pipeline.run_shard(stage, shard.ordinal, NoProgress()))
+"""
+    work = tmp_path / "shared"
+    pipeline = FitPipeline(spec, work)
+    files: list[Path] = []
+    for stage in pipeline.stages():
+        files = [work / stage.name / f"{shard.ordinal:05d}.safetensors" for shard in stage.shards]
+        for shard in stage.shards[::2]:
+            write_arrays(files[shard.ordinal], pipeline.run_shard(stage.name, shard.ordinal, NoProgress()))
+        subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "spec.json"), str(work), stage.name],
+            check=True,
+            cwd=Path(__file__).parents[3],
+        )
+        write_arrays(work / f"{stage.name}.safetensors", pipeline.reduce(stage.name, files))
+    pipeline.assemble(tmp_path / "two", files, NoProgress())
+    run(spec, tmp_path / "alone", tmp_path / "one")
+    assert hashes(tmp_path / "one") == hashes(tmp_path / "two")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_scores_do_not_depend_on_shards_or_batches(ensemble: Problem, method: str) -> None:
+    reference = ensemble.fit("reference", method=METHODS[method])
+    expected = reference.scores(reference.query(ensemble.queries(), None), ALL, rescore=False)
+    own = reference.self_influence()
+    for shard_size, batch_size in ((60, 60), (7, 3), (1, 1)):
+        index = ensemble.fit("other", method=METHODS[method], shard_size=shard_size, batch_size=batch_size)
+        found = index.scores(index.query(ensemble.queries(), None), ALL, rescore=False)
+        assert relative_error(found, expected) < 1e-5
+        assert relative_error(index.self_influence(), own) < 1e-5
+        assert index.spec.fingerprint() == reference.spec.fingerprint()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_float16_rows_stay_close(problem: Problem, method: str) -> None:
+    full = problem.fit("full", method=METHODS[method])
+    half = problem.fit("half", method=METHODS[method], store={"dtype": "float16"})
+    expected = full.scores(full.query(problem.queries(), None), ALL, rescore=False)
+    found = half.scores(half.query(problem.queries(), None), ALL, rescore=False)
+    assert relative_error(found, expected) < 3e-3
+    assert full.spec.fingerprint() != half.spec.fingerprint()
+
+
+def test_spec_survives_json(ensemble: Problem) -> None:
+    spec = ensemble.with_(method=METHODS["trak"], layers=["layers.0"])
+    copied = FitSpec.model_validate_json(spec.model_dump_json())
+    assert copied == spec
+    assert copied.fingerprint() == spec.fingerprint()
+
+
+def test_stages_cover_every_row_once_per_checkpoint(ensemble: Problem, tmp_path: Path) -> None:
+    stages = FitPipeline(ensemble.with_(method=METHODS["ekfac"]), tmp_path).stages()
+    assert [stage.name for stage in stages] == ["covariance", "eigenvalues", "features"]
+    for stage in stages:
+        assert [shard.ordinal for shard in stage.shards] == list(range(12))
+        for checkpoint in range(3):
+            covered = [range(shard.start, shard.stop) for shard in stage.shards if shard.checkpoint == checkpoint]
+            assert [row for part in covered for row in part] == list(range(60))
+
+
+def test_progress_counts_examples_and_can_stop_the_work(problem: Problem, tmp_path: Path) -> None:
+    class Stops:
+        done = 0
+
+        def advance(self, done: int) -> None:
+            self.done += done
+            if self.done >= 16:
+                raise Cancelled("asked to stop")
+
+    progress = Stops()
+    with pytest.raises(Cancelled):
+        FitPipeline(problem.spec, tmp_path).run_shard("features", 0, progress)
+    assert progress.done == 16
+
+
+def test_summary_describes_the_artifact(problem: Problem, tmp_path: Path) -> None:
+    spec = problem.with_(method=METHODS["grad_dot"], layers=None)
+    summary = run(spec, tmp_path / "work", tmp_path / "index")
+    assert summary.num_examples == 60
+    assert summary.dim == 256
+    assert summary.bytes == sum(path.stat().st_size for path in (tmp_path / "index").rglob("*") if path.is_file())
+    assert summary.recall == 1.0  # 60 examples are all re-scored
+    assert summary.coverage["percent"] == 100.0
+    assert LoadedIndex(tmp_path / "index", spec).recall == 1.0
