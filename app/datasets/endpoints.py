@@ -1,0 +1,175 @@
+"""Data sets: import, list, look at, delete."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Path, Query, Request, Response
+
+from app.datasets import service
+from app.datasets.schemas import DatasetOut, ExampleOut
+from app.errors import (
+    CorruptArtifact,
+    IdempotencyInFlight,
+    InUse,
+    NameTaken,
+    NotFound,
+    NotReady,
+    PayloadTooLarge,
+    StorageFull,
+    UnsupportedMedia,
+    problems,
+)
+from app.jobs.schemas import JobOut
+from app.jobs.service import shown as shown_job
+from app.web.boundary import TransactionalRoute
+from app.web.deps import IdempotencyKey, PageDep, PreferWait, ResourcesDep, SessionDep, answer_when_finished, require
+from app.web.effects import after_commit, undo_on_error
+from app.web.pagination import PageOf
+from app.web.strict_json import parse_strictly
+from app.web.uploads import form_of, json_part, saved_file, validated
+from attribution_core.spec import DatasetSpec
+
+router = APIRouter(prefix="/datasets", tags=["datasets"], route_class=TransactionalRoute)
+Row = Annotated[int, Path(ge=0, le=2**53, description="Row number, from 0.")]
+_SPEC = DatasetSpec.model_json_schema()
+_EXAMPLE = {"name": "mnist-train", "kind": "image", "input": "image", "target": "label", "metadata": ["source"]}
+_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file", "spec"],
+                    "additionalProperties": False,
+                    "properties": {
+                        "file": {"type": "string", "format": "binary", "description": "parquet, jsonl, csv or npz."},
+                        "spec": {"type": "string", "description": "A data set spec as JSON text."},
+                    },
+                },
+                "encoding": {"spec": {"contentType": "text/plain"}},
+            },
+            "application/json": {"schema": _SPEC, "examples": {"from a root": {"value": {**_EXAMPLE, "source": "imports:mnist.parquet"}}}},
+        },
+    }
+}
+
+
+@router.post(
+    "",
+    summary="Import a data set",
+    status_code=202,
+    response_model=JobOut,
+    dependencies=[require("write")],
+    openapi_extra=_BODY,
+    responses={
+        200: {"model": DatasetOut, "description": "The imported data set, with `Prefer: wait`."},
+        **problems(NameTaken, IdempotencyInFlight, PayloadTooLarge, UnsupportedMedia, StorageFull),
+    },
+)
+async def create_dataset(
+    request: Request,
+    response: Response,
+    session: SessionDep,
+    resources: ResourcesDep,
+    _key: IdempotencyKey = None,
+    _prefer: PreferWait = None,
+) -> JobOut:
+    """Import a file as an immutable, content-hashed data set.
+
+    Send the file as multipart with a JSON `spec`, or only the spec with a `source` under a configured root. Every row is checked; if any
+    has a problem nothing is imported and the data set's `error` lists the first hundred with their row numbers.
+    """
+    if request.headers.get("content-type", "").startswith("multipart/form-data"):
+        form = await form_of(request, "file", "spec")
+        spec = json_part(form, "spec", DatasetSpec)
+        async with saved_file(form, resources.uploads) as (path, name):
+            kept = path.with_suffix(".data")
+            dataset, job = await service.create(session, spec, resources.settings, (kept, name))
+            path.rename(kept)
+            undo_on_error(request, lambda: kept.unlink(missing_ok=True))
+    else:
+        kind = request.headers.get("content-type", "application/json").partition(";")[0].strip()
+        if kind != "application/json":
+            raise UnsupportedMedia("This endpoint takes multipart/form-data or application/json.")
+        spec = validated(DatasetSpec, parse_strictly(await request.body()))
+        dataset, job = await service.create(session, spec, resources.settings, None)
+    response.headers["Location"] = f"/v1/jobs/{job.id}"
+
+    async def finished(session: Any) -> DatasetOut:
+        return service.shown(await service.find(session, dataset.id))
+
+    answer_when_finished(request, finished)
+    return shown_job(job)
+
+
+@router.get("", summary="List data sets", dependencies=[require("read")], responses=problems())
+async def list_datasets(session: SessionDep, page: PageDep) -> PageOf[DatasetOut]:
+    """Return data sets, newest first."""
+    return await service.list_datasets(session, page)
+
+
+@router.get("/{dataset}", summary="Get a data set", dependencies=[require("read")], responses=problems(NotFound))
+async def get_dataset(session: SessionDep, dataset: str) -> DatasetOut:
+    """Return a data set by id or name, with the report of its import."""
+    return service.shown(await service.find(session, dataset))
+
+
+@router.delete(
+    "/{dataset}", summary="Delete a data set", status_code=204, dependencies=[require("write")], responses=problems(NotFound, InUse)
+)
+async def delete_dataset(request: Request, session: SessionDep, resources: ResourcesDep, dataset: str) -> None:
+    """Delete a data set and its files, unless an index refers to it."""
+    after_commit(request, await service.delete(session, dataset, resources.artifacts))
+
+
+@router.get(
+    "/{dataset}/examples",
+    summary="List examples",
+    dependencies=[require("read")],
+    responses=problems(NotFound, NotReady, CorruptArtifact),
+)
+async def list_examples(
+    session: SessionDep,
+    resources: ResourcesDep,
+    page: PageDep,
+    dataset: str,
+    filter: Annotated[  # noqa: A002, the contract's name
+        str | None,
+        Query(
+            max_length=8192,
+            description='A filter as JSON, e.g. `{"field": "target", "op": "eq", "value": 3}`.',
+            examples=['{"field": "target", "op": "eq", "value": 3}'],
+        ),
+    ] = None,
+) -> PageOf[ExampleOut]:
+    """Return examples by row, optionally those that a filter selects."""
+    found = await service.find_ready(session, dataset)
+    return await service.examples(resources.artifacts, found, page, filter)
+
+
+@router.get(
+    "/{dataset}/examples/{row}",
+    summary="Get an example",
+    dependencies=[require("read")],
+    responses=problems(NotFound, NotReady, CorruptArtifact),
+)
+async def get_example(session: SessionDep, resources: ResourcesDep, dataset: str, row: Row) -> ExampleOut:
+    """Return one example's id, target and metadata."""
+    return await service.example(resources.artifacts, await service.find_ready(session, dataset), row)
+
+
+@router.get(
+    "/{dataset}/examples/{row}/preview",
+    summary="Look at an example",
+    dependencies=[require("read")],
+    response_class=Response,
+    responses={
+        200: {"content": {"image/png": {}, "text/plain": {}}, "description": "A picture of an image, text otherwise."},
+        **problems(NotFound, NotReady, CorruptArtifact),
+    },
+)
+async def preview_example(session: SessionDep, resources: ResourcesDep, dataset: str, row: Row) -> Response:
+    """Return the input as a PNG for images, as plain text otherwise. Browsers are told to run nothing in it."""
+    preview = await service.preview(resources.artifacts, await service.find_ready(session, dataset), row)
+    headers = {"Content-Security-Policy": "default-src 'none'; sandbox", "Content-Disposition": "inline"}
+    return Response(preview.content, media_type=preview.media_type, headers=headers)

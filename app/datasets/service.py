@@ -1,0 +1,250 @@
+"""Registering, importing, listing and deleting data sets."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.datasets import repository
+from app.datasets.previews import Preview, preview_of
+from app.datasets.schemas import Column, DatasetOut, ExampleOut
+from app.db.ids import new_id
+from app.db.tables import Dataset, Job
+from app.errors import InUse, InvalidRequest, NameTaken, NotFound, NotReady
+from app.jobs import service as jobs
+from app.settings import Settings
+from app.storage.artifacts import ArtifactStore, Published
+from app.storage.roots import resolve
+from app.web.pagination import Page, PageOf, cut, next_cursor
+from app.web.strict_json import parse_strictly
+from attribution_core.data.formats import format_of
+from attribution_core.data.importer import DatasetSummary
+from attribution_core.data.reader import DatasetReader
+from attribution_core.spec import DatasetSpec, Filter, check_filter_size
+
+_FILTER: TypeAdapter[Filter] = TypeAdapter(Filter)
+
+
+async def create(
+    session: AsyncSession, spec: DatasetSpec, settings: Settings, upload: tuple[Path, str] | None
+) -> tuple[Dataset, Job]:
+    """Register a data set and submit its import; an uploaded file stays under a name of ours until then.
+
+    Raises:
+        InvalidRequest: if the source or its format cannot be told.
+        NameTaken: if a data set of that name exists.
+    """
+    if upload is not None and spec.source is not None:
+        raise InvalidRequest("Give either a file or a source.", pointer="/spec/source")
+    if upload is None:
+        if spec.source is None:
+            raise InvalidRequest("Give a file as multipart, or `source` as `root:name/path`.", pointer="/source")
+        resolve(settings.roots, spec.source)
+    kind = spec.format or format_of(upload[1] if upload else spec.source or "")
+    if kind is None:
+        raise InvalidRequest("The file name does not tell its format; set `format`.", pointer="/format")
+    dataset = Dataset(
+        id=new_id("ds"),
+        name=spec.name,
+        status="importing",
+        spec=spec.model_copy(update={"format": kind}).model_dump(mode="json"),
+        upload=str(upload[0].name) if upload else None,
+    )
+    session.add(dataset)
+    try:
+        await session.flush()
+    except IntegrityError:
+        raise NameTaken(f"There is a data set {spec.name!r} already.", pointer="/name") from None
+    job = await jobs.submit(session, "import", "dataset", dataset.id, unit="rows")
+    dataset.job_id = job.id
+    await session.flush()
+    await session.refresh(dataset)
+    return dataset, job
+
+
+async def find(session: AsyncSession, reference: str, *, lock: bool = False) -> Dataset:
+    """Return a data set by id or name.
+
+    Raises:
+        NotFound: if there is none.
+    """
+    dataset = await repository.find(session, reference, lock=lock)
+    if dataset is None:
+        raise NotFound(f"There is no data set {reference[:64]!r}.")
+    return dataset
+
+
+async def find_ready(session: AsyncSession, reference: str) -> Dataset:
+    """Return an imported data set.
+
+    Raises:
+        NotFound: if there is none.
+        NotReady: if it is being imported, or its import failed.
+    """
+    dataset = await find(session, reference)
+    if dataset.status != "ready":
+        raise NotReady(f"Data set {dataset.name!r} is {dataset.status}.")
+    return dataset
+
+
+async def list_datasets(session: AsyncSession, page: Page) -> PageOf[DatasetOut]:
+    """Return one page of data sets, newest first."""
+    rows, following = cut(await repository.page(session, page), page, "datasets")
+    return PageOf[DatasetOut](items=[shown(row) for row in rows], next=following)
+
+
+async def delete(session: AsyncSession, reference: str, artifacts: ArtifactStore) -> Callable[[], None]:
+    """Delete a data set; returns what removes its files once that is committed.
+
+    Raises:
+        InUse: if an index was fitted to it, or it is still being imported.
+    """
+    dataset = await find(session, reference, lock=True)
+    if dataset.status == "importing":
+        raise InUse("The data set is being imported; cancel its job first.")
+    await session.delete(dataset)
+    try:
+        await session.flush()
+    except IntegrityError:
+        raise InUse("An index was fitted to this data set; delete the index first.") from None
+    artifact = dataset.artifact
+    return lambda: artifacts.delete(artifact) if artifact else None
+
+
+async def examples(
+    artifacts: ArtifactStore, dataset: Dataset, page: Page, condition: str | None
+) -> PageOf[ExampleOut]:
+    """Return one page of examples by row, those that a filter selects."""
+    chosen = None if condition is None else parsed_filter(condition)
+    reader = reader_of(artifacts, dataset)
+    after = page.number_after(f"examples:{dataset.id}:{condition or ''}"[:256])
+
+    def read() -> tuple[list[dict[str, Any]], bool]:
+        rows = np.arange(reader.num_examples) if chosen is None else reader.matching(chosen)
+        rows = rows if after is None else rows[rows > after]
+        return reader.describe(rows[: page.limit]), len(rows) > page.limit
+
+    found, more = await asyncio.to_thread(read)
+    following = next_cursor(f"examples:{dataset.id}:{condition or ''}"[:256], found[-1]["row"]) if more else None
+    return PageOf[ExampleOut](items=[_example(dataset, entry) for entry in found], next=following)
+
+
+async def example(artifacts: ArtifactStore, dataset: Dataset, row: int) -> ExampleOut:
+    """Return one example.
+
+    Raises:
+        NotFound: if the row does not exist.
+    """
+    reader = _with_row(artifacts, dataset, row)
+    found = await asyncio.to_thread(lambda: reader.describe(np.array([row])))
+    return _example(dataset, found[0])
+
+
+async def preview(artifacts: ArtifactStore, dataset: Dataset, row: int) -> Preview:
+    """Return one example's input as a picture or text.
+
+    Raises:
+        NotFound: if the row does not exist.
+    """
+    reader = _with_row(artifacts, dataset, row)
+    return await asyncio.to_thread(lambda: preview_of(reader, row))
+
+
+async def import_plan(session: AsyncSession, dataset_id: str, settings: Settings) -> tuple[Path, DatasetSpec]:
+    """Return the file to import and how."""
+    dataset = await find(session, dataset_id)
+    spec = DatasetSpec.model_validate(dataset.spec)
+    if dataset.upload is not None:
+        return settings.data_dir / "uploads" / dataset.upload, spec
+    return resolve(settings.roots, spec.source or ""), spec
+
+
+async def finish_import(session: AsyncSession, dataset_id: str, summary: DatasetSummary, published: Published) -> None:
+    """Make an imported data set visible."""
+    dataset = await find(session, dataset_id, lock=True)
+    if dataset.spec["kind"] == "tensor":
+        dataset.spec = {**dataset.spec, "shape": summary.input_shape}
+    dataset.status, dataset.error = "ready", None
+    dataset.artifact, dataset.bytes = published.name, published.bytes
+    dataset.sha256, dataset.num_examples = summary.sha256, summary.num_examples
+    dataset.num_classes, dataset.target_type = summary.num_classes, summary.target_type
+    dataset.columns, dataset.input_shape = summary.columns, summary.input_shape
+
+
+async def fail_import(session: AsyncSession, dataset_id: str, error: dict[str, Any]) -> None:
+    """Record why an import failed."""
+    dataset = await find(session, dataset_id, lock=True)
+    dataset.status, dataset.error = "failed", error
+
+
+def parsed_filter(text: str) -> Filter:
+    """Return a filter given as JSON text.
+
+    Raises:
+        InvalidRequest: if it is not one.
+    """
+    try:
+        return check_filter_size(_FILTER.validate_python(parse_strictly(text.encode("utf-8", "surrogatepass"))))
+    except (ValidationError, ValueError, RecursionError):
+        example_ = json.dumps({"field": "label", "op": "eq", "value": 3})
+        raise InvalidRequest(f"The filter is not one such as {example_}.", pointer="/query/filter") from None
+
+
+def spec_of(dataset: Dataset) -> DatasetSpec:
+    """Return how a data set's values are read."""
+    return DatasetSpec.model_validate(dataset.spec)
+
+
+def reader_of(artifacts: ArtifactStore, dataset: Dataset) -> DatasetReader:
+    """Return a reader of a ready data set; readers are kept."""
+    assert dataset.artifact is not None
+    return _reader(artifacts.open(dataset.artifact), spec_of(dataset).model_dump_json())
+
+
+def shown(dataset: Dataset) -> DatasetOut:
+    """Return a data set as clients see it."""
+    return DatasetOut(
+        id=dataset.id,
+        name=dataset.name,
+        status=dataset.status,  # type: ignore[arg-type]
+        kind=dataset.spec["kind"],
+        spec=dataset.spec,
+        sha256=dataset.sha256,
+        num_examples=dataset.num_examples,
+        num_classes=dataset.num_classes,
+        target_type=dataset.target_type,  # type: ignore[arg-type]
+        input_shape=dataset.input_shape,
+        columns=None if dataset.columns is None else [Column(**column) for column in dataset.columns],
+        bytes=dataset.bytes,
+        job=dataset.job_id,
+        error=dataset.error,
+        created_at=dataset.created_at,
+    )
+
+
+def preview_path(dataset_id: str, row: int) -> str:
+    """Return where an example's preview is."""
+    return f"/v1/datasets/{dataset_id}/examples/{row}/preview"
+
+
+@lru_cache(maxsize=32)
+def _reader(folder: Path, spec: str) -> DatasetReader:
+    return DatasetReader(folder, DatasetSpec.model_validate_json(spec))
+
+
+def _with_row(artifacts: ArtifactStore, dataset: Dataset, row: int) -> DatasetReader:
+    reader = reader_of(artifacts, dataset)
+    if not 0 <= row < reader.num_examples:
+        raise NotFound(f"Data set {dataset.name!r} has no row {row}; it has {reader.num_examples}.")
+    return reader
+
+
+def _example(dataset: Dataset, entry: dict[str, Any]) -> ExampleOut:
+    return ExampleOut(**entry, preview=preview_path(dataset.id, entry["row"]))

@@ -1,0 +1,45 @@
+"""Indexes kept warm, least recently used first out, bounded by their estimated bytes."""
+
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+from app.storage.artifacts import ArtifactStore
+from attribution_core.methods.context import FitSpec
+from attribution_core.methods.loaded import LoadedIndex
+
+
+class IndexCache:
+    """Loads indexes when they are first asked for; each file is verified against its checksum then.
+
+    Args:
+        artifacts: where they are.
+        limit: bytes kept; the index in use is kept whatever its size.
+        device: where models are put.
+    """
+
+    def __init__(self, artifacts: ArtifactStore, limit: int, device: str) -> None:
+        self._artifacts = artifacts
+        self._limit = limit
+        self._device = device
+        self._loaded: OrderedDict[tuple[str, str], LoadedIndex] = OrderedDict()
+
+    def get(self, artifact: str, fit: dict[str, Any]) -> LoadedIndex:
+        """Return a loaded index.
+
+        Raises:
+            CorruptArtifactError: if a file is missing or damaged.
+            FingerprintMismatchError: if the artifact was fitted from something else.
+        """
+        spec = FitSpec.model_validate(fit)
+        key = (artifact, spec.fingerprint())
+        if key not in self._loaded:
+            folder: Path = self._artifacts.verify(artifact)
+            self._loaded[key] = LoadedIndex(folder, spec, device=self._device)
+        self._loaded.move_to_end(key)
+        self._evict()
+        return self._loaded[key]
+
+    def _evict(self) -> None:
+        while len(self._loaded) > 1 and sum(index.bytes for index in self._loaded.values()) > self._limit:
+            self._loaded.popitem(last=False)

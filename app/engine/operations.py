@@ -1,0 +1,209 @@
+"""What the engine can be asked, as functions of plain JSON values."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import TypeAdapter
+
+from app.engine.cache import IndexCache
+from attribution_core.architectures.build import describe_plugins, skeleton
+from attribution_core.data.batch import Batch
+from attribution_core.data.collate import ExampleSource
+from attribution_core.data.reader import DatasetReader
+from attribution_core.datamodel import predicted_change, removed_rows
+from attribution_core.errors import InvalidInputError
+from attribution_core.methods.loaded import Attribution, Found, LoadedIndex, Query
+from attribution_core.spec import ArchitectureSpec, DatasetSpec, Filter, Selector
+
+Json = dict[str, Any]
+_FILTER: TypeAdapter[Filter] = TypeAdapter(Filter)
+
+
+class Operations:
+    """The operations, over a cache of warm indexes."""
+
+    def __init__(self, cache: IndexCache, rescore_rows: int) -> None:
+        self._cache = cache
+        self._rescore_rows = rescore_rows
+
+    def run(self, operation: str, payload: Json) -> Json:
+        """Run one operation."""
+        match operation:
+            case "describe_model":
+                return describe_model(payload)
+            case "describe_plugins":
+                return {"plugins": describe_plugins()}
+            case "attribute":
+                return self.attribute([payload])[0]
+            case "predict":
+                return self.predict(payload)
+            case "self_influence":
+                return self.self_influence(payload)
+        raise InvalidInputError(f"the engine has no operation {operation}")
+
+    def attribute(self, payloads: Sequence[Json]) -> list[Json]:
+        """Answer requests that differ in nothing but their queries, encoded as one batch."""
+        first = payloads[0]
+        index = self._cache.get(first["artifact"], first["fit"])
+        batches = [_queries(index, payload["queries"]) for payload in payloads]
+        allowed = _allowed(index, first["filter"])
+        answers: list[Json] = []
+        for group in _same_shape(batches):
+            query = index.query(Batch.joined([batches[number] for number in group]), first["damping"])
+            found = index.attribute(query, first["top_k"], allowed, rescore=first["rescore"])
+            start = 0
+            for number in group:
+                stop = start + len(batches[number])
+                answers.append({"number": number, **_attributions(index, found[start:stop], first)})
+                start = stop
+        return sorted(answers, key=lambda answer: int(answer.pop("number")))
+
+    def predict(self, payload: Json) -> Json:
+        """Predict queries' measurements after training without each of several groups."""
+        index = self._cache.get(payload["artifact"], payload["fit"])
+        query = index.query(_queries(index, payload["queries"]), payload["damping"])
+        groups: list[list[np.ndarray]] = []  # per query, as top_positive and top_negative differ between queries
+        shared: dict[int, np.ndarray] = {}
+        for number, subset in enumerate(payload["subsets"]):
+            selector = Selector.model_validate(subset["selector"])
+            if selector.top_positive is None and selector.top_negative is None:
+                shared[number] = _left_out(index, subset, selected(index, selector))
+        effects, exact = np.zeros((len(query), len(payload["subsets"]))), True
+        if shared:
+            found, exact = self._effects(index, query, list(shared.values()), payload["rescore"])
+            effects[:, list(shared)] = found
+        groups = [[shared.get(number, np.empty(0, np.int64)) for number in range(len(payload["subsets"]))] for _ in query.outputs]
+        for number, subset in enumerate(payload["subsets"]):
+            if number not in shared:
+                for place, rows in enumerate(_top(index, query, subset, payload["rescore"])):
+                    groups[place][number] = rows
+                    part, exact_here = self._effects(index, _only(query, place), [rows], payload["rescore"])
+                    effects[place, number], exact = part[0, 0], exact and exact_here
+        return {
+            "outputs": query.outputs,
+            "changes": predicted_change(effects).tolist(),
+            "removed": [[len(rows) for rows in of_query] for of_query in groups],
+            **_honesty(index, payload["rescore"], exact),
+        }
+
+    def self_influence(self, payload: Json) -> Json:
+        """Return one page of training examples by their influence on themselves."""
+        index = self._cache.get(payload["artifact"], payload["fit"])
+        scores = index.self_influence()
+        sign = -1 if payload["order"] == "desc" else 1
+        order = np.lexsort((np.arange(len(scores)), sign * scores))
+        rows = order[payload["offset"] : payload["offset"] + payload["limit"]]
+        return {"rows": rows.tolist(), "scores": scores[rows].tolist(), "total": len(scores)}
+
+    def _effects(self, index: LoadedIndex, query: Query, groups: list[np.ndarray], rescore: bool) -> tuple[np.ndarray, bool]:
+        """Return group effects, and whether they are exact; very large groups are summed from stored features."""
+        small = sum(len(rows) for rows in groups) <= self._rescore_rows
+        return index.group_effects(query, groups, rescore=rescore and small), (rescore and small) or not index.rescores
+
+
+def describe_model(payload: Json) -> Json:
+    """Return what a model's checkpoints must hold."""
+    parameters = skeleton(ArchitectureSpec.model_validate(payload["architecture"]))
+    count = sum(int(np.prod(entry["shape"])) for entry in parameters.values())
+    return {"parameters": parameters, "num_parameters": count}
+
+
+def selected(index: LoadedIndex, selector: Selector) -> np.ndarray:
+    """Return the training rows a selector names, for selectors that do not depend on a query."""
+    reader = index.context.source.reader
+    if selector.ids is not None:
+        return np.unique(reader.rows_of_ids(selector.ids))
+    if selector.where is not None:
+        return reader.matching(selector.where)
+    rows = np.unique(np.asarray(selector.rows or [], dtype=np.int64))
+    if len(rows) and rows[-1] >= reader.num_examples:
+        raise InvalidInputError(f"training row {rows[-1]} does not exist: there are {reader.num_examples}", "/subsets")
+    return rows
+
+
+def _only(query: Query, place: int) -> Query:
+    part = slice(place, place + 1)
+    return Query(query.outputs[part], [side[part] for side in query.sides], query.rows[part])
+
+
+def _left_out(index: LoadedIndex, subset: Json, rows: np.ndarray) -> np.ndarray:
+    n = len(index.store)
+    left_out = removed_rows(n, keep=rows) if subset["keep"] else removed_rows(n, remove=rows)
+    if len(left_out) == n:
+        raise InvalidInputError("nothing would be left to train on", "/subsets")
+    return left_out
+
+
+def _top(index: LoadedIndex, query: Query, subset: Json, rescore: bool) -> list[np.ndarray]:
+    """Return per query the rows left out when a subset names each query's own top examples."""
+    selector = Selector.model_validate(subset["selector"])
+    wanted = min(selector.top_positive or selector.top_negative or 0, len(index.store))
+    found = index.attribute(query, wanted, None, rescore=rescore)
+    picked = [one.positive.rows if selector.top_positive else one.negative.rows for one in found]
+    return [_left_out(index, subset, np.sort(rows)) for rows in picked]
+
+
+@lru_cache(maxsize=64)
+def _reader(folder: str, spec: str) -> DatasetReader:
+    return DatasetReader(Path(folder), DatasetSpec.model_validate_json(spec))
+
+
+def _queries(index: LoadedIndex, queries: Sequence[Json]) -> Batch:
+    """Return all queries of a request as one batch, in their order."""
+    parts: list[Batch] = []
+    source = index.context.source
+    for number, query in enumerate(queries):
+        if "example" in query:
+            parts.append(_located(number, lambda query=query: source.inline([query["example"]])))
+        else:
+            reader = _reader(query["folder"], query["spec"])
+            of_data = ExampleSource(reader, source.task, source.tokenizer, source.device)
+            parts.append(_located(number, lambda query=query, of_data=of_data: of_data.batch(query["rows"])))
+    return Batch.joined(parts)
+
+
+def _located(number: int, make: Any) -> Batch:
+    try:
+        batch: Batch = make()
+    except InvalidInputError as error:
+        raise InvalidInputError(str(error), error.pointer or f"/queries/{number}") from None
+    return batch
+
+
+def _same_shape(batches: Sequence[Batch]) -> list[list[int]]:
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for number, batch in enumerate(batches):
+        groups.setdefault((*batch.inputs.shape[1:], batch.targets is None), []).append(number)
+    return list(groups.values())
+
+
+def _allowed(index: LoadedIndex, condition: Json | None) -> np.ndarray | None:
+    if condition is None:
+        return None
+    mask = np.zeros(len(index.store), dtype=bool)
+    mask[index.context.source.reader.matching(_FILTER.validate_python(condition))] = True
+    return mask
+
+
+def _attributions(index: LoadedIndex, found: Sequence[Attribution], request: Json) -> Json:
+    return {
+        "results": [
+            {"output": one.output, "positive": _listed(index, one.positive), "negative": _listed(index, one.negative)}
+            for one in found
+        ],
+        **_honesty(index, request["rescore"], True),
+    }
+
+
+def _listed(index: LoadedIndex, found: Found) -> list[Json]:
+    examples = index.context.source.reader.describe(found.rows)
+    return [{**entry, "score": score} for entry, score in zip(examples, found.scores.tolist(), strict=True)]
+
+
+def _honesty(index: LoadedIndex, rescore: bool, exact: bool) -> Json:
+    """Say whether scores are projections' and how much of the exact list the search finds."""
+    exact = exact and (rescore or not index.rescores)
+    return {"approximate": not exact or index.recall is None or index.recall < 1.0, "recall": index.recall}

@@ -1,0 +1,116 @@
+"""The engine process: reads requests, answers them one after the other, batches those that ask the same of one index.
+
+Started as `python -m app.engine.process` by the api; standard input and output are its pipes. It ends when its input ends.
+"""
+
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+from typing import Any, BinaryIO
+
+import structlog
+import torch
+
+from app.engine.cache import IndexCache
+from app.engine.frames import LENGTH, decoded, encoded
+from app.engine.operations import Operations
+from app.log import configure_logging
+from app.settings import Settings
+from app.storage.artifacts import ArtifactStore
+from attribution_core.errors import AttributionError, CorruptArtifactError, FingerprintMismatchError
+
+MAX_BATCH = 64
+log = structlog.get_logger("headwater.engine")
+Message = dict[str, Any]
+
+
+def serve(inputs: BinaryIO, outputs: BinaryIO, operations: Operations) -> None:
+    """Answer requests until the input ends."""
+    waiting: queue.Queue[Message | None] = queue.Queue()
+    threading.Thread(target=_read_all, args=(inputs, waiting), daemon=True).start()
+    _write(outputs, {"number": -1, "result": {}})
+    while (message := waiting.get()) is not None:
+        batch = [message, *_like(message, waiting)]
+        for answer in _answers(operations, batch):
+            _write(outputs, answer)
+
+
+def _read_all(inputs: BinaryIO, waiting: "queue.Queue[Message | None]") -> None:
+    while len(header := inputs.read(LENGTH.size)) == LENGTH.size:
+        (length,) = LENGTH.unpack(header)
+        waiting.put(decoded(inputs.read(length)))
+    waiting.put(None)
+    # A computation in progress would only answer nobody.
+    os._exit(0)
+
+
+def _like(first: Message, waiting: "queue.Queue[Message | None]") -> list[Message]:
+    """Take the requests already waiting that differ from the first in their queries only; others keep their turn."""
+    if first["operation"] != "attribute":
+        return []
+    wanted, taken, others = _kind_of(first), [], []
+    while len(taken) < MAX_BATCH - 1:
+        try:
+            message = waiting.get_nowait()
+        except queue.Empty:
+            break
+        if message is not None and message["operation"] == "attribute" and _kind_of(message) == wanted:
+            taken.append(message)
+        else:
+            others.append(message)
+    for message in others:
+        waiting.put(message)
+    return taken
+
+
+def _kind_of(message: Message) -> str:
+    return json.dumps({key: value for key, value in message["payload"].items() if key != "queries"}, sort_keys=True)
+
+
+def _answers(operations: Operations, batch: list[Message]) -> list[Message]:
+    if len(batch) > 1:
+        try:
+            results = operations.attribute([message["payload"] for message in batch])
+            return [{"number": m["number"], "result": result} for m, result in zip(batch, results, strict=True)]
+        except AttributionError:
+            pass  # one of them is wrong: each gets its own answer
+    return [_answer(operations, message) for message in batch]
+
+
+def _answer(operations: Operations, message: Message) -> Message:
+    number = message["number"]
+    try:
+        return {"number": number, "result": operations.run(message["operation"], message["payload"])}
+    except (CorruptArtifactError, FingerprintMismatchError) as error:
+        return {"number": number, "error": {"kind": "corrupt", "detail": str(error)}}
+    except AttributionError as error:
+        return {"number": number, "error": {"kind": "invalid", "detail": str(error), "pointer": error.pointer}}
+    except Exception as error:
+        log.exception("operation failed", operation=message["operation"])
+        return {"number": number, "error": {"kind": "internal", "detail": f"{type(error).__name__}: {error}"}}
+
+
+def _write(outputs: BinaryIO, message: Message) -> None:
+    outputs.write(encoded(message))
+    outputs.flush()
+
+
+def main() -> None:
+    """Answer on standard output what is asked on standard input."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    settings = Settings()
+    configure_logging(settings, "engine")
+    torch.set_num_threads(settings.engine.threads or os.cpu_count() or 1)
+    device = settings.engine.device
+    used = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    cache = IndexCache(ArtifactStore(settings.data_dir), settings.engine.memory_bytes, used)
+    outputs = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    sys.stdout = sys.stderr  # nothing a library prints may end up between frames
+    serve(sys.stdin.buffer, outputs, Operations(cache, settings.limits.rescore_rows))
+
+
+if __name__ == "__main__":
+    main()

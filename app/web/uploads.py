@@ -1,0 +1,104 @@
+"""Multipart uploads: the file spooled to disk by the parser, then moved under our own name; the JSON parts parsed strictly."""
+
+import asyncio
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
+
+from app.errors import FieldProblem, InvalidRequest, StorageFull, UnsupportedMedia
+from app.web.strict_json import parse_strictly
+
+_COPY_BYTES = 1 << 20
+M = TypeVar("M", bound=BaseModel)
+
+
+async def form_of(request: Request, *parts: str) -> FormData:
+    """Return a multipart form that has exactly the named parts.
+
+    Raises:
+        UnsupportedMedia: if the body is not a form.
+        InvalidRequest: if a part is missing, unknown or repeated.
+    """
+    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        raise UnsupportedMedia("This endpoint takes multipart/form-data.")
+    try:
+        form = await request.form(max_files=1, max_fields=4)
+    except HTTPException as error:
+        raise InvalidRequest(f"The form cannot be parsed: {error.detail}") from None
+    given = [name for name, _ in form.multi_items()]
+    wrong = sorted(set(given) ^ set(parts)) or [name for name in parts if given.count(name) > 1]
+    if wrong:
+        errors = [FieldProblem(pointer=f"/{name[:64]}", detail="missing, unknown or repeated part") for name in wrong[:10]]
+        raise InvalidRequest(f"The form must have exactly the parts {', '.join(parts)}.", errors)
+    return form
+
+
+def json_part(form: FormData, name: str, model: type[M]) -> M:
+    """Return a JSON part as a model.
+
+    Raises:
+        InvalidRequest: with a pointer to each field that is wrong.
+    """
+    value = form[name]
+    if not isinstance(value, str):
+        raise InvalidRequest(f"The part {name} must be JSON text, not a file.", pointer=f"/{name}")
+    return validated(model, parse_strictly(value.encode("utf-8", "surrogatepass")), f"/{name}")
+
+
+def validated(model: type[M], value: object, at: str = "") -> M:
+    """Return a value as a model.
+
+    Raises:
+        InvalidRequest: with a pointer to each field that is wrong.
+    """
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        errors = [
+            FieldProblem(pointer=at + "".join(f"/{step}" for step in entry["loc"]), detail=entry["msg"])
+            for entry in error.errors(include_url=False, include_context=False, include_input=False)
+        ]
+        raise InvalidRequest(f"{errors[0].pointer or 'The body'}: {errors[0].detail}", errors[:100]) from None
+
+
+@asynccontextmanager
+async def saved_file(form: FormData, folder: Path) -> AsyncIterator[tuple[Path, str]]:
+    """Write the part `file` durably into a folder; yields its path and the client's name for it.
+
+    The file is removed at the end unless it was moved away.
+
+    Raises:
+        InvalidRequest: if the part is not a file.
+        StorageFull: if there is no space.
+    """
+    upload = form["file"]
+    if not isinstance(upload, UploadFile):
+        raise InvalidRequest("The part file must be a file.", pointer="/file")
+    path = folder / f"{secrets.token_hex(16)}.upload"
+    try:
+        await asyncio.to_thread(_copy, upload, path)
+        yield path, upload.filename or ""
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise StorageFull("There is no space left for this upload.") from None
+        raise
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _copy(upload: UploadFile, path: Path) -> None:
+    upload.file.seek(0)
+    with path.open("wb") as out:
+        shutil.copyfileobj(upload.file, out, _COPY_BYTES)
+        out.flush()
+        os.fsync(out.fileno())

@@ -1,0 +1,1 @@
+"""Training data: from files to canonical Parquet, and from there to batches."""

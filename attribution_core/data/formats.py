@@ -1,0 +1,212 @@
+"""Streaming rows out of parquet, jsonl, csv and npz files.
+
+Every reader yields `(first row number, {column: values})` with up to 1,024 rows. A file that cannot be read at all raises; a line
+that cannot be read yields `Unreadable` values, so that it is reported with its number like any other problem.
+"""
+
+import csv
+import json
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from attribution_core.errors import InvalidInputError
+
+BATCH_ROWS = 1024
+MAX_LINE_BYTES = 64 << 20
+MAX_NPZ_BYTES = 8 << 30
+MAX_COLUMNS = 100_000
+_MAGICS = {b"PAR1": "parquet", b"PK\x03\x04": "npz"}
+
+Rows = Iterator[tuple[int, dict[str, Sequence[Any]]]]
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """Stands in a column for a value whose line could not be read."""
+
+    problem: str
+
+
+def format_of(name: str) -> str | None:
+    """Return the format a file name's ending tells, None if it tells none."""
+    return {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".npz": "npz"}.get(
+        Path(name).suffix.lower()
+    )
+
+
+def read_rows(path: Path, kind: str, columns: Sequence[str]) -> Rows:
+    """Yield the named columns of a file.
+
+    Raises:
+        InvalidInputError: if the file is not what `kind` says, is damaged, or lacks a column.
+    """
+    _check_start(path, kind)
+    return {"parquet": _parquet, "jsonl": _jsonl, "csv": _csv, "npz": _npz}[kind](path, columns)
+
+
+def _check_start(path: Path, kind: str) -> None:
+    with path.open("rb") as file:
+        start = file.read(4)
+    if not start:
+        raise InvalidInputError("the file is empty")
+    actual = _MAGICS.get(start)
+    if (kind in ("parquet", "npz") or actual) and actual != kind:
+        raise InvalidInputError(f"the file is not {kind}" + (f" but {actual}" if actual else ""))
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise InvalidInputError("the file is UTF-16; save it as UTF-8")
+
+
+def _require(columns: Sequence[str], present: Sequence[str]) -> None:
+    missing = [name for name in columns if name not in set(present)]
+    if missing:
+        has = ", ".join(list(present)[:30])
+        raise InvalidInputError(f"the file has no column {', '.join(missing[:30])}; it has {has}")
+
+
+def _parquet(path: Path, columns: Sequence[str]) -> Rows:
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise InvalidInputError(f"the parquet file is damaged: {error}") from None
+    with file:
+        _require(columns, file.schema_arrow.names)
+        start = 0
+        try:
+            for batch in file.iter_batches(BATCH_ROWS, columns=list(columns), use_threads=False):
+                yield start, {name: batch.column(name).to_pylist() for name in columns}
+                start += len(batch)
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise InvalidInputError(f"the parquet file is damaged after row {start}: {error}") from None
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while line := file.readline(MAX_LINE_BYTES + 1):
+            if len(line) > MAX_LINE_BYTES:
+                raise InvalidInputError(f"a line is longer than {MAX_LINE_BYTES >> 20} MiB")
+            yield line
+
+
+def _jsonl(path: Path, columns: Sequence[str]) -> Rows:
+    records: list[dict[str, Any] | Unreadable] = []
+    start = 0
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        records.append(_record(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, number))
+        if len(records) == BATCH_ROWS:
+            yield start, _columns_of(records, columns)
+            start, records = start + len(records), []
+    if records:
+        yield start, _columns_of(records, columns)
+
+
+def _record(line: bytes, number: int) -> dict[str, Any] | Unreadable:
+    try:
+        record = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
+    except UnicodeDecodeError:
+        return Unreadable(f"line {number} is not UTF-8")
+    except (ValueError, RecursionError) as error:
+        return Unreadable(f"line {number} is not JSON: {error}")
+    return record if isinstance(record, dict) else Unreadable(f"line {number} is not a JSON object")
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _columns_of(records: Sequence[dict[str, Any] | Unreadable], columns: Sequence[str]) -> dict[str, list[Any]]:
+    return {
+        name: [record if isinstance(record, Unreadable) else record.get(name) for record in records] for name in columns
+    }
+
+
+def _csv(path: Path, columns: Sequence[str]) -> Rows:
+    """Cells are text; a column whose every cell is a number or a boolean is read as such, empty cells as null."""
+    types = _csv_types(path, columns)
+    start = 0
+    for records in _csv_batches(path, columns):
+        values = _columns_of(records, columns)
+        yield start, {name: [_typed(value, types[name]) for value in values[name]] for name in columns}
+        start += len(records)
+
+
+def _csv_batches(path: Path, columns: Sequence[str]) -> Iterator[list[dict[str, Any] | Unreadable]]:
+    records: list[dict[str, Any] | Unreadable] = []
+    try:
+        csv.field_size_limit(MAX_LINE_BYTES)
+        reader = csv.reader((line.decode("utf-8") for line in _lines(path)), strict=True)
+        header = [name.strip().removeprefix("\ufeff") for name in next(reader, [])]
+        if len(header) > MAX_COLUMNS or len(set(header)) != len(header):
+            raise InvalidInputError("the header names a column twice, or more than 100,000 columns")
+        _require(columns, header)
+        for cells in reader:
+            if not cells:
+                continue
+            if len(cells) == len(header):
+                records.append(dict(zip(header, cells, strict=True)))
+            else:
+                records.append(Unreadable(f"line {reader.line_num} has {len(cells)} cells, the header {len(header)}"))
+            if len(records) == BATCH_ROWS:
+                yield records
+                records = []
+    except UnicodeDecodeError:
+        raise InvalidInputError("the file is not UTF-8") from None
+    except csv.Error as error:
+        raise InvalidInputError(f"the file is not CSV: {error}") from None
+    if records:
+        yield records
+
+
+def _csv_types(path: Path, columns: Sequence[str]) -> dict[str, type]:
+    possible: dict[str, list[type]] = {name: [int, float, bool] for name in columns}
+    for records in _csv_batches(path, columns):
+        for name, values in _columns_of(records, columns).items():
+            for kind in list(possible[name]):
+                if any(isinstance(value, str) and value and not _reads_as(value, kind) for value in values):
+                    possible[name].remove(kind)
+    return {name: kinds[0] if kinds else str for name, kinds in possible.items()}
+
+
+def _reads_as(text: str, kind: type) -> bool:
+    if kind is bool:
+        return text.strip().lower() in ("true", "false")
+    try:
+        kind(text)
+    except ValueError:
+        return False
+    return "_" not in text
+
+
+def _typed(value: Any, kind: type) -> Any:
+    if not isinstance(value, str):
+        return value
+    if value == "":
+        return None
+    return value.strip().lower() == "true" if kind is bool else kind(value)
+
+
+def _npz(path: Path, columns: Sequence[str]) -> Rows:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > MAX_NPZ_BYTES:
+                raise InvalidInputError(f"the npz file unpacks to more than {MAX_NPZ_BYTES >> 30} GiB")
+        with np.load(path, allow_pickle=False) as archive:
+            _require(columns, archive.files)
+            arrays = {name: archive[name] for name in columns}
+    except InvalidInputError:
+        raise
+    except (zipfile.BadZipFile, ValueError, OSError, EOFError, KeyError, NotImplementedError) as error:
+        raise InvalidInputError(f"the npz file is damaged, or holds Python objects: {error}") from None
+    lengths = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
+    if len(set(lengths.values())) > 1:
+        raise InvalidInputError(f"the arrays have different lengths: {lengths}")
+    for start in range(0, max(lengths.values()), BATCH_ROWS):
+        yield start, {name: list(array[start : start + BATCH_ROWS]) for name, array in arrays.items()}

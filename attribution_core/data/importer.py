@@ -1,0 +1,310 @@
+"""From a user's file to the canonical data set, or to a report of everything that is wrong with it.
+
+Two passes: the first checks every value and settles the columns' types, the second writes. Nothing is written for a file with problems.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from attribution_core.data import content
+from attribution_core.data.formats import Unreadable, format_of, read_rows
+from attribution_core.data.reader import FILE_NAME, METADATA_PREFIX, ROW_GROUP_SIZE, decoded_png
+from attribution_core.errors import InvalidInputError
+from attribution_core.fingerprint import canonical_json
+from attribution_core.progress import Progress
+from attribution_core.spec import DatasetSpec
+
+MAX_LISTED_PROBLEMS = 100
+
+
+class DatasetProblems(InvalidInputError):  # noqa: N818, it is a list of them
+    """The file's rows have problems.
+
+    Attributes:
+        problems: the first 100, `{"row", "column", "problem"}`.
+        total: how many there are.
+    """
+
+    def __init__(self, problems: list[dict[str, Any]], total: int) -> None:
+        first = problems[0]
+        where = f"row {first['row']}, column {first['column']}"
+        super().__init__(f"{total} problem{'s' if total > 1 else ''}; the first: {where}: {first['problem']}")
+        self.problems = problems
+        self.total = total
+
+
+@dataclass(frozen=True)
+class DatasetSummary:
+    """What an imported data set is.
+
+    Attributes:
+        sha256: of the content; it does not depend on the source's format or on how rows were batched.
+        columns: `{"name", "type", "role"}` with role `id`, `input`, `target` or `metadata`.
+        target_type: `class`, `real`, `vector`, or None without targets.
+        num_classes: largest class + 1.
+        input_shape: of one input as a model sees it; None for tokens and text.
+    """
+
+    num_examples: int
+    sha256: str
+    columns: list[dict[str, str]]
+    target_type: str | None
+    num_classes: int | None
+    input_shape: list[int] | None
+
+
+@dataclass
+class _Findings:
+    """What the first pass learns."""
+
+    rows: int = 0
+    problems: list[dict[str, Any]] = field(default_factory=list)
+    total: int = 0
+    ids: set[str] = field(default_factory=set)
+    target_types: set[type] = field(default_factory=set)
+    target_length: int | None = None
+    max_target: int = -1
+    min_target: int = 0
+    metadata_types: dict[str, set[type]] = field(default_factory=dict)
+    shape: tuple[int, ...] | None = None
+
+    def problem(self, row: int, column: str, text: str) -> None:
+        self.total += 1
+        if len(self.problems) < MAX_LISTED_PROBLEMS:
+            self.problems.append({"row": row, "column": column, "problem": text})
+
+
+def import_dataset(source: Path, spec: DatasetSpec, into: Path, progress: Progress) -> DatasetSummary:
+    """Convert a file to canonical Parquet in the folder `into`.
+
+    Raises:
+        DatasetProblems: with every row's problems, after the whole file was read.
+        InvalidInputError: if the file cannot be read at all.
+    """
+    kind = spec.format or format_of(source.name)
+    if kind is None:
+        raise InvalidInputError("the file name does not tell its format; set `format`", "/format")
+    findings = _examined(source, kind, spec, progress)
+    if findings.rows == 0:
+        raise InvalidInputError("the data set is empty")
+    if findings.total:
+        raise DatasetProblems(findings.problems, findings.total)
+    schema = _schema(spec, findings)
+    sha256 = _written(source, kind, spec, schema, into / FILE_NAME, progress)
+    classes = findings.target_types == {int} and findings.min_target >= 0
+    return DatasetSummary(
+        num_examples=findings.rows,
+        sha256=sha256,
+        columns=_described(schema),
+        target_type=_target_type(findings) if spec.target else None,
+        num_classes=findings.max_target + 1 if spec.target and classes else None,
+        input_shape=_input_shape(spec, findings.shape),
+    )
+
+
+def _examined(source: Path, kind: str, spec: DatasetSpec, progress: Progress) -> _Findings:
+    findings = _Findings(metadata_types={name: set() for name in spec.metadata}, shape=tuple(spec.shape or ()) or None)
+    for start, columns in read_rows(source, kind, _wanted(spec)):
+        length = len(next(iter(columns.values())))
+        for offset in range(length):
+            _examine_row(start + offset, {name: values[offset] for name, values in columns.items()}, spec, findings)
+        findings.rows = start + length
+        progress.advance(length)
+    for name, types in findings.metadata_types.items():
+        if len(types - {int, float}) > (0 if types & {int, float} else 1):
+            names = ", ".join(sorted(kind.__name__ for kind in types))
+            findings.problem(0, name, f"the column mixes {names}")
+    if len(findings.target_types) > 1 and list in findings.target_types:
+        findings.problem(0, spec.target or "", "the column mixes numbers and lists")
+    return findings
+
+
+def _examine_row(row: int, values: dict[str, Any], spec: DatasetSpec, findings: _Findings) -> None:
+    unreadable = next((value for value in values.values() if isinstance(value, Unreadable)), None)
+    if unreadable is not None:
+        findings.problem(row, "", unreadable.problem)
+        return
+
+    def checked(column: str, check: Callable[[Any], Any], value: Any) -> Any:
+        try:
+            return check(value)
+        except InvalidInputError as error:
+            findings.problem(row, column, str(error))
+            return None
+
+    name = spec.input if isinstance(spec.input, str) else ", ".join(spec.input[:3])
+    found = checked(name, lambda value: _input_value(value, spec), _raw_input(values, spec))
+    if found is not None:
+        _note_shape(row, name, found, findings, spec)
+    if spec.target is not None:
+        _note_target(row, spec.target, checked(spec.target, content.as_target, values[spec.target]), findings)
+    if spec.id is not None:
+        given = checked(spec.id, content.as_id, values[spec.id])
+        if given in findings.ids:
+            findings.problem(row, spec.id, f"id {given[:80]!r} occurs twice")
+        elif given is not None:
+            findings.ids.add(given)
+    for column in spec.metadata:
+        scalar = checked(column, content.as_scalar, values[column])
+        if scalar is not None:
+            findings.metadata_types[column].add(type(scalar))
+
+
+def _note_shape(row: int, column: str, value: Any, findings: _Findings, spec: DatasetSpec) -> None:
+    if spec.kind in ("text", "tokens"):
+        return
+    shape = np.shape(decoded_png(value)) if spec.kind == "image" else np.shape(value)
+    if spec.kind == "tensor" and spec.shape and np.prod(shape) == np.prod(spec.shape) and len(shape) == 1:
+        shape = tuple(spec.shape)
+    if findings.shape is None:
+        findings.shape = shape
+    elif shape != findings.shape:
+        findings.problem(row, column, f"shape {list(shape)}, where others have {list(findings.shape)}")
+
+
+def _note_target(row: int, column: str, value: Any, findings: _Findings) -> None:
+    if value is None:
+        return
+    findings.target_types.add(type(value))
+    if isinstance(value, int):
+        findings.max_target, findings.min_target = max(findings.max_target, value), min(findings.min_target, value)
+    if isinstance(value, list):
+        if findings.target_length not in (None, len(value)):
+            findings.problem(row, column, f"{len(value)} target values, where others have {findings.target_length}")
+        findings.target_length = findings.target_length or len(value)
+
+
+def _wanted(spec: DatasetSpec) -> list[str]:
+    inputs = [spec.input] if isinstance(spec.input, str) else spec.input
+    return list(dict.fromkeys([*inputs, *filter(None, (spec.target, spec.id)), *spec.metadata]))
+
+
+def _raw_input(values: dict[str, Any], spec: DatasetSpec) -> Any:
+    return values[spec.input] if isinstance(spec.input, str) else [values[name] for name in spec.input]
+
+
+def _input_value(value: Any, spec: DatasetSpec) -> Any:
+    """Return one input in its canonical form: PNG bytes, a float32 or int32 array, or text."""
+    if value is None:
+        raise InvalidInputError("no input")
+    match spec.kind:
+        case "image":
+            return content.as_png(value, spec)
+        case "tensor":
+            return content.as_array(value)
+        case "tabular":
+            array = content.as_array([value] if np.isscalar(value) else value)
+            if array.ndim != 1:
+                raise InvalidInputError("a table's row must be a flat list of numbers")
+            return array
+        case "tokens":
+            return content.as_tokens(value)
+        case _:
+            return content.as_text(value)
+
+
+def _schema(spec: DatasetSpec, findings: _Findings) -> pa.Schema:
+    inputs = {
+        "image": pa.binary(),
+        "tensor": pa.list_(pa.float32()),
+        "tabular": pa.list_(pa.float32()),
+        "tokens": pa.list_(pa.int32()),
+        "text": pa.string(),
+    }
+    targets = {"class": pa.int64(), "real": pa.float64(), "vector": pa.list_(pa.float64())}
+    fields = [pa.field("id", pa.string()), pa.field("input", inputs[spec.kind])]
+    if spec.target is not None:
+        fields.append(pa.field("target", targets[_target_type(findings)]))
+    kinds = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+    for name, types in findings.metadata_types.items():
+        kind = float if types == {int, float} else next(iter(types), str)
+        fields.append(pa.field(METADATA_PREFIX + name, kinds[kind]))
+    return pa.schema(fields)
+
+
+def _target_type(findings: _Findings) -> str:
+    if list in findings.target_types:
+        return "vector"
+    return "real" if float in findings.target_types else "class"
+
+
+def _written(source: Path, kind: str, spec: DatasetSpec, schema: pa.Schema, path: Path, progress: Progress) -> str:
+    digest = hashlib.sha256(canonical_json([spec.kind, [f"{entry.name}:{entry.type}" for entry in schema]]))
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for table in _tables(source, kind, spec, schema, digest.update):
+            writer.write_table(table, row_group_size=ROW_GROUP_SIZE)
+            progress.advance(len(table))
+    return digest.hexdigest()
+
+
+def _tables(
+    source: Path, kind: str, spec: DatasetSpec, schema: pa.Schema, update: Callable[[bytes], None]
+) -> Iterator[pa.Table]:
+    """Yield the canonical rows in full row groups, feeding each row's content to the hash."""
+    pending: list[dict[str, Any]] = []
+    for start, columns in read_rows(source, kind, _wanted(spec)):
+        for offset in range(len(next(iter(columns.values())))):
+            values = {name: column[offset] for name, column in columns.items()}
+            row = _canonical_row(start + offset, values, spec, schema)
+            update(_row_bytes(row, spec))
+            pending.append(row)
+        if len(pending) >= ROW_GROUP_SIZE:
+            yield _table(pending[:ROW_GROUP_SIZE], schema)
+            pending = pending[ROW_GROUP_SIZE:]
+    if pending:
+        yield _table(pending, schema)
+
+
+def _table(rows: Sequence[dict[str, Any]], schema: pa.Schema) -> pa.Table:
+    return pa.Table.from_pylist(list(rows), schema=schema)
+
+
+def _canonical_row(row: int, values: dict[str, Any], spec: DatasetSpec, schema: pa.Schema) -> dict[str, Any]:
+    value = _input_value(_raw_input(values, spec), spec)
+    found: dict[str, Any] = {
+        "id": content.as_id(values[spec.id]) if spec.id else str(row),
+        "input": value.ravel() if isinstance(value, np.ndarray) else value,
+    }
+    if spec.target is not None:
+        target = content.as_target(values[spec.target])
+        found["target"] = float(target) if schema.field("target").type == pa.float64() else target  # type: ignore[arg-type]
+    for name in spec.metadata:
+        scalar = content.as_scalar(values[name])
+        wants_float = schema.field(METADATA_PREFIX + name).type == pa.float64() and scalar is not None
+        found[METADATA_PREFIX + name] = float(scalar) if wants_float else scalar  # type: ignore[arg-type]
+    return found
+
+
+def _row_bytes(row: dict[str, Any], spec: DatasetSpec) -> bytes:
+    """Return a row's content; an image counts by its pixels, whatever compressed them."""
+    value = row["input"]
+    if spec.kind == "image":
+        value = decoded_png(value)
+    raw = value.encode() if isinstance(value, str) else np.ascontiguousarray(value).tobytes()
+    rest = canonical_json([list(np.shape(value)), {name: entry for name, entry in row.items() if name != "input"}])
+    return len(raw).to_bytes(8, "little") + raw + len(rest).to_bytes(8, "little") + rest
+
+
+def _described(schema: pa.Schema) -> list[dict[str, str]]:
+    columns = []
+    for entry in schema:
+        role = "metadata" if entry.name.startswith(METADATA_PREFIX) else entry.name
+        kind = {"double": "float64"}.get(str(entry.type), str(entry.type))
+        columns.append({"name": entry.name.removeprefix(METADATA_PREFIX), "type": kind, "role": role})
+    return columns
+
+
+def _input_shape(spec: DatasetSpec, shape: tuple[int, ...] | None) -> list[int] | None:
+    if shape is None:
+        return None
+    if spec.kind == "image":
+        height, width, channels = shape
+        return [channels, height, width]
+    return list(shape)
