@@ -8,6 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+# Part of every fingerprint: stored features depend on how projections are generated.
+PROJECTION_VERSION = 1
 MAX_FILTER_DEPTH = 5
 MAX_FILTER_LEAVES = 32
 MAX_SELECTED_ROWS = 100_000

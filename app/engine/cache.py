@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from app.storage.artifacts import ArtifactStore
-from attribution_core.methods.context import FitSpec
+from attribution_core.fit_spec import FitSpec
 from attribution_core.methods.loaded import LoadedIndex
 
 

@@ -2,10 +2,8 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-from pydantic import Field
 
 from attribution_core.checkpoints import load_model
 from attribution_core.curvature import EkfacFactors
@@ -13,28 +11,22 @@ from attribution_core.data.collate import ExampleSource
 from attribution_core.data.reader import DatasetReader
 from attribution_core.data.tokenizers import load_tokenizer
 from attribution_core.errors import CorruptArtifactError, FingerprintMismatchError, InvalidInputError
-from attribution_core.fingerprint import sha256_file, sha256_of
+from attribution_core.fingerprint import sha256_file
+from attribution_core.fit_spec import CheckpointRef, FitSpec
 from attribution_core.methods.base import CheckedCapture, Checkpoint, FeatureMethod
 from attribution_core.methods.ekfac import Ekfac
 from attribution_core.methods.grad_cos import GradCos
 from attribution_core.methods.grad_dot import GradDot
 from attribution_core.methods.representation import Representation
 from attribution_core.methods.trak import Trak
-from attribution_core.projection import VERSION, Projection, build_projection
+from attribution_core.projection import Projection, build_projection
 from attribution_core.spec import (
-    ArchitectureSpec,
     DatasetSpec,
     EkfacMethod,
     GradCosMethod,
     GradDotMethod,
-    MethodSpec,
     ProjectionSpec,
     RepresentationMethod,
-    SearchSpec,
-    Spec,
-    StoreSpec,
-    TaskSpec,
-    TokenizerSpec,
     TrakMethod,
 )
 from attribution_core.tasks import build_task
@@ -42,70 +34,6 @@ from attribution_core.tasks import build_task
 Arrays = Mapping[str, np.ndarray]
 _BATCH_BYTES = 128 << 20
 _MAX_BATCH = 256
-
-
-class CheckpointRef(Spec):
-    """Where a checkpoint's weights are and what they must be."""
-
-    id: str
-    path: Path
-    sha256: str
-
-
-class DatasetRef(Spec):
-    """Where an imported data set is and what it must be."""
-
-    id: str
-    folder: Path
-    spec: DatasetSpec
-    sha256: str
-    num_examples: int = Field(ge=1)
-
-
-class FitSpec(Spec):
-    """Everything a fit depends on; JSON in, JSON out.
-
-    Attributes:
-        layers: names of the attributed layers, all by default.
-        shard_size: training examples per shard; changes no score beyond rounding.
-        batch_size: examples per pass; by memory if None.
-    """
-
-    architecture: ArchitectureSpec
-    task: TaskSpec
-    tokenizer: TokenizerSpec | None = None
-    tokenizer_path: Path | None = None
-    dataset: DatasetRef
-    checkpoints: list[CheckpointRef] = Field(min_length=1, max_length=256)
-    method: MethodSpec
-    measurement: str
-    layers: list[str] | None = None
-    store: StoreSpec = StoreSpec()
-    search: SearchSpec = SearchSpec()
-    shard_size: int = Field(default=512, ge=1)
-    batch_size: int | None = Field(default=None, ge=1)
-    format: Literal[1] = 1
-
-    def fingerprint(self) -> str:
-        """Return the hash of all that decides scores: weights, architecture, data, layers, method, projection, dtype."""
-        decides = self.model_dump(
-            mode="json",
-            include={
-                "architecture",
-                "task",
-                "tokenizer",
-                "method",
-                "measurement",
-                "layers",
-                "store",
-                "search",
-                "format",
-            },
-        )
-        data = self.dataset.spec.model_dump(mode="json", include={"kind", "normalize", "max_length"})
-        weights = [checkpoint.sha256 for checkpoint in self.checkpoints]
-        tokenizer = sha256_file(self.tokenizer_path) if self.tokenizer_path else None
-        return sha256_of([decides, data, self.dataset.sha256, weights, tokenizer, VERSION])
 
 
 class FitContext:

@@ -18,10 +18,11 @@ from attribution_core.curvature.fisher import FisherPasses
 from attribution_core.data.batch import Batch
 from attribution_core.errors import InvalidInputError
 from attribution_core.features.store import FeatureStore, write_shard
+from attribution_core.fit_spec import FitSpec
 from attribution_core.methods import trak
 from attribution_core.methods.artifact import FACTORS_FILE, FEATURES_FOLDER, write_description
 from attribution_core.methods.base import FeatureMethod, TrainRows
-from attribution_core.methods.context import FitContext, FitSpec
+from attribution_core.methods.context import FitContext
 from attribution_core.methods.loaded import LoadedIndex
 from attribution_core.methods.recall import measured_recall
 from attribution_core.progress import Progress

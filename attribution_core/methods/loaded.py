@@ -13,9 +13,10 @@ from attribution_core.arrays import read_arrays
 from attribution_core.data.batch import Batch
 from attribution_core.errors import FingerprintMismatchError, InvalidInputError
 from attribution_core.features.store import FeatureStore
+from attribution_core.fit_spec import FitSpec
 from attribution_core.methods.artifact import FACTORS_FILE, FEATURES_FOLDER, read_description
 from attribution_core.methods.base import FeatureMethod, QuerySide
-from attribution_core.methods.context import FitContext, FitSpec
+from attribution_core.methods.context import FitContext
 from attribution_core.progress import NoProgress, Progress
 from attribution_core.search.faiss_index import FILE_NAME as SEARCH_FILE
 from attribution_core.search.faiss_index import VectorIndex

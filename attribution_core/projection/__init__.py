@@ -1,11 +1,11 @@
 """Seeded random projections that keep inner products in expectation: E⟨Px, Py⟩ = ⟨x, y⟩."""
 
-from attribution_core.projection.base import VERSION, Projection
+from attribution_core.projection.base import Projection
 from attribution_core.projection.dense import GaussianProjection, RademacherProjection
 from attribution_core.projection.sjlt import SparseProjection
 from attribution_core.spec import ProjectionSpec
 
-__all__ = ["VERSION", "Projection", "build_projection"]
+__all__ = ["Projection", "build_projection"]
 
 _TYPES = {"sjlt": SparseProjection, "rademacher": RademacherProjection, "gaussian": GaussianProjection}
 

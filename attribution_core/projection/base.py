@@ -1,7 +1,7 @@
 """What every projection shares: counter-based random numbers and the sum over blocks of coordinates.
 
 Entry (i, j) of a projection is a pure function of (seed, i, j), so a projection is the same on every machine, for any
-batch size, and no matrix needs to be stored beside an index. `VERSION` is part of every fingerprint.
+batch size, and no matrix needs to be stored beside an index. `spec.PROJECTION_VERSION` is part of every fingerprint.
 """
 
 from abc import ABC, abstractmethod
@@ -10,8 +10,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-
-VERSION = 1
 
 
 def hashed(seed: int, counters: np.ndarray) -> np.ndarray:

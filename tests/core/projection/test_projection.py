@@ -60,7 +60,7 @@ def test_sparse_matrix_is_its_tables() -> None:
 
 
 def test_hash_is_frozen() -> None:
-    """Stored features depend on these bits: a change needs a new VERSION."""
+    """Stored features depend on these bits: a change needs a new PROJECTION_VERSION."""
     assert hashed(0, np.arange(3)).tolist() == [4295609322031115183, 9735418304920043012, 4249279899635324798]
     assert hashed(7, np.array([2**40])).tolist() == [6342048910881105812]
 

@@ -1,0 +1,90 @@
+"""Indexes and methods as clients send and see them."""
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from attribution_core.spec import MethodSpec, Name, SearchSpec, Spec, StoreSpec
+
+Reference = Annotated[str, StringConstraints(min_length=1, max_length=64)]
+INDEX_REQUEST: dict[str, Any] = {
+    "name": "demo-ekfac",
+    "model": "digit-cnn",
+    "dataset": "mnist-train",
+    "checkpoints": "final",
+    "method": {"type": "ekfac"},
+    "measurement": "margin",
+}
+
+
+class IndexCreate(Spec):
+    """An index to fit."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [INDEX_REQUEST]})
+
+    name: Name
+    model: Reference = Field(description="Id or name.")
+    dataset: Reference = Field(description="The training set; id or name.")
+    checkpoints: Literal["final", "all"] | Annotated[list[Reference], Field(min_length=1, max_length=256)] = Field(
+        default="final", description="Scores are averaged over them."
+    )
+    method: MethodSpec
+    measurement: str | None = Field(default=None, max_length=64, description="By the task if null, `margin` for classification.")
+    layers: Annotated[list[Annotated[str, StringConstraints(max_length=256)]], Field(min_length=1, max_length=10_000)] | None = Field(
+        default=None, description="Layers to attribute; all with a gradient rule by default."
+    )
+    store: StoreSpec = StoreSpec()
+    search: SearchSpec = SearchSpec()
+
+
+class IndexOut(BaseModel):
+    """An index."""
+
+    id: str
+    name: str
+    status: Literal["fitting", "ready", "failed"]
+    model: str
+    dataset: str
+    checkpoints: list[str]
+    method: dict[str, Any]
+    notion: str
+    measurement: str
+    layers: list[str] | None
+    store: dict[str, Any]
+    search: dict[str, Any]
+    fingerprint: str = Field(description="Hash of weights, architecture, data, layers, method, projection and dtype.")
+    coverage: dict[str, Any] | None = Field(description="Percentage of parameters attributed; layers covered and skipped.")
+    bytes: int | None
+    dim: int | None = Field(description="Numbers stored per training example.")
+    recall: float | None = Field(description="Share of the exact top 10 of both signs that the first search stage finds.")
+    timings: dict[str, float] | None = Field(description="Seconds per stage.")
+    quality: dict[str, Any] | None = Field(description="What was measured against real retraining; null if nothing was.")
+    job: str | None
+    error: dict[str, Any] | None
+    created_at: datetime
+
+
+class QualityOut(BaseModel):
+    """What was measured for an index."""
+
+    index: str
+    quality: dict[str, Any] | None = Field(description="Null until an evaluation has measured it against real retraining.")
+
+
+class MethodOut(BaseModel):
+    """A method."""
+
+    type: str
+    description: str
+    notion: Literal["predictive", "corroborative", "game_theoretic"]
+    needs: list[str]
+    query_cost: Literal["inline", "job"]
+    reference: str
+    parameters: dict[str, Any] = Field(description="JSON Schema.")
+
+
+class Methods(BaseModel):
+    """All of them."""
+
+    items: list[MethodOut]

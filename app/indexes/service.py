@@ -1,0 +1,254 @@
+"""Fitting indexes: what belongs together, what a worker needs to know, and what it reports."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.datasets import service as datasets
+from app.db.ids import new_id
+from app.db.tables import Checkpoint, Dataset, Index, Job, Model
+from app.errors import InUse, InvalidRequest, NameTaken, NotFound, NotReady
+from app.indexes import repository
+from app.indexes.schemas import IndexCreate, IndexOut, MethodOut
+from app.jobs import service as jobs
+from app.models import service as models
+from app.settings import Settings
+from app.storage.artifacts import ArtifactStore, Published
+from app.storage.roots import resolve
+from app.web.pagination import Page, PageOf, cut
+from attribution_core.architectures.registry import ARCHITECTURES
+from attribution_core.fit_spec import CheckpointRef, DatasetRef, FitSpec
+from attribution_core.spec import METHODS, TokenizerSpec
+
+if TYPE_CHECKING:
+    from attribution_core.methods.fit import FitSummary
+
+_STAGES = {"ekfac": 3}
+_DEFAULT_MEASUREMENT = {"classification": "margin", "regression": "prediction", "causal_lm": "log_likelihood"}
+
+
+def methods() -> list[MethodOut]:
+    """Return every method with the JSON Schema of its parameters."""
+    return [
+        MethodOut(
+            type=name,
+            description=(method.__doc__ or "").strip(),
+            notion=method.notion,
+            needs=list(method.needs),
+            query_cost=method.query_cost,
+            reference=method.reference,
+            parameters=method.model_json_schema(),
+        )
+        for name, method in METHODS.items()
+    ]
+
+
+async def create(session: AsyncSession, request: IndexCreate, settings: Settings, artifacts: ArtifactStore) -> tuple[Index, Job]:
+    """Register an index and submit its fit.
+
+    Raises:
+        InvalidRequest: if model, data set, checkpoints, method and measurement do not belong together.
+        NotReady: if the data set is not imported.
+        NameTaken: if an index of that name exists.
+    """
+    model = await models.find(session, request.model)
+    dataset = await datasets.find_ready(session, request.dataset)
+    checkpoints = await models.chosen_checkpoints(session, model, request.checkpoints)
+    index = Index(
+        id=new_id("idx"),
+        name=request.name,
+        model_id=model.id,
+        dataset_id=dataset.id,
+        checkpoint_ids=[checkpoint.id for checkpoint in checkpoints],
+        method=request.method.model_dump(mode="json"),
+        measurement=request.measurement or _DEFAULT_MEASUREMENT[model.task["type"]],
+        layers=request.layers,
+        store=request.store.model_dump(mode="json"),
+        search=request.search.model_dump(mode="json"),
+        shard_size=settings.worker.shard_size,
+        status="fitting",
+        fingerprint="",
+    )
+    check_fits(model, dataset)
+    spec = _spec(index, model, dataset, checkpoints, settings, artifacts)
+    if index.measurement not in spec.task.measurements:
+        known = ", ".join(spec.task.measurements)
+        raise InvalidRequest(f"A {spec.task.type} model is measured by {known}.", pointer="/measurement")
+    _check_layers(index, model)
+    index.fingerprint = spec.fingerprint()
+    session.add(index)
+    try:
+        await session.flush()
+    except IntegrityError:
+        raise NameTaken(f"There is an index {request.name!r} already.", pointer="/name") from None
+    total = (dataset.num_examples or 0) * len(checkpoints) * _STAGES.get(request.method.type, 1)
+    job = await jobs.submit(session, "fit", "index", index.id, unit="examples", total=total)
+    index.job_id = job.id
+    await session.flush()
+    await session.refresh(index)
+    return index, job
+
+
+def check_fits(model: Model, dataset: Dataset, pointer: str = "/dataset") -> None:
+    """Refuse a data set whose kind, shape or targets the model cannot take.
+
+    Raises:
+        InvalidRequest: saying which.
+    """
+    kind, task = dataset.spec["kind"], model.task["type"]
+    entry = ARCHITECTURES.get(model.architecture["name"])
+    if entry is not None and kind not in entry.kinds:
+        raise InvalidRequest(f"A {model.architecture['name']} reads {', '.join(entry.kinds)} data, not {kind}.", pointer=pointer)
+    if kind == "text" and model.tokenizer is None:
+        raise InvalidRequest("A text data set needs a model with a tokenizer.", pointer=pointer)
+    wanted = {"classification": ("class",), "regression": ("class", "real", "vector")}.get(task)
+    if wanted is not None and dataset.target_type not in wanted:
+        raise InvalidRequest(f"A {task} model needs {' or '.join(wanted)} targets; these are {dataset.target_type}.", pointer=pointer)
+    shape = model.architecture["arguments"].get("input_shape")
+    if shape is not None and dataset.input_shape != shape:
+        raise InvalidRequest(f"The model takes inputs of shape {shape}, the data set has {dataset.input_shape}.", pointer=pointer)
+    flat = model.architecture["arguments"].get("input_dim") if entry is not None else None
+    if flat is not None and dataset.input_shape is not None and flat != _product(dataset.input_shape):
+        raise InvalidRequest(f"The model takes {flat} inputs, the data set has {_product(dataset.input_shape)}.", pointer=pointer)
+    classes = model.architecture["arguments"].get("num_classes") if entry is not None else None
+    if task == "classification" and classes is not None and (dataset.num_classes or 0) > classes:
+        raise InvalidRequest(f"The model has {classes} classes, the data set {dataset.num_classes}.", pointer=pointer)
+
+
+async def find(session: AsyncSession, reference: str, *, lock: bool = False) -> Index:
+    """Return an index by id or name.
+
+    Raises:
+        NotFound: if there is none.
+    """
+    index = await repository.find(session, reference, lock=lock)
+    if index is None:
+        raise NotFound(f"There is no index {reference[:64]!r}.")
+    return index
+
+
+async def find_ready(session: AsyncSession, reference: str) -> Index:
+    """Return a fitted index.
+
+    Raises:
+        NotFound: if there is none.
+        NotReady: if it is being fitted, or its fit failed.
+    """
+    index = await find(session, reference)
+    if index.status != "ready":
+        raise NotReady(f"Index {index.name!r} is {index.status}; see its job {index.job_id}.")
+    return index
+
+
+async def list_indexes(session: AsyncSession, page: Page) -> PageOf[IndexOut]:
+    """Return one page of indexes, newest first."""
+    rows, following = cut(await repository.page(session, page), page, "indexes")
+    return PageOf[IndexOut](items=[shown(row) for row in rows], next=following)
+
+
+async def delete(session: AsyncSession, reference: str, artifacts: ArtifactStore) -> Callable[[], None]:
+    """Delete an index; returns what removes its files once that is committed.
+
+    Raises:
+        InUse: if it is being fitted.
+    """
+    index = await find(session, reference, lock=True)
+    if index.status == "fitting":
+        raise InUse("The index is being fitted; cancel its job first.")
+    artifact, job_id = index.artifact, index.job_id
+    await session.delete(index)
+    await session.flush()
+
+    def remove() -> None:
+        if artifact is not None:
+            artifacts.delete(artifact)
+        if job_id is not None:
+            artifacts.drop_workspace(job_id)
+
+    return remove
+
+
+async def fit_spec(session: AsyncSession, reference: str, settings: Settings, artifacts: ArtifactStore) -> FitSpec:
+    """Return everything the fit of an index depends on."""
+    index = await find(session, reference)
+    model = await models.find(session, index.model_id)
+    dataset = await datasets.find_ready(session, index.dataset_id)
+    checkpoints = await models.checkpoints_by_id(session, model.id, index.checkpoint_ids)
+    return _spec(index, model, dataset, checkpoints, settings, artifacts)
+
+
+async def finish_fit(
+    session: AsyncSession, index_id: str, summary: "FitSummary", published: Published, timings: dict[str, float]
+) -> None:
+    """Make a fitted index visible."""
+    index = await find(session, index_id, lock=True)
+    index.status, index.error = "ready", None
+    index.artifact, index.bytes, index.dim = published.name, published.bytes, summary.dim
+    index.coverage, index.recall, index.timings = summary.coverage, summary.recall, timings
+
+
+async def fail_fit(session: AsyncSession, index_id: str, error: dict[str, Any]) -> None:
+    """Record why a fit failed."""
+    index = await find(session, index_id, lock=True)
+    index.status, index.error = "failed", error
+
+
+def shown(index: Index) -> IndexOut:
+    """Return an index as clients see it."""
+    same = set(IndexOut.model_fields) - {"model", "dataset", "checkpoints", "job", "notion"}
+    return IndexOut(
+        model=index.model_id,
+        dataset=index.dataset_id,
+        checkpoints=index.checkpoint_ids,
+        job=index.job_id,
+        notion=METHODS[index.method["type"]].notion,
+        **{name: getattr(index, name) for name in same},
+    )
+
+
+def _spec(
+    index: Index, model: Model, dataset: Dataset, checkpoints: list[Checkpoint], settings: Settings, artifacts: ArtifactStore
+) -> FitSpec:
+    assert dataset.artifact is not None
+    tokenizer = TokenizerSpec.model_validate(model.tokenizer) if model.tokenizer else None
+    source = tokenizer.source if tokenizer else None
+    return FitSpec.model_validate(
+        {
+            "architecture": model.architecture,
+            "task": model.task,
+            "tokenizer": model.tokenizer,
+            "tokenizer_path": resolve(settings.roots, source, "/model") if source else None,
+            "dataset": DatasetRef(
+                id=dataset.id,
+                folder=artifacts.open(dataset.artifact),
+                spec=datasets.spec_of(dataset),
+                sha256=dataset.sha256 or "",
+                num_examples=dataset.num_examples or 0,
+            ),
+            "checkpoints": [
+                CheckpointRef(id=c.id, path=artifacts.open(c.artifact) / models.WEIGHTS_FILE, sha256=c.sha256) for c in checkpoints
+            ],
+            "method": index.method,
+            "measurement": index.measurement,
+            "layers": index.layers,
+            "store": index.store,
+            "search": index.search,
+            "shard_size": index.shard_size,
+        }
+    )
+
+
+def _check_layers(index: Index, model: Model) -> None:
+    known = {name.rpartition(".")[0] for name in model.parameters}
+    unknown = [name for name in index.layers or [] if name not in known]
+    if unknown:
+        raise InvalidRequest(f"The model has no layer {unknown[0][:64]!r}; it has {', '.join(sorted(known))[:500]}.", pointer="/layers")
+
+
+def _product(shape: list[int]) -> int:
+    total = 1
+    for side in shape:
+        total *= side
+    return total

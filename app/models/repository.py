@@ -1,0 +1,38 @@
+"""Models and checkpoints in the database."""
+
+from collections.abc import Sequence
+
+from sqlalchemy import or_, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.db.tables import Checkpoint, Model
+from app.web.pagination import Page, newest_first
+
+
+async def find(session: AsyncSession, reference: str, *, lock: bool = False) -> Model | None:
+    """Return a model by id or name."""
+    query = select(Model).where(or_(Model.id == reference, Model.name == reference))
+    return (await session.execute(query.with_for_update() if lock else query)).scalar_one_or_none()
+
+
+async def page(session: AsyncSession, page_: Page) -> Sequence[Model]:
+    """Return models, newest first."""
+    return (await session.execute(newest_first(select(Model), Model.id, page_, "models"))).scalars().all()
+
+
+async def checkpoint_page(session: AsyncSession, model_id: str, page_: Page, route: str) -> Sequence[Checkpoint]:
+    """Return a model's checkpoints, newest first."""
+    query = select(Checkpoint).where(Checkpoint.model_id == model_id)
+    return (await session.execute(newest_first(query, Checkpoint.id, page_, route))).scalars().all()
+
+
+async def checkpoint(session: AsyncSession, model_id: str, checkpoint_id: str) -> Checkpoint | None:
+    """Return one checkpoint of a model."""
+    query = select(Checkpoint).where(Checkpoint.model_id == model_id, Checkpoint.id == checkpoint_id)
+    return (await session.execute(query)).scalar_one_or_none()
+
+
+async def checkpoints(session: AsyncSession, model_id: str) -> Sequence[Checkpoint]:
+    """Return all of a model's checkpoints, by run and step."""
+    query = select(Checkpoint).where(Checkpoint.model_id == model_id).order_by(Checkpoint.run, Checkpoint.step)
+    return (await session.execute(query)).scalars().all()

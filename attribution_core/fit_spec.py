@@ -1,0 +1,82 @@
+"""Everything a fit depends on, as one value: made by whoever submits it, read by whoever runs it; free of torch."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from attribution_core.fingerprint import sha256_file, sha256_of
+from attribution_core.spec import (
+    ArchitectureSpec,
+    DatasetSpec,
+    MethodSpec,
+    SearchSpec,
+    Spec,
+    StoreSpec,
+    TaskSpec,
+    TokenizerSpec,
+)
+
+
+class CheckpointRef(Spec):
+    """Where a checkpoint's weights are and what they must be."""
+
+    id: str
+    path: Path
+    sha256: str
+
+
+class DatasetRef(Spec):
+    """Where an imported data set is and what it must be."""
+
+    id: str
+    folder: Path
+    spec: DatasetSpec
+    sha256: str
+    num_examples: int = Field(ge=1)
+
+
+class FitSpec(Spec):
+    """Everything a fit depends on; JSON in, JSON out.
+
+    Attributes:
+        layers: names of the attributed layers, all by default.
+        shard_size: training examples per shard; changes no score beyond rounding.
+        batch_size: examples per pass; by memory if None.
+    """
+
+    architecture: ArchitectureSpec
+    task: TaskSpec
+    tokenizer: TokenizerSpec | None = None
+    tokenizer_path: Path | None = None
+    dataset: DatasetRef
+    checkpoints: list[CheckpointRef] = Field(min_length=1, max_length=256)
+    method: MethodSpec
+    measurement: str
+    layers: list[str] | None = None
+    store: StoreSpec = StoreSpec()
+    search: SearchSpec = SearchSpec()
+    shard_size: int = Field(default=512, ge=1)
+    batch_size: int | None = Field(default=None, ge=1)
+    format: Literal[1] = 1
+
+    def fingerprint(self) -> str:
+        """Return the hash of all that decides scores: weights, architecture, data, layers, method, projection, dtype."""
+        decides = self.model_dump(
+            mode="json",
+            include={
+                "architecture",
+                "task",
+                "tokenizer",
+                "method",
+                "measurement",
+                "layers",
+                "store",
+                "search",
+                "format",
+            },
+        )
+        data = self.dataset.spec.model_dump(mode="json", include={"kind", "normalize", "max_length"})
+        weights = [checkpoint.sha256 for checkpoint in self.checkpoints]
+        tokenizer = sha256_file(self.tokenizer_path) if self.tokenizer_path else None
+        return sha256_of([decides, data, self.dataset.sha256, weights, tokenizer, PROJECTION_VERSION])
