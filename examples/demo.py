@@ -61,7 +61,9 @@ def ensure_service(url: str) -> None:
         if service.poll() is not None or time.monotonic() - began > 120:
             raise SystemExit(f"The service did not start; see {data / 'service.log'}")
         time.sleep(0.1)
-    console.print(f"[bold]Service[/] ready at {url} after {time.monotonic() - began:.1f} s (stop it: kill {service.pid})")
+    console.print(
+        f"[bold]Service[/] ready at {url} after {time.monotonic() - began:.1f} s (stop it: kill {service.pid})"
+    )
 
 
 def answers(url: str) -> bool:
@@ -75,10 +77,20 @@ def answers(url: str) -> bool:
 def import_digits(client: Client, training: Digits, test: Digits, folder: Path) -> None:
     """Upload both sets as npz files of uint8 images, so that every example has a picture."""
     for name, digits in (("mnist-train", training), ("mnist-test", test)):
-        spec = {"name": name, "kind": "image", "input": "image", "target": "label", "id": "digit", "metadata": ["source"]}
+        spec = {
+            "name": name,
+            "kind": "image",
+            "input": "image",
+            "target": "label",
+            "id": "digit",
+            "metadata": ["source"],
+        }
         file = digits.save(folder / f"{name}.npz")
         client.ensure(
-            "/v1/datasets", name, lambda file=file, spec=spec: client.upload("/v1/datasets", file, spec=spec), f"import {name}"
+            "/v1/datasets",
+            name,
+            lambda file=file, spec=spec: client.upload("/v1/datasets", file, spec=spec),
+            f"import {name}",
         )
 
 
@@ -116,7 +128,10 @@ def fit_indexes(client: Client) -> None:
     }
     for name, body in wanted.items():
         index = client.ensure(
-            "/v1/indexes", name, lambda name=name, body=body: client.post("/v1/indexes", {"name": name, **body}), f"fit {name}"
+            "/v1/indexes",
+            name,
+            lambda name=name, body=body: client.post("/v1/indexes", {"name": name, **body}),
+            f"fit {name}",
         )
         console.print(
             f"[bold]Index[/] {name}: {index['bytes'] / 1e6:.1f} MB, recall {index['recall']}, fingerprint "
@@ -144,7 +159,9 @@ def explain_and_verify(client: Client, training: Digits, test: Digits, margins: 
         subset = {"remove": {"top_positive": REMOVED}}
         answer = client.post(f"/v1/indexes/{name}/counterfactuals", {**query, "subsets": [subset]})
         predicted[name] = answer["results"][0]["predictions"][0]
-    table = Table("index", "output now", "predicted without", "predicted change", "retrained without", "realised change")
+    table = Table(
+        "index", "output now", "predicted without", "predicted change", "retrained without", "realised change"
+    )
     everything = np.arange(len(training.labels))
     for name, rows in supporters.items():
         with console.status(f"retraining {len(SEEDS)} CNNs without the {REMOVED} most positive examples of {name}"):

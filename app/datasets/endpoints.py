@@ -48,7 +48,10 @@ _BODY: dict[str, Any] = {
                 },
                 "encoding": {"spec": {"contentType": "text/plain"}},
             },
-            "application/json": {"schema": _SPEC, "examples": {"from a root": {"value": {**_EXAMPLE, "source": "imports:mnist.parquet"}}}},
+            "application/json": {
+                "schema": _SPEC,
+                "examples": {"from a root": {"value": {**_EXAMPLE, "source": "imports:mnist.parquet"}}},
+            },
         },
     }
 }
@@ -115,7 +118,11 @@ async def get_dataset(session: SessionDep, dataset: str) -> DatasetOut:
 
 
 @router.delete(
-    "/{dataset}", summary="Delete a data set", status_code=204, dependencies=[require("write")], responses=problems(NotFound, InUse)
+    "/{dataset}",
+    summary="Delete a data set",
+    status_code=204,
+    dependencies=[require("write")],
+    responses=problems(NotFound, InUse),
 )
 async def delete_dataset(request: Request, session: SessionDep, resources: ResourcesDep, dataset: str) -> None:
     """Delete a data set and its files, unless an index refers to it."""

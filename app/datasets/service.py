@@ -118,9 +118,7 @@ async def delete(session: AsyncSession, reference: str, artifacts: ArtifactStore
     return lambda: artifacts.delete(artifact) if artifact else None
 
 
-async def examples(
-    artifacts: ArtifactStore, dataset: Dataset, page: Page, condition: str | None
-) -> PageOf[ExampleOut]:
+async def examples(artifacts: ArtifactStore, dataset: Dataset, page: Page, condition: str | None) -> PageOf[ExampleOut]:
     """Return one page of examples by row, those that a filter selects."""
     chosen = None if condition is None else parsed_filter(condition)
     reader = reader_of(artifacts, dataset)

@@ -40,6 +40,9 @@ class Operations:
                 return self.attribute([payload])[0]
             case "predict":
                 return self.predict(payload)
+            case "select":
+                index = self._cache.get(payload["artifact"], payload["fit"])
+                return {"rows": selected(index, Selector.model_validate(payload["selector"]), "/forget").tolist()}
             case "self_influence":
                 return self.self_influence(payload)
         raise InvalidInputError(f"the engine has no operation {operation}")
@@ -75,7 +78,10 @@ class Operations:
         if shared:
             found, exact = self._effects(index, query, list(shared.values()), payload["rescore"])
             effects[:, list(shared)] = found
-        groups = [[shared.get(number, np.empty(0, np.int64)) for number in range(len(payload["subsets"]))] for _ in query.outputs]
+        groups = [
+            [shared.get(number, np.empty(0, np.int64)) for number in range(len(payload["subsets"]))]
+            for _ in query.outputs
+        ]
         for number, subset in enumerate(payload["subsets"]):
             if number not in shared:
                 for place, rows in enumerate(_top(index, query, subset, payload["rescore"])):
@@ -98,7 +104,9 @@ class Operations:
         rows = order[payload["offset"] : payload["offset"] + payload["limit"]]
         return {"rows": rows.tolist(), "scores": scores[rows].tolist(), "total": len(scores)}
 
-    def _effects(self, index: LoadedIndex, query: Query, groups: list[np.ndarray], rescore: bool) -> tuple[np.ndarray, bool]:
+    def _effects(
+        self, index: LoadedIndex, query: Query, groups: list[np.ndarray], rescore: bool
+    ) -> tuple[np.ndarray, bool]:
         """Return group effects, and whether they are exact; very large groups are summed from stored features."""
         small = sum(len(rows) for rows in groups) <= self._rescore_rows
         return index.group_effects(query, groups, rescore=rescore and small), (rescore and small) or not index.rescores
@@ -111,7 +119,7 @@ def describe_model(payload: Json) -> Json:
     return {"parameters": parameters, "num_parameters": count}
 
 
-def selected(index: LoadedIndex, selector: Selector) -> np.ndarray:
+def selected(index: LoadedIndex, selector: Selector, pointer: str = "/subsets") -> np.ndarray:
     """Return the training rows a selector names, for selectors that do not depend on a query."""
     reader = index.context.source.reader
     if selector.ids is not None:
@@ -120,7 +128,7 @@ def selected(index: LoadedIndex, selector: Selector) -> np.ndarray:
         return reader.matching(selector.where)
     rows = np.unique(np.asarray(selector.rows or [], dtype=np.int64))
     if len(rows) and rows[-1] >= reader.num_examples:
-        raise InvalidInputError(f"training row {rows[-1]} does not exist: there are {reader.num_examples}", "/subsets")
+        raise InvalidInputError(f"training row {rows[-1]} does not exist: there are {reader.num_examples}", pointer)
     return rows
 
 

@@ -30,10 +30,13 @@ class IndexCreate(Spec):
         default="final", description="Scores are averaged over them."
     )
     method: MethodSpec
-    measurement: str | None = Field(default=None, max_length=64, description="By the task if null, `margin` for classification.")
-    layers: Annotated[list[Annotated[str, StringConstraints(max_length=256)]], Field(min_length=1, max_length=10_000)] | None = Field(
-        default=None, description="Layers to attribute; all with a gradient rule by default."
+    measurement: str | None = Field(
+        default=None, max_length=64, description="By the task if null, `margin` for classification."
     )
+    layers: (
+        Annotated[list[Annotated[str, StringConstraints(max_length=256)]], Field(min_length=1, max_length=10_000)]
+        | None
+    ) = Field(default=None, description="Layers to attribute; all with a gradient rule by default.")
     store: StoreSpec = StoreSpec()
     search: SearchSpec = SearchSpec()
 
@@ -54,12 +57,18 @@ class IndexOut(BaseModel):
     store: dict[str, Any]
     search: dict[str, Any]
     fingerprint: str = Field(description="Hash of weights, architecture, data, layers, method, projection and dtype.")
-    coverage: dict[str, Any] | None = Field(description="Percentage of parameters attributed; layers covered and skipped.")
+    coverage: dict[str, Any] | None = Field(
+        description="Percentage of parameters attributed; layers covered and skipped."
+    )
     bytes: int | None
     dim: int | None = Field(description="Numbers stored per training example.")
-    recall: float | None = Field(description="Share of the exact top 10 of both signs that the first search stage finds.")
+    recall: float | None = Field(
+        description="Share of the exact top 10 of both signs that the first search stage finds."
+    )
     timings: dict[str, float] | None = Field(description="Seconds per stage.")
-    quality: dict[str, Any] | None = Field(description="What was measured against real retraining; null if nothing was.")
+    quality: dict[str, Any] | None = Field(
+        description="What was measured against real retraining; null if nothing was."
+    )
     job: str | None
     error: dict[str, Any] | None
     created_at: datetime
@@ -69,7 +78,9 @@ class QualityOut(BaseModel):
     """What was measured for an index."""
 
     index: str
-    quality: dict[str, Any] | None = Field(description="Null until an evaluation has measured it against real retraining.")
+    quality: dict[str, Any] | None = Field(
+        description="Null until an evaluation has measured it against real retraining."
+    )
 
 
 class MethodOut(BaseModel):

@@ -45,7 +45,9 @@ def methods() -> list[MethodOut]:
     ]
 
 
-async def create(session: AsyncSession, request: IndexCreate, settings: Settings, artifacts: ArtifactStore) -> tuple[Index, Job]:
+async def create(
+    session: AsyncSession, request: IndexCreate, settings: Settings, artifacts: ArtifactStore
+) -> tuple[Index, Job]:
     """Register an index and submit its fit.
 
     Raises:
@@ -100,18 +102,26 @@ def check_fits(model: Model, dataset: Dataset, pointer: str = "/dataset") -> Non
     kind, task = dataset.spec["kind"], model.task["type"]
     entry = ARCHITECTURES.get(model.architecture["name"])
     if entry is not None and kind not in entry.kinds:
-        raise InvalidRequest(f"A {model.architecture['name']} reads {', '.join(entry.kinds)} data, not {kind}.", pointer=pointer)
+        raise InvalidRequest(
+            f"A {model.architecture['name']} reads {', '.join(entry.kinds)} data, not {kind}.", pointer=pointer
+        )
     if kind == "text" and model.tokenizer is None:
         raise InvalidRequest("A text data set needs a model with a tokenizer.", pointer=pointer)
     wanted = {"classification": ("class",), "regression": ("class", "real", "vector")}.get(task)
     if wanted is not None and dataset.target_type not in wanted:
-        raise InvalidRequest(f"A {task} model needs {' or '.join(wanted)} targets; these are {dataset.target_type}.", pointer=pointer)
+        raise InvalidRequest(
+            f"A {task} model needs {' or '.join(wanted)} targets; these are {dataset.target_type}.", pointer=pointer
+        )
     shape = model.architecture["arguments"].get("input_shape")
     if shape is not None and dataset.input_shape != shape:
-        raise InvalidRequest(f"The model takes inputs of shape {shape}, the data set has {dataset.input_shape}.", pointer=pointer)
+        raise InvalidRequest(
+            f"The model takes inputs of shape {shape}, the data set has {dataset.input_shape}.", pointer=pointer
+        )
     flat = model.architecture["arguments"].get("input_dim") if entry is not None else None
     if flat is not None and dataset.input_shape is not None and flat != _product(dataset.input_shape):
-        raise InvalidRequest(f"The model takes {flat} inputs, the data set has {_product(dataset.input_shape)}.", pointer=pointer)
+        raise InvalidRequest(
+            f"The model takes {flat} inputs, the data set has {_product(dataset.input_shape)}.", pointer=pointer
+        )
     classes = model.architecture["arguments"].get("num_classes") if entry is not None else None
     if task == "classification" and classes is not None and (dataset.num_classes or 0) > classes:
         raise InvalidRequest(f"The model has {classes} classes, the data set {dataset.num_classes}.", pointer=pointer)
@@ -209,7 +219,12 @@ def shown(index: Index) -> IndexOut:
 
 
 def _spec(
-    index: Index, model: Model, dataset: Dataset, checkpoints: list[Checkpoint], settings: Settings, artifacts: ArtifactStore
+    index: Index,
+    model: Model,
+    dataset: Dataset,
+    checkpoints: list[Checkpoint],
+    settings: Settings,
+    artifacts: ArtifactStore,
 ) -> FitSpec:
     assert dataset.artifact is not None
     tokenizer = TokenizerSpec.model_validate(model.tokenizer) if model.tokenizer else None
@@ -228,7 +243,8 @@ def _spec(
                 num_examples=dataset.num_examples or 0,
             ),
             "checkpoints": [
-                CheckpointRef(id=c.id, path=artifacts.open(c.artifact) / models.WEIGHTS_FILE, sha256=c.sha256) for c in checkpoints
+                CheckpointRef(id=c.id, path=artifacts.open(c.artifact) / models.WEIGHTS_FILE, sha256=c.sha256)
+                for c in checkpoints
             ],
             "method": index.method,
             "measurement": index.measurement,
@@ -244,7 +260,9 @@ def _check_layers(index: Index, model: Model) -> None:
     known = {name.rpartition(".")[0] for name in model.parameters}
     unknown = [name for name in index.layers or [] if name not in known]
     if unknown:
-        raise InvalidRequest(f"The model has no layer {unknown[0][:64]!r}; it has {', '.join(sorted(known))[:500]}.", pointer="/layers")
+        raise InvalidRequest(
+            f"The model has no layer {unknown[0][:64]!r}; it has {', '.join(sorted(known))[:500]}.", pointer="/layers"
+        )
 
 
 def _product(shape: list[int]) -> int:

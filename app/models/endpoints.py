@@ -49,7 +49,9 @@ _CHECKPOINT_BODY: dict[str, Any] = {
 }
 
 
-@router.get("/architectures", summary="List architectures", dependencies=[require("read")], responses=problems(*_ENGINE))
+@router.get(
+    "/architectures", summary="List architectures", dependencies=[require("read")], responses=problems(*_ENGINE)
+)
 async def list_architectures(session: SessionDep, resources: ResourcesDep) -> Architectures:
     """Return every allowed architecture with the JSON Schema of its arguments. Installed packages may add some."""
     await session.close()
@@ -85,7 +87,11 @@ async def get_model(session: SessionDep, model: str) -> ModelOut:
 
 
 @router.delete(
-    "/models/{model}", summary="Delete a model", status_code=204, dependencies=[require("write")], responses=problems(NotFound, InUse)
+    "/models/{model}",
+    summary="Delete a model",
+    status_code=204,
+    dependencies=[require("write")],
+    responses=problems(NotFound, InUse),
 )
 async def delete_model(request: Request, session: SessionDep, resources: ResourcesDep, model: str) -> None:
     """Delete a model with its checkpoints, unless an index refers to it."""
@@ -101,7 +107,12 @@ async def delete_model(request: Request, session: SessionDep, resources: Resourc
     responses=problems(NotFound, Conflict, IdempotencyInFlight, PayloadTooLarge, UnsupportedMedia, StorageFull),
 )
 async def create_checkpoint(
-    request: Request, response: Response, session: SessionDep, resources: ResourcesDep, model: str, _: IdempotencyKey = None
+    request: Request,
+    response: Response,
+    session: SessionDep,
+    resources: ResourcesDep,
+    model: str,
+    _: IdempotencyKey = None,
 ) -> CheckpointOut:
     """Upload safetensors weights. Anything else is refused by its first bytes, whatever its name.
 
@@ -118,7 +129,10 @@ async def create_checkpoint(
 
 
 @router.get(
-    "/models/{model}/checkpoints", summary="List checkpoints", dependencies=[require("read")], responses=problems(NotFound)
+    "/models/{model}/checkpoints",
+    summary="List checkpoints",
+    dependencies=[require("read")],
+    responses=problems(NotFound),
 )
 async def list_checkpoints(session: SessionDep, page: PageDep, model: str) -> PageOf[CheckpointOut]:
     """Return a model's checkpoints, newest first."""
@@ -133,4 +147,6 @@ async def list_checkpoints(session: SessionDep, page: PageDep, model: str) -> Pa
 )
 async def get_checkpoint(session: SessionDep, model: str, checkpoint: str) -> CheckpointOut:
     """Return one checkpoint of a model."""
-    return service.shown_checkpoint(await service.find_checkpoint(session, await service.find(session, model), checkpoint))
+    return service.shown_checkpoint(
+        await service.find_checkpoint(session, await service.find(session, model), checkpoint)
+    )

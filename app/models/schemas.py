@@ -45,7 +45,9 @@ class ModelOut(BaseModel):
 class CheckpointMeta(Spec):
     """Where in training a checkpoint was taken."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"run": "seed-0", "step": 504, "seed": 0, "final": True}]})
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"run": "seed-0", "step": 504, "seed": 0, "final": True}]}
+    )
 
     run: Name = Field(description="Checkpoints of one training share it; several runs are an ensemble.")
     step: int = Field(ge=0, le=2**53, description="Optimizer steps before it.")

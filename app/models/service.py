@@ -123,7 +123,9 @@ async def add_checkpoint(
     try:
         await session.flush()
     except IntegrityError:
-        raise Conflict(f"Model {model.name!r} has a checkpoint of run {meta.run!r} at step {meta.step}.", pointer="/meta") from None
+        raise Conflict(
+            f"Model {model.name!r} has a checkpoint of run {meta.run!r} at step {meta.step}.", pointer="/meta"
+        ) from None
     await session.refresh(checkpoint)
     await asyncio.to_thread(_publish, artifacts, checkpoint, file)
     return checkpoint
@@ -161,7 +163,11 @@ async def chosen_checkpoints(session: AsyncSession, model: Model, choice: str | 
             raise InvalidRequest(f"Model {model.name!r} has no such checkpoints yet.", pointer="/checkpoints")
         return chosen
     known = {checkpoint.id for checkpoint in every}
-    unknown = [FieldProblem(pointer=f"/checkpoints/{n}", detail="not a checkpoint of this model") for n, i in enumerate(choice) if i not in known]
+    unknown = [
+        FieldProblem(pointer=f"/checkpoints/{n}", detail="not a checkpoint of this model")
+        for n, i in enumerate(choice)
+        if i not in known
+    ]
     if unknown or len(set(choice)) != len(choice):
         raise InvalidRequest(f"`checkpoints` names one twice, or one that model {model.name!r} does not have.", unknown)
     return [checkpoint for checkpoint in every if checkpoint.id in choice]
@@ -201,7 +207,9 @@ def _check(request: ModelCreate, settings: Settings) -> None:
         parse_arguments(request.architecture)
         if request.task.type not in entry.tasks:
             allowed = ", ".join(entry.tasks)
-            raise InvalidRequest(f"{request.architecture.name} is for {allowed}, not {request.task.type}.", pointer="/task/type")
+            raise InvalidRequest(
+                f"{request.architecture.name} is for {allowed}, not {request.task.type}.", pointer="/task/type"
+            )
     if request.tokenizer is not None and request.tokenizer.source is not None:
         resolve(settings.roots, request.tokenizer.source, "/tokenizer/source")
 

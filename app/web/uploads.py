@@ -38,7 +38,9 @@ async def form_of(request: Request, *parts: str) -> FormData:
     given = [name for name, _ in form.multi_items()]
     wrong = sorted(set(given) ^ set(parts)) or [name for name in parts if given.count(name) > 1]
     if wrong:
-        errors = [FieldProblem(pointer=f"/{name[:64]}", detail="missing, unknown or repeated part") for name in wrong[:10]]
+        errors = [
+            FieldProblem(pointer=f"/{name[:64]}", detail="missing, unknown or repeated part") for name in wrong[:10]
+        ]
         raise InvalidRequest(f"The form must have exactly the parts {', '.join(parts)}.", errors)
     return form
 

@@ -1,0 +1,102 @@
+"""Methods and indexes."""
+
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from app.errors import (
+    CorruptArtifact,
+    IdempotencyInFlight,
+    InUse,
+    NameTaken,
+    NotFound,
+    NotReady,
+    PayloadTooLarge,
+    problems,
+)
+from app.indexes import service
+from app.indexes.schemas import IndexCreate, IndexOut, Methods, QualityOut
+from app.jobs.schemas import JobOut
+from app.jobs.service import shown as shown_job
+from app.web.boundary import TransactionalRoute
+from app.web.deps import IdempotencyKey, PageDep, PreferWait, ResourcesDep, SessionDep, answer_when_finished, require
+from app.web.effects import after_commit
+from app.web.pagination import PageOf
+
+router = APIRouter(tags=["indexes"], route_class=TransactionalRoute)
+
+
+@router.get("/methods", summary="List methods", dependencies=[require("read")], responses=problems())
+async def list_methods() -> Methods:
+    """Return every method: its parameters, what notion of attribution it answers, what it needs, and where it is from."""
+    return Methods(items=service.methods())
+
+
+@router.post(
+    "/indexes",
+    summary="Fit an index",
+    status_code=202,
+    response_model=JobOut,
+    dependencies=[require("write")],
+    responses={
+        200: {"model": IndexOut, "description": "The fitted index, with `Prefer: wait`."},
+        **problems(NotFound, NotReady, NameTaken, IdempotencyInFlight, PayloadTooLarge, CorruptArtifact),
+    },
+)
+async def create_index(
+    request: Request,
+    response: Response,
+    session: SessionDep,
+    resources: ResourcesDep,
+    index: IndexCreate,
+    _key: IdempotencyKey = None,
+    _prefer: PreferWait = None,
+) -> JobOut:
+    """Fit a method to a model's checkpoints and its training set.
+
+    The fit runs in deterministic shards on the workers; the index appears when every byte of it is published.
+    """
+    created, job = await service.create(session, index, resources.settings, resources.artifacts)
+    response.headers["Location"] = f"/v1/jobs/{job.id}"
+
+    async def finished(session: Any) -> IndexOut:
+        return service.shown(await service.find(session, created.id))
+
+    answer_when_finished(request, finished)
+    return shown_job(job)
+
+
+@router.get("/indexes", summary="List indexes", dependencies=[require("read")], responses=problems())
+async def list_indexes(session: SessionDep, page: PageDep) -> PageOf[IndexOut]:
+    """Return indexes, newest first."""
+    return await service.list_indexes(session, page)
+
+
+@router.get("/indexes/{index}", summary="Get an index", dependencies=[require("read")], responses=problems(NotFound))
+async def get_index(session: SessionDep, index: str) -> IndexOut:
+    """Return an index by id or name: status, fingerprint, coverage, bytes, timings, quality."""
+    return service.shown(await service.find(session, index))
+
+
+@router.delete(
+    "/indexes/{index}",
+    summary="Delete an index",
+    status_code=204,
+    dependencies=[require("write")],
+    responses=problems(NotFound, InUse),
+)
+async def delete_index(request: Request, session: SessionDep, resources: ResourcesDep, index: str) -> None:
+    """Delete an index and its files."""
+    after_commit(request, await service.delete(session, index, resources.artifacts))
+
+
+@router.get(
+    "/indexes/{index}/quality",
+    summary="Get an index's quality",
+    dependencies=[require("read")],
+    responses=problems(NotFound),
+)
+async def get_quality(session: SessionDep, index: str) -> QualityOut:
+    """Return what was measured for this index against real retraining; null until an evaluation has run."""
+    found = await service.find(session, index)
+    return QualityOut(index=found.id, quality=found.quality)

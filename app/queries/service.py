@@ -1,0 +1,294 @@
+"""From questions to engine calls and back: references resolved here, mathematics there."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.datasets import service as datasets
+from app.db.tables import Dataset, Index
+from app.errors import InvalidRequest
+from app.indexes import service as indexes
+from app.models import service as models
+from app.queries.schemas import (
+    Attributed,
+    AttributionAnswer,
+    AttributionRequest,
+    AttributionResult,
+    CounterfactualAnswer,
+    CounterfactualRequest,
+    CounterfactualResult,
+    Output,
+    Prediction,
+    QueryOut,
+    QuerySelection,
+    Question,
+    SelfInfluence,
+    SetOutput,
+    Subset,
+    UnlearningAnswer,
+    UnlearningRequest,
+    UnlearningResult,
+)
+from app.web.deps import release
+from app.web.pagination import Page, PageOf, next_cursor
+from app.web.resources import Resources
+from attribution_core.spec import METHODS
+
+Json = dict[str, Any]
+SAMPLED_EXAMPLES = 32
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question with everything it refers to."""
+
+    index: Index
+    training: Dataset
+    engine: Json
+    queries: list[QueryOut]
+
+
+async def attributions(
+    session: AsyncSession, resources: Resources, reference: str, request: AttributionRequest
+) -> AttributionAnswer:
+    """Return the top training examples of both signs for every query."""
+    began = time.perf_counter()
+    if request.top_k > resources.settings.limits.max_top_k:
+        raise InvalidRequest(f"top_k may be up to {resources.settings.limits.max_top_k}.", pointer="/top_k")
+    asked = await _resolved(session, resources, reference, request)
+    condition = None if request.filter is None else request.filter.model_dump(mode="json", by_alias=True)
+    payload = {**asked.engine, "top_k": request.top_k, "filter": condition}
+    found = await resources.engine.call("attribute", payload)
+
+    def listed(entries: list[Json]) -> list[Attributed]:
+        return [
+            Attributed(
+                **{key: entry[key] for key in ("row", "id", "score", "target")},
+                metadata=entry["metadata"] if "metadata" in request.include else None,
+                preview=datasets.preview_path(asked.training.id, entry["row"])
+                if "preview" in request.include
+                else None,
+            )
+            for entry in entries
+        ]
+
+    results = [
+        AttributionResult(
+            query=query,
+            output=Output(**result["output"]),
+            positive=listed(result["positive"]),
+            negative=listed(result["negative"]),
+        )
+        for query, result in zip(asked.queries, found["results"], strict=True)
+    ]
+    return AttributionAnswer(results=results, **_said(asked, request, found, began))
+
+
+async def counterfactuals(
+    session: AsyncSession, resources: Resources, reference: str, request: CounterfactualRequest
+) -> CounterfactualAnswer:
+    """Predict every query's output after training on each changed set."""
+    began = time.perf_counter()
+    if len(request.subsets) > resources.settings.limits.max_subsets:
+        raise InvalidRequest(f"A request may have {resources.settings.limits.max_subsets} subsets.", pointer="/subsets")
+    asked = await _resolved(session, resources, reference, request)
+    found = await resources.engine.call(
+        "predict", {**asked.engine, "subsets": [_subset(subset) for subset in request.subsets]}
+    )
+    results = [
+        CounterfactualResult(
+            query=query,
+            output=Output(**output),
+            predictions=[
+                Prediction(
+                    subset=number,
+                    removed=removed[number],
+                    predicted=output["value"] + change,
+                    change=change,
+                    interval=None,
+                    calibrated=False,
+                )
+                for number, change in enumerate(changes)
+            ],
+        )
+        for query, output, changes, removed in zip(
+            asked.queries, found["outputs"], found["changes"], found["removed"], strict=True
+        )
+    ]
+    return CounterfactualAnswer(estimator=request.estimator, results=results, **_said(asked, request, found, began))
+
+
+async def unlearning(
+    session: AsyncSession, resources: Resources, reference: str, request: UnlearningRequest
+) -> UnlearningAnswer:
+    """Predict every query's output as if the forget set had never been trained on.
+
+    Samples of the forgotten and of the kept examples are asked the same beside the queries.
+    """
+    began = time.perf_counter()
+    asked = await _resolved(session, resources, reference, request)
+    forget = request.forget.model_dump(mode="json", by_alias=True, exclude_none=True)
+    subset = {"selector": forget, "keep": False}
+    rows = (await resources.engine.call("select", {**asked.engine, "queries": [], "selector": forget}))["rows"]
+    kept = np.setdiff1d(np.arange(asked.training.num_examples or 0), np.asarray(rows, dtype=np.int64))
+    samples = [_sample(np.asarray(rows, dtype=np.int64)), _sample(kept)]
+    training = {key: asked.engine["training"][key] for key in ("folder", "spec")}
+    extra = [{**training, "rows": sample.tolist()} for sample in samples if len(sample)]
+    payload = {**asked.engine, "queries": [*asked.engine["queries"], *extra], "subsets": [subset]}
+    found = await resources.engine.call("predict", payload)
+    values = np.array([output["value"] for output in found["outputs"]])
+    predicted = values + np.array(found["changes"])[:, 0]
+    count = len(asked.queries)
+    middle = count + len(samples[0])
+    results = [
+        UnlearningResult(
+            query=query,
+            output=Output(**found["outputs"][number]),
+            predicted=predicted[number],
+            change=found["changes"][number][0],
+            interval=None,
+            calibrated=False,
+        )
+        for number, query in enumerate(asked.queries)
+    ]
+    return UnlearningAnswer(
+        estimator=request.estimator,
+        forget_size=len(rows),
+        results=results,
+        forget_set=_set_output(values[count:middle], predicted[count:middle]),
+        retain_sample=_set_output(values[middle:], predicted[middle:]),
+        **_said(asked, request, found, began),
+    )
+
+
+async def self_influence(
+    session: AsyncSession, resources: Resources, reference: str, page: Page, order: str
+) -> PageOf[SelfInfluence]:
+    """Return one page of training examples by their influence on themselves."""
+    index = await indexes.find_ready(session, reference)
+    route = f"self-influence:{index.id}:{order}"
+    offset = page.number_after(route) or 0
+    fit = await indexes.fit_spec(session, index.id, resources.settings, resources.artifacts)
+    training = await datasets.find_ready(session, index.dataset_id)
+    await release(session)
+    payload = {
+        "artifact": index.artifact,
+        "fit": fit.model_dump(mode="json", by_alias=True),
+        "order": order,
+        "offset": offset,
+        "limit": page.limit,
+    }
+    found = await resources.engine.call("self_influence", payload)
+    reader = datasets.reader_of(resources.artifacts, training)
+    described = reader.describe(np.asarray(found["rows"], dtype=np.int64))
+    items = [
+        SelfInfluence(**entry, score=score, preview=datasets.preview_path(training.id, entry["row"]))
+        for entry, score in zip(described, found["scores"], strict=True)
+    ]
+    end = offset + len(items)
+    return PageOf[SelfInfluence](items=items, next=next_cursor(route, end) if end < found["total"] else None)
+
+
+async def _resolved(session: AsyncSession, resources: Resources, reference: str, request: Question) -> Asked:
+    """Find what a question refers to, then give the connection back."""
+    index = await indexes.find_ready(session, reference)
+    model = await models.find(session, index.model_id)
+    training = await datasets.find_ready(session, index.dataset_id)
+    fit = await indexes.fit_spec(session, index.id, resources.settings, resources.artifacts)
+    asked: list[QueryOut] = []
+    queries: list[Json] = []
+    _check_count(request, resources)
+    for number, selection in enumerate(request.queries):
+        if selection.example is not None:
+            queries.append({"example": selection.example.model_dump(mode="json")})
+            asked.append(QueryOut(dataset=None, row=None, id=None, target=selection.example.target))
+            continue
+        dataset = await datasets.find_ready(session, selection.dataset or "")
+        if dataset.spec["kind"] != training.spec["kind"]:
+            raise InvalidRequest(
+                f"The training set is {training.spec['kind']} data, this one {dataset.spec['kind']}.",
+                pointer=f"/queries/{number}/dataset",
+            )
+        indexes.check_fits(model, dataset, f"/queries/{number}/dataset")
+        queries.append({**_located(resources, dataset, training), "rows": selection.rows})
+        asked.extend(_query_rows(resources, dataset, selection, number))
+    await release(session)
+    engine = {
+        "artifact": index.artifact,
+        "fit": fit.model_dump(mode="json", by_alias=True),
+        "training": _located(resources, training, training),
+        "queries": queries,
+        "damping": request.damping,
+        "rescore": request.rescore,
+    }
+    return Asked(index, training, engine, asked)
+
+
+def _check_count(request: Question, resources: Resources) -> None:
+    count = sum(len(selection.rows or [0]) for selection in request.queries)
+    if count > resources.settings.limits.max_queries:
+        raise InvalidRequest(
+            f"A request may have {resources.settings.limits.max_queries} queries, not {count}.", pointer="/queries"
+        )
+
+
+def _located(resources: Resources, dataset: Dataset, training: Dataset) -> Json:
+    """Return where the engine finds a data set; its values are prepared as the training set's are."""
+    assert dataset.artifact is not None
+    same = {key: training.spec[key] for key in ("normalize", "max_length")}
+    spec = datasets.spec_of(dataset).model_copy(update=same)
+    return {"folder": str(resources.artifacts.open(dataset.artifact)), "spec": spec.model_dump_json()}
+
+
+def _query_rows(resources: Resources, dataset: Dataset, selection: QuerySelection, number: int) -> list[QueryOut]:
+    rows = selection.rows or []
+    outside = [place for place, row in enumerate(rows) if row >= (dataset.num_examples or 0)]
+    if outside:
+        pointer = f"/queries/{number}/rows/{outside[0]}"
+        raise InvalidRequest(f"Data set {dataset.name!r} has {dataset.num_examples} rows.", pointer=pointer)
+    described = datasets.reader_of(resources.artifacts, dataset).describe(np.asarray(rows, dtype=np.int64))
+    return [
+        QueryOut(dataset=dataset.id, row=entry["row"], id=entry["id"], target=entry["target"]) for entry in described
+    ]
+
+
+def _subset(subset: Subset) -> Json:
+    selector = subset.keep or subset.remove
+    assert selector is not None
+    dumped = selector.model_dump(mode="json", by_alias=True, exclude_none=True)
+    return {"selector": dumped, "keep": subset.keep is not None}
+
+
+def _sample(rows: np.ndarray) -> np.ndarray:
+    """Return up to 32 of the rows, evenly spread."""
+    places = np.unique(np.linspace(0, len(rows) - 1, min(SAMPLED_EXAMPLES, len(rows))).round().astype(int))
+    return rows[places]
+
+
+def _set_output(values: np.ndarray, predicted: np.ndarray) -> SetOutput:
+    count = len(values)
+    return SetOutput(
+        size=count,
+        mean_output=float(values.mean()) if count else 0.0,
+        mean_predicted=float(predicted.mean()) if count else 0.0,
+    )
+
+
+def _said(asked: Asked, request: Question, found: Json, began: float) -> Json:
+    """Return what an answer says about itself."""
+    method = asked.index.method
+    default = method.get("damping")
+    return {
+        "index": asked.index.id,
+        "method": method["type"],
+        "notion": METHODS[method["type"]].notion,
+        "measurement": asked.index.measurement,
+        "damping": None if default is None else (default if request.damping is None else request.damping),
+        "approximate": found["approximate"],
+        "recall": found["recall"],
+        "quality": asked.index.quality,
+        "elapsed_ms": round(1000 * (time.perf_counter() - began), 1),
+    }

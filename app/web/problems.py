@@ -1,0 +1,102 @@
+"""Every exception becomes a problem document; nothing of a traceback leaves the process."""
+
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from starlette.exceptions import HTTPException
+
+from app.errors import (
+    BadRequest,
+    CorruptArtifact,
+    DatabaseUnavailable,
+    FieldProblem,
+    InternalError,
+    InvalidRequest,
+    MethodNotAllowed,
+    NotFound,
+    PayloadTooLarge,
+    Problem,
+    UnsupportedMedia,
+)
+from app.web.middleware import request_id_of
+from attribution_core.errors import AttributionError, CorruptArtifactError
+
+log = structlog.get_logger("headwater.api")
+_OUTAGE = ("08", "53", "57")  # SQLSTATE classes: connection, resources, operator intervention (shutdown, timeouts)
+_BY_STATUS: dict[int, type[Problem]] = {
+    400: BadRequest,
+    404: NotFound,
+    405: MethodNotAllowed,
+    413: PayloadTooLarge,
+    415: UnsupportedMedia,
+}
+
+
+def answer(request: Request, problem: Problem, headers: dict[str, str] | None = None) -> JSONResponse:
+    """Return a problem as a response."""
+    return JSONResponse(
+        problem.document(request_id_of(request)),
+        problem.status,
+        {**(headers or {}), **problem.headers},
+        media_type="application/problem+json",
+    )
+
+
+def install(app: FastAPI) -> None:
+    """Register a handler for every kind of exception."""
+
+    @app.exception_handler(Problem)
+    async def of_problem(request: Request, error: Problem) -> JSONResponse:
+        return answer(request, error)
+
+    @app.exception_handler(RequestValidationError)
+    async def of_validation(request: Request, error: RequestValidationError) -> JSONResponse:
+        errors = [
+            FieldProblem(pointer=_pointer(entry["loc"]), detail=str(entry["msg"])) for entry in error.errors()[:100]
+        ]
+        first = errors[0]
+        return answer(request, InvalidRequest(f"{first.pointer or 'The body'}: {first.detail}.", errors))
+
+    @app.exception_handler(HTTPException)
+    async def of_http(request: Request, error: HTTPException) -> JSONResponse:
+        kind = _BY_STATUS.get(error.status_code, BadRequest if error.status_code < 500 else InternalError)
+        return answer(request, kind(str(error.detail)), dict(error.headers or {}))
+
+    @app.exception_handler(AttributionError)
+    async def of_library(request: Request, error: AttributionError) -> JSONResponse:
+        if isinstance(error, CorruptArtifactError):
+            log.error("damaged files", error=str(error))
+            return answer(request, CorruptArtifact(str(error)))
+        return answer(request, InvalidRequest(str(error), pointer=error.pointer))
+
+    @app.exception_handler(DBAPIError)
+    @app.exception_handler(PoolTimeout)
+    async def of_database(request: Request, error: Exception) -> JSONResponse:
+        if _is_outage(error):
+            return answer(request, DatabaseUnavailable("The database does not answer; try again soon."))
+        log.error("database error", error=type(error).__name__)
+        return answer(request, InternalError("Something failed in the service; its log has the details."))
+
+    @app.exception_handler(Exception)
+    async def of_anything(request: Request, error: Exception) -> JSONResponse:
+        log.error("unhandled error", exc_info=error)
+        return answer(request, InternalError("Something failed in the service; its log has the details."))
+
+
+def _is_outage(error: Exception) -> bool:
+    if isinstance(error, PoolTimeout | OperationalError | InterfaceError):
+        return True
+    return isinstance(error, DBAPIError) and (
+        error.connection_invalidated or (getattr(error.orig, "sqlstate", None) or "").startswith(_OUTAGE)
+    )
+
+
+def _pointer(location: tuple[Any, ...]) -> str:
+    """Return a JSON pointer into the body; parameters are under /query, /path or /header."""
+    steps = location[1:] if location[:1] == ("body",) else location
+    return "".join(f"/{str(step).replace('~', '~0').replace('/', '~1')}" for step in steps)

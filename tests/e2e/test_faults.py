@@ -1,0 +1,151 @@
+"""What the service survives: processes killed with -9 at random moments, and its database restarted."""
+
+import random
+import subprocess
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import httpx2 as httpx
+import psutil
+
+from attribution_core.fingerprint import sha256_file
+from tests.e2e.conftest import Loaded
+from tests.e2e.service import Service, wait_for
+
+EKFAC = {"type": "ekfac", "projection": {"dim": 256}}
+QUERY = {"queries": [{"dataset": "test", "rows": [3]}], "top_k": 5}
+
+
+def artifact_hashes(service: Service, index: str) -> dict[str, str]:
+    folder = service.data / "artifacts" / "indexes" / service.get(f"/v1/indexes/{index}")["id"]
+    return {str(path.relative_to(folder)): sha256_file(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def kill(service: Service, module: str) -> None:
+    process = wait_for(lambda: service.child(module), message=module)
+    process.kill()
+    process.wait(10)
+
+
+def test_worker_killed_at_ten_random_moments_leaves_the_same_bytes(loaded: Loaded) -> None:
+    service, moments = loaded.service, random.Random(7)
+    job = loaded.fit("undisturbed", EKFAC)
+    began = time.monotonic()
+    assert service.finished(job)["state"] == "succeeded"
+    usual = time.monotonic() - began
+    expected = artifact_hashes(service, "undisturbed")
+    assert len(expected) >= 3
+
+    job, kills = loaded.fit("disturbed", EKFAC), 0
+    while kills < 10 and service.get(f"/v1/jobs/{job['id']}")["state"] not in ("succeeded", "failed"):
+        time.sleep(moments.uniform(0.0, usual / 4))
+        kill(service, "app.worker.main")
+        kills += 1
+    finished = service.finished(job)
+    assert finished["state"] == "succeeded", finished["error"]
+    assert kills >= 3
+    assert artifact_hashes(service, "disturbed") == expected
+    for round_ in range(kills, 10):
+        job = loaded.fit(f"disturbed-{round_}", EKFAC)
+        time.sleep(moments.uniform(0.0, usual))
+        kill(service, "app.worker.main")
+        assert service.finished(job)["state"] == "succeeded"
+        assert artifact_hashes(service, f"disturbed-{round_}") == expected
+
+
+class Load:
+    """Asks the same question from several threads until told to stop, and counts what comes back."""
+
+    def __init__(self, service: Service, index: str, threads: int = 4) -> None:
+        self.url, self.path = service.url, f"/v1/indexes/{index}/attributions"
+        self.statuses: Counter[int] = Counter()
+        self.unexpected: list[str] = []
+        self.stopping = threading.Event()
+        self.threads = [threading.Thread(target=self._ask) for _ in range(threads)]
+
+    def __enter__(self) -> "Load":
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stopping.set()
+        for thread in self.threads:
+            thread.join()
+
+    def _ask(self) -> None:
+        with httpx.Client(base_url=self.url, timeout=60) as http:
+            while not self.stopping.is_set():
+                answer = http.post(self.path, json=QUERY)
+                self.statuses[answer.status_code] += 1
+                if answer.status_code != 200:
+                    self._check_refusal(answer)
+                    time.sleep(0.05)
+
+    def _check_refusal(self, answer: httpx.Response) -> None:
+        told = answer.headers.get("content-type") == "application/problem+json" and "retry-after" in answer.headers
+        if answer.status_code not in (429, 503) or not told:
+            self.unexpected.append(f"{answer.status_code} {answer.text}")
+
+
+def ready_index(loaded: Loaded) -> str:
+    if loaded.service.http.get("/v1/indexes/steady").status_code == 404:
+        assert loaded.service.finished(loaded.fit("steady", {"type": "grad_dot"}))["state"] == "succeeded"
+    return "steady"
+
+
+def answered(load: Load, more: int) -> None:
+    goal = load.statuses[200] + more
+    wait_for(
+        lambda: load.statuses[200] >= goal, 60, f"{more} more answers; so far {load.statuses} {load.unexpected[:3]}"
+    )
+
+
+def test_engine_killed_under_load_is_replaced(loaded: Loaded) -> None:
+    service = loaded.service
+    index = ready_index(loaded)
+    expected = service.post(f"/v1/indexes/{index}/attributions", QUERY)["results"]
+    with Load(service, index) as load:
+        for _ in range(3):
+            answered(load, 10)
+            kill(service, "app.engine.process")
+            answered(load, 10)
+    assert not load.unexpected
+    assert set(load.statuses) <= {200, 429, 503}
+    assert service.post(f"/v1/indexes/{index}/attributions", QUERY)["results"] == expected
+
+
+def postgres_of(service: Service) -> tuple[int, Path]:
+    folder = service.data / "postgres"
+    return int((folder / "postmaster.pid").read_text().splitlines()[0]), folder
+
+
+def restart_postgres(service: Service) -> None:
+    """Stop the embedded server at once, as a crash would, and start it again with its own command line."""
+    pid, folder = postgres_of(service)
+    server = psutil.Process(pid)
+    command, owner = server.cmdline(), server.username()
+    subprocess.run(["kill", "-QUIT", str(pid)], check=True)
+    server.wait(30)
+    time.sleep(1.5)
+    with (folder / "restart.log").open("ab") as log:
+        subprocess.Popen(command, user=owner, stdout=log, stderr=log, cwd=folder, start_new_session=True)
+
+
+def test_postgres_restarted_under_load_loses_nothing(loaded: Loaded) -> None:
+    service = loaded.service
+    index = ready_index(loaded)
+    api = service.process.pid
+    job = loaded.fit("through-the-restart", EKFAC)
+    with Load(service, index) as load:
+        answered(load, 10)
+        restart_postgres(service)
+        wait_for(service.ready, 10, "the api to be healthy again")
+        answered(load, 20)
+    assert not load.unexpected
+    assert set(load.statuses) <= {200, 429, 503}
+    assert service.process.pid == api
+    assert service.finished(job)["state"] == "succeeded"
+    assert service.post("/v1/indexes/through-the-restart/attributions", QUERY)["results"]
