@@ -16,7 +16,7 @@ from attribution_core.checkpoints import save_checkpoint
 from attribution_core.data.batch import Batch
 from attribution_core.data.importer import import_dataset
 from attribution_core.fingerprint import sha256_file
-from attribution_core.methods.context import CheckpointRef, DatasetRef, FitSpec
+from attribution_core.fit_spec import CheckpointRef, DatasetRef, FitSpec
 from attribution_core.methods.fit import fit
 from attribution_core.methods.loaded import LoadedIndex
 from attribution_core.progress import NoProgress

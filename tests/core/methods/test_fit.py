@@ -11,7 +11,7 @@ import pytest
 from attribution_core.arrays import write_arrays
 from attribution_core.errors import Cancelled
 from attribution_core.fingerprint import sha256_file
-from attribution_core.methods.context import FitSpec
+from attribution_core.fit_spec import FitSpec
 from attribution_core.methods.fit import FitPipeline, FitSummary
 from attribution_core.methods.loaded import LoadedIndex
 from attribution_core.progress import NoProgress
@@ -63,7 +63,7 @@ def test_same_bytes_from_two_processes(problem: Problem, tmp_path: Path) -> None
 import sys
 from pathlib import Path
 from attribution_core.arrays import write_arrays
-from attribution_core.methods.context import FitSpec
+from attribution_core.fit_spec import FitSpec
 from attribution_core.methods.fit import FitPipeline
 from attribution_core.progress import NoProgress
 spec, work, stage = FitSpec.model_validate_json(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), sys.argv[3]
