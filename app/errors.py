@@ -200,13 +200,21 @@ class StorageFull(Problem):
 
 
 # What any operation can answer, whatever it does.
-COMMON = (BadRequest, Unauthorized, Forbidden, InvalidRequest, InternalError, DatabaseUnavailable)
+COMMON: tuple[type[Problem], ...] = (
+    BadRequest,
+    Unauthorized,
+    Forbidden,
+    InvalidRequest,
+    InternalError,
+    DatabaseUnavailable,
+)
 
 
 def problems(*types: type[Problem]) -> dict[int | str, dict[str, Any]]:
     """Return the `responses` of an operation that can answer these problems beside the common ones."""
     by_status: dict[int, list[type[Problem]]] = {}
-    for kind in dict.fromkeys([*COMMON, *types]):
+    every: list[type[Problem]] = list(dict.fromkeys([*COMMON, *types]))
+    for kind in every:
         by_status.setdefault(kind.status, []).append(kind)
     return {
         status: {

@@ -45,7 +45,7 @@ def serve(settings: Settings, host: str, port: int) -> None:
         asyncio.run(_supervised(settings, host, port))
     finally:
         if server is not None:
-            server.cleanup()
+            server.stop()
         lock.close()
 
 

@@ -1,12 +1,14 @@
 """Everything a fit depends on, as one value: made by whoever submits it, read by whoever runs it; free of torch."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from attribution_core.fingerprint import sha256_file, sha256_of
 from attribution_core.spec import (
+    PROJECTION_VERSION,
     ArchitectureSpec,
     DatasetSpec,
     MethodSpec,
@@ -80,3 +82,22 @@ class FitSpec(Spec):
         weights = [checkpoint.sha256 for checkpoint in self.checkpoints]
         tokenizer = sha256_file(self.tokenizer_path) if self.tokenizer_path else None
         return sha256_of([decides, data, self.dataset.sha256, weights, tokenizer, PROJECTION_VERSION])
+
+
+@dataclass(frozen=True)
+class FitSummary:
+    """What a finished fit is.
+
+    Attributes:
+        dim: numbers per stored row, all checkpoints together.
+        bytes: of the artifact.
+        recall: of the first search stage against an exact scan, measured on training rows as queries.
+        coverage: percentage of parameters attributed, layers covered and skipped.
+    """
+
+    fingerprint: str
+    num_examples: int
+    dim: int
+    bytes: int
+    recall: float
+    coverage: dict[str, Any]

@@ -26,7 +26,16 @@ EPOCHS, BATCH, LEARNING_RATE, WEIGHT_DECAY = 8, 64, 0.1, 1e-3
 def build(seed: int) -> nn.Sequential:
     """Return the freshly initialised network."""
     torch.manual_seed(seed)
-    return nn.Sequential()
+    network = nn.Sequential()
+    network.add_module("conv_0", nn.Conv2d(1, 8, 3, padding="same"))
+    network.add_module("activation_0", nn.ReLU())
+    network.add_module("pool_0", nn.MaxPool2d(2))
+    network.add_module("conv_1", nn.Conv2d(8, 16, 3, padding="same"))
+    network.add_module("activation_1", nn.ReLU())
+    network.add_module("pool_1", nn.MaxPool2d(2))
+    network.add_module("flatten", nn.Flatten())
+    network.add_module("output", nn.Linear(16 * 7 * 7, 10))
+    return network
 
 
 def inputs(digits: Digits) -> Tensor:

@@ -211,13 +211,13 @@ def shown(dataset: Dataset) -> DatasetOut:
     return DatasetOut(
         id=dataset.id,
         name=dataset.name,
-        status=dataset.status,  # type: ignore[arg-type]
+        status=dataset.status,
         kind=dataset.spec["kind"],
         spec=dataset.spec,
         sha256=dataset.sha256,
         num_examples=dataset.num_examples,
         num_classes=dataset.num_classes,
-        target_type=dataset.target_type,  # type: ignore[arg-type]
+        target_type=dataset.target_type,
         input_shape=dataset.input_shape,
         columns=None if dataset.columns is None else [Column(**column) for column in dataset.columns],
         bytes=dataset.bytes,

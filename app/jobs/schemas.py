@@ -9,7 +9,7 @@ JobState = Literal["queued", "running", "succeeded", "failed", "cancelling", "ca
 JobKind = Literal["import", "fit"]
 TERMINAL: tuple[JobState, ...] = ("succeeded", "failed", "cancelled")
 
-JOB_EXAMPLE = {
+JOB_EXAMPLE: dict[str, Any] = {
     "id": "job_01k9m3v5x8ns2d8vqyt5b9w4hz",
     "kind": "fit",
     "state": "running",

@@ -111,8 +111,8 @@ def shown(job: Job) -> JobOut:
     left = max(total - job.progress_done, 0) if total is not None else None
     return JobOut(
         id=job.id,
-        kind=job.kind,  # type: ignore[arg-type]
-        state=job.state,  # type: ignore[arg-type]
+        kind=job.kind,
+        state=job.state,
         resource_type=job.resource_type,
         resource_id=job.resource_id,
         attempt=job.attempt,

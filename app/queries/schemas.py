@@ -7,7 +7,12 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_vali
 from attribution_core.spec import Damping, Filter, Row, Selector, Spec, check_filter_size
 
 Reference = Annotated[str, StringConstraints(min_length=1, max_length=64)]
-_ROWS = {"dataset": "mnist-test", "rows": [7]}
+_ROWS: dict[str, Any] = {"dataset": "mnist-test", "rows": [7]}
+_ATTRIBUTIONS: dict[str, Any] = {"queries": [_ROWS], "top_k": 10, "include": ["metadata", "preview"]}
+_SUBSETS: list[Any] = [{"remove": {"rows": [1, 2, 3]}}, {"remove": {"top_positive": 50}}]
+_COUNTERFACTUALS: dict[str, Any] = {"queries": [_ROWS], "subsets": _SUBSETS}
+_FORGET: dict[str, Any] = {"where": {"field": "source", "op": "eq", "value": "vendor-4"}}
+_UNLEARNING: dict[str, Any] = {"forget": _FORGET, "queries": [_ROWS]}
 
 
 class InlineExample(Spec):
@@ -53,9 +58,7 @@ class Question(Spec):
 class AttributionRequest(Question):
     """Which training examples are behind these outputs?"""
 
-    model_config = ConfigDict(
-        json_schema_extra={"examples": [{"queries": [_ROWS], "top_k": 10, "include": ["metadata", "preview"]}]}
-    )
+    model_config = ConfigDict(json_schema_extra={"examples": [_ATTRIBUTIONS]})
 
     top_k: int = Field(default=10, ge=1, le=100_000)
     filter: Filter | None = Field(default=None, description="Only training examples that it selects.")
@@ -86,13 +89,7 @@ Interval = Annotated[float, Field(gt=0, lt=1)]
 class CounterfactualRequest(Question):
     """What would the outputs be after training on other sets?"""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {"queries": [_ROWS], "subsets": [{"remove": {"rows": [1, 2, 3]}}, {"remove": {"top_positive": 50}}]}
-            ]
-        }
-    )
+    model_config = ConfigDict(json_schema_extra={"examples": [_COUNTERFACTUALS]})
 
     subsets: Annotated[list[Subset], Field(min_length=1, max_length=10_000)]
     estimator: Literal["additive"] = "additive"
@@ -104,13 +101,7 @@ class CounterfactualRequest(Question):
 class UnlearningRequest(Question):
     """What would the outputs be had a forget set never been trained on?"""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {"forget": {"where": {"field": "source", "op": "eq", "value": "vendor-4"}}, "queries": [_ROWS]}
-            ]
-        }
-    )
+    model_config = ConfigDict(json_schema_extra={"examples": [_UNLEARNING]})
 
     forget: Selector
     estimator: Literal["additive"] = "additive"

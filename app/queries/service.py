@@ -265,7 +265,7 @@ def _subset(subset: Subset) -> Json:
 def _sample(rows: np.ndarray) -> np.ndarray:
     """Return up to 32 of the rows, evenly spread."""
     places = np.unique(np.linspace(0, len(rows) - 1, min(SAMPLED_EXAMPLES, len(rows))).round().astype(int))
-    return rows[places]
+    return np.asarray(rows[places])
 
 
 def _set_output(values: np.ndarray, predicted: np.ndarray) -> SetOutput:

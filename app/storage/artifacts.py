@@ -67,7 +67,9 @@ class ArtifactStore:
         for path in files.values():
             _flush(path)
         crash_point("after-fsync")
-        entries = {key: {"sha256": sha256_file(path), "bytes": path.stat().st_size} for key, path in files.items()}
+        entries: dict[str, dict[str, Any]] = {
+            key: {"sha256": sha256_file(path), "bytes": path.stat().st_size} for key, path in files.items()
+        }
         (folder / MANIFEST).write_bytes(canonical_json({"version": 1, "files": entries}))
         _flush(folder / MANIFEST)
         _flush(folder)

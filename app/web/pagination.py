@@ -15,6 +15,7 @@ from app.errors import InvalidCursor
 
 MAX_LIMIT = 200
 T = TypeVar("T")
+S = TypeVar("S", bound=Select[Any])
 
 
 class PageOf(BaseModel, Generic[T]):
@@ -72,9 +73,7 @@ def next_cursor(route: str, position: str | int) -> str:
     return base64.urlsafe_b64encode(json.dumps([route, position]).encode()).decode().rstrip("=")
 
 
-def newest_first(
-    query: Select[tuple[T]], column: InstrumentedAttribute[str], page: Page, route: str
-) -> Select[tuple[T]]:
+def newest_first(query: S, column: InstrumentedAttribute[str], page: Page, route: str) -> S:
     """Restrict a query to one page by descending id, with one row more to know whether another page follows."""
     after = page.text_after(route)
     if after is not None:

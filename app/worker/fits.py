@@ -17,7 +17,8 @@ from app.worker.runner import Kind, LeaseLost, Runner, Running, computed, stopwa
 from attribution_core.arrays import write_arrays
 from attribution_core.errors import AttributionError, Cancelled
 from attribution_core.fingerprint import sha256_file
-from attribution_core.methods.fit import FitPipeline, FitSummary
+from attribution_core.fit_spec import FitSummary
+from attribution_core.methods.fit import FitPipeline
 
 REDUCTION = -1
 _MAX_HELPERS = 8

@@ -46,7 +46,7 @@ def skeleton(spec: ArchitectureSpec) -> dict[str, dict[str, Any]]:
     with torch.device("meta"):
         module = build(spec)
     parameters = dict(module.named_parameters())
-    shapes = {
+    shapes: dict[str, dict[str, Any]] = {
         name: {"shape": list(value.shape), "trainable": name in parameters}
         for name, value in module.state_dict(keep_vars=True).items()
         if value.is_floating_point()

@@ -46,9 +46,9 @@ class CovarianceSums:
         """Add one batch of pseudo-gradients; `first` of several on the same inputs also adds what they share."""
         for block, gradient, inputs, outputs in zip(self.blocks, gradients, self.inputs, self.outputs, strict=True):
             if inputs is not None and (first or not block.inputs_fixed):
-                inputs += _second_moment(gradient.inputs)
+                inputs.add_(_second_moment(gradient.inputs))
             if outputs is not None and (first or not block.outputs_fixed):
-                outputs += _second_moment(gradient.dense_outputs())
+                outputs.add_(_second_moment(gradient.dense_outputs()))
 
     def arrays(self) -> Arrays:
         """Return the sums by name."""
@@ -171,7 +171,8 @@ def _second_moment(factor: Tensor) -> Tensor:
 def _eigenvectors(covariance: Tensor) -> Tensor:
     vectors = torch.linalg.eigh(covariance).eigenvectors
     largest = vectors.abs().argmax(dim=-2, keepdim=True)
-    return vectors * vectors.gather(-2, largest).sign()
+    signed: Tensor = vectors * vectors.gather(-2, largest).sign()
+    return signed
 
 
 def _loaded(side: str, count: int, arrays: Mapping[str, np.ndarray], device: str) -> list[Tensor | None]:

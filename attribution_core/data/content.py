@@ -169,7 +169,7 @@ def _opened(data: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=["PNG", "JPEG"])
+            image: Image.Image = Image.open(io.BytesIO(data), formats=["PNG", "JPEG"])
             if image.width * image.height > MAX_IMAGE_PIXELS:
                 raise InvalidInputError(f"an image of {image.width} × {image.height} pixels is too large")
             image.load()

@@ -31,9 +31,9 @@ def mask_of(condition: Filter, table: pa.Table) -> np.ndarray:
     """
     match condition:
         case And(and_=parts):
-            return np.logical_and.reduce([mask_of(part, table) for part in parts])
+            return np.asarray(np.logical_and.reduce([mask_of(part, table) for part in parts]))
         case Or(or_=parts):
-            return np.logical_or.reduce([mask_of(part, table) for part in parts])
+            return np.asarray(np.logical_or.reduce([mask_of(part, table) for part in parts]))
         case Not(not_=part):
             return ~mask_of(part, table)
         case _:

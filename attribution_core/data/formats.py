@@ -24,7 +24,7 @@ MAX_NPZ_BYTES = 8 << 30
 MAX_COLUMNS = 100_000
 _MAGICS = {b"PAR1": "parquet", b"PK\x03\x04": "npz"}
 
-Rows = Iterator[tuple[int, dict[str, Sequence[Any]]]]
+Rows = Iterator[tuple[int, dict[str, list[Any]]]]
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ def _conv_factors(module: nn.Conv2d, inputs: Tensor, gradients: Tensor) -> Facto
     padded = F.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
     patches = F.unfold(padded, module.kernel_size, module.dilation, 0, module.stride)  # (batch, d · groups, positions)
     batch, groups = len(inputs), module.groups
-    a = patches.unflatten(1, (groups, -1)).transpose(2, 3)
+    a = patches.reshape(batch, groups, -1, patches.shape[2]).transpose(2, 3)
     g = gradients.reshape(batch, groups, module.out_channels // groups, -1).transpose(2, 3)
     return _with_ones(a, module.bias), g
 
@@ -161,7 +161,7 @@ def _scale_shape(module: nn.Module) -> tuple[int, int, int]:
 def _layer_norm_factors(module: nn.Module, inputs: Tensor, gradients: Tensor) -> Factors:
     shape = list(module.normalized_shape)  # type: ignore[arg-type]
     norm = F.layer_norm if isinstance(module, nn.LayerNorm) else F.rms_norm
-    normalised = norm(inputs, shape, eps=module.eps)  # type: ignore[arg-type, operator]
+    normalised = norm(inputs, shape, eps=module.eps)  # type: ignore[arg-type]
     size = torch.Size(shape).numel()
     return _scale_factors(module, normalised.reshape(len(inputs), -1, size), gradients.reshape(len(inputs), -1, size))
 

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,7 +17,7 @@ from attribution_core.curvature.fisher import FisherPasses
 from attribution_core.data.batch import Batch
 from attribution_core.errors import InvalidInputError
 from attribution_core.features.store import FeatureStore, write_shard
-from attribution_core.fit_spec import FitSpec
+from attribution_core.fit_spec import FitSpec, FitSummary
 from attribution_core.methods import trak
 from attribution_core.methods.artifact import FACTORS_FILE, FEATURES_FOLDER, write_description
 from attribution_core.methods.base import FeatureMethod, TrainRows
@@ -50,25 +49,6 @@ class Stage:
 
     name: str
     shards: tuple[Shard, ...]
-
-
-@dataclass(frozen=True)
-class FitSummary:
-    """What a finished fit is.
-
-    Attributes:
-        dim: numbers per stored row, all checkpoints together.
-        bytes: of the artifact.
-        recall: of the first search stage against an exact scan, measured on training rows as queries.
-        coverage: percentage of parameters attributed, layers covered and skipped.
-    """
-
-    fingerprint: str
-    num_examples: int
-    dim: int
-    bytes: int
-    recall: float
-    coverage: dict[str, Any]
 
 
 class FitPipeline:

@@ -1,5 +1,7 @@
 """Seeded random projections that keep inner products in expectation: E⟨Px, Py⟩ = ⟨x, y⟩."""
 
+from collections.abc import Callable
+
 from attribution_core.projection.base import Projection
 from attribution_core.projection.dense import GaussianProjection, RademacherProjection
 from attribution_core.projection.sjlt import SparseProjection
@@ -7,7 +9,11 @@ from attribution_core.spec import ProjectionSpec
 
 __all__ = ["Projection", "build_projection"]
 
-_TYPES = {"sjlt": SparseProjection, "rademacher": RademacherProjection, "gaussian": GaussianProjection}
+_TYPES: dict[str, Callable[[int, int], Projection]] = {
+    "sjlt": SparseProjection,
+    "rademacher": RademacherProjection,
+    "gaussian": GaussianProjection,
+}
 
 
 def build_projection(spec: ProjectionSpec) -> Projection:
