@@ -4,7 +4,9 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -84,7 +86,19 @@ async def _api(settings: Settings, host: str, port: int) -> None:
         timeout_graceful_shutdown=_GRACE_SECONDS,
         h11_max_incomplete_event_size=32 << 10,
     )
-    await uvicorn.Server(config).serve()
+    await _Server(config).serve()
+
+
+class _Server(uvicorn.Server):
+    """Stops on a signal without raising it again afterwards, so that the database and the worker are stopped in order."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Ask the server to exit on SIGTERM and SIGINT."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.handle_exit, number, None)
+        yield
 
 
 async def _has_keys(settings: Settings) -> bool:

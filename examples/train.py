@@ -20,7 +20,7 @@ ARCHITECTURE = {
     "name": "cnn",
     "arguments": {"input_shape": [1, 28, 28], "channels": [8, 16], "num_classes": 10},
 }
-EPOCHS, BATCH, LEARNING_RATE, WEIGHT_DECAY = 8, 64, 0.1, 1e-3
+EPOCHS, BATCH, LEARNING_RATE, WEIGHT_DECAY = 8, 64, 0.1, 1e-2
 
 
 def build(seed: int) -> nn.Sequential:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.e2e.service import ROOT, free_port
+from tests.service import ROOT, free_port
 
 
 def run_demo(url: str, data: Path) -> str:

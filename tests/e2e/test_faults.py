@@ -11,8 +11,8 @@ import httpx2 as httpx
 import psutil
 
 from attribution_core.fingerprint import sha256_file
-from tests.e2e.conftest import Loaded
-from tests.e2e.service import Service, wait_for
+from tests.conftest import Loaded
+from tests.service import Service, wait_for
 
 EKFAC = {"type": "ekfac", "projection": {"dim": 256}}
 QUERY = {"queries": [{"dataset": "test", "rows": [3]}], "top_k": 5}
@@ -29,16 +29,16 @@ def kill(service: Service, module: str) -> None:
     process.wait(10)
 
 
-def test_worker_killed_at_ten_random_moments_leaves_the_same_bytes(loaded: Loaded) -> None:
-    service, moments = loaded.service, random.Random(7)
-    job = loaded.fit("undisturbed", EKFAC)
+def test_worker_killed_at_ten_random_moments_leaves_the_same_bytes(fragile: Loaded) -> None:
+    service, moments = fragile.service, random.Random(7)
+    job = fragile.fit("undisturbed", EKFAC)
     began = time.monotonic()
     assert service.finished(job)["state"] == "succeeded"
     usual = time.monotonic() - began
     expected = artifact_hashes(service, "undisturbed")
     assert len(expected) >= 3
 
-    job, kills = loaded.fit("disturbed", EKFAC), 0
+    job, kills = fragile.fit("disturbed", EKFAC), 0
     while kills < 10 and service.get(f"/v1/jobs/{job['id']}")["state"] not in ("succeeded", "failed"):
         time.sleep(moments.uniform(0.0, usual / 4))
         kill(service, "app.worker.main")
@@ -48,7 +48,7 @@ def test_worker_killed_at_ten_random_moments_leaves_the_same_bytes(loaded: Loade
     assert kills >= 3
     assert artifact_hashes(service, "disturbed") == expected
     for round_ in range(kills, 10):
-        job = loaded.fit(f"disturbed-{round_}", EKFAC)
+        job = fragile.fit(f"disturbed-{round_}", EKFAC)
         time.sleep(moments.uniform(0.0, usual))
         kill(service, "app.worker.main")
         assert service.finished(job)["state"] == "succeeded"
@@ -90,9 +90,9 @@ class Load:
             self.unexpected.append(f"{answer.status_code} {answer.text}")
 
 
-def ready_index(loaded: Loaded) -> str:
-    if loaded.service.http.get("/v1/indexes/steady").status_code == 404:
-        assert loaded.service.finished(loaded.fit("steady", {"type": "grad_dot"}))["state"] == "succeeded"
+def ready_index(fragile: Loaded) -> str:
+    if fragile.service.http.get("/v1/indexes/steady").status_code == 404:
+        assert fragile.service.finished(fragile.fit("steady", {"type": "grad_dot"}))["state"] == "succeeded"
     return "steady"
 
 
@@ -103,9 +103,9 @@ def answered(load: Load, more: int) -> None:
     )
 
 
-def test_engine_killed_under_load_is_replaced(loaded: Loaded) -> None:
-    service = loaded.service
-    index = ready_index(loaded)
+def test_engine_killed_under_load_is_replaced(fragile: Loaded) -> None:
+    service = fragile.service
+    index = ready_index(fragile)
     expected = service.post(f"/v1/indexes/{index}/attributions", QUERY)["results"]
     with Load(service, index) as load:
         for _ in range(3):
@@ -134,11 +134,11 @@ def restart_postgres(service: Service) -> None:
         subprocess.Popen(command, user=owner, stdout=log, stderr=log, cwd=folder, start_new_session=True)
 
 
-def test_postgres_restarted_under_load_loses_nothing(loaded: Loaded) -> None:
-    service = loaded.service
-    index = ready_index(loaded)
+def test_postgres_restarted_under_load_loses_nothing(fragile: Loaded) -> None:
+    service = fragile.service
+    index = ready_index(fragile)
     api = service.process.pid
-    job = loaded.fit("through-the-restart", EKFAC)
+    job = fragile.fit("through-the-restart", EKFAC)
     with Load(service, index) as load:
         answered(load, 10)
         restart_postgres(service)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from attribution_core.errors import SingularCurvatureError
+from attribution_core.methods.grad_cos import unit_length
 from attribution_core.methods.loaded import LoadedIndex
 from attribution_core.projection import build_projection
 from attribution_core.spec import ProjectionSpec
@@ -60,6 +61,14 @@ def test_grad_cos_is_the_cosine(problem: Problem) -> None:
         ]
     )
     assert relative_error(index.self_influence(), own) < 1e-5
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e30])
+def test_directions_survive_any_length(scale: float) -> None:
+    """Squares of small gradients underflow and those of large ones overflow; a gradient of zero has no direction."""
+    parts = [scale * torch.tensor([[3.0]]).view(1, 1, 1, 1), scale * torch.tensor([[4.0, 0.0]]).view(1, 1, 1, 2)]
+    found = torch.cat([part.flatten() for part in unit_length(parts)])
+    torch.testing.assert_close(found, torch.tensor([0.6, 0.8, 0.0]) * (scale > 0))
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])

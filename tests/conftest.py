@@ -1,4 +1,4 @@
-"""One running service per module, with real digits and a trained MLP in it."""
+"""A running service with real digits and a trained MLP in it: one for all tests of the api, one of its own for fault tests."""
 
 import sys
 from collections.abc import Iterator
@@ -12,18 +12,19 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from tests.e2e.service import ROOT, Service
+from tests.service import ROOT, Service
 
 sys.path.insert(0, str(ROOT / "examples"))
 from mnist import load_digits
 
 MLP = {"name": "mlp", "arguments": {"input_dim": 784, "hidden": [16], "output_dim": 10}}
+KEYS = ("hidden_0.weight", "hidden_0.bias", "output.weight", "output.bias")
 TRAIN, TEST = 600, 50
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if Path(__file__).parent in item.path.parents:
+        if (Path(__file__).parent / "e2e") in item.path.parents:
             item.add_marker(pytest.mark.e2e)
 
 
@@ -34,7 +35,7 @@ def save_digits(path: Path, start: int, stop: int) -> Path:
     return path
 
 
-def train_mlp(path: Path, seed: int, keys: list[str]) -> Path:
+def train_mlp(path: Path, seed: int) -> Path:
     """A plain torch MLP on the first 600 digits, saved under the service's parameter names."""
     digits, _ = load_digits()
     torch.manual_seed(seed)
@@ -46,7 +47,7 @@ def train_mlp(path: Path, seed: int, keys: list[str]) -> Path:
         optimizer.zero_grad()
         F.cross_entropy(network(inputs), labels).backward()
         optimizer.step()
-    save_file(dict(zip(keys, network.state_dict().values(), strict=True)), path)
+    save_file(dict(zip(KEYS, network.state_dict().values(), strict=True)), path)
     return path
 
 
@@ -76,20 +77,45 @@ def load(service: Service, folder: Path) -> Loaded:
         file = save_digits(folder / f"{name}.npz", start, stop)
         job = service.upload("/v1/datasets", file, 202, spec={"name": name, **spec})
         assert service.finished(job)["state"] == "succeeded"
-    model = service.post("/v1/models", {"name": "mlp", "architecture": MLP, "task": {"type": "classification"}}, 201)
+    service.post("/v1/models", {"name": "mlp", "architecture": MLP, "task": {"type": "classification"}}, 201)
     checkpoints = []
     for seed in (0, 1):
-        file = train_mlp(folder / f"{seed}.safetensors", seed, list(model["parameters"]))
+        file = train_mlp(folder / f"{seed}.safetensors", seed)
         meta = {"run": f"seed-{seed}", "step": 100, "final": True}
         checkpoints.append(service.upload("/v1/models/mlp/checkpoints", file, 201, meta=meta)["id"])
     return Loaded(service, checkpoints)
 
 
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loaded]:
-    folder = tmp_path_factory.mktemp("service")
-    service = Service(folder / "data", HEADWATER_WORKER__SHARD_SIZE="32").start()
+def running(folder: Path, **environment: str) -> Iterator[Loaded]:
+    service = Service(folder / "data", HEADWATER_WORKER__SHARD_SIZE="32", **environment).start()
     try:
         yield load(service, folder)
     finally:
         assert service.stop() == 0
+
+
+@pytest.fixture(scope="session")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loaded]:
+    """The shared service; tests leave it as they find it, but for names of their own."""
+    roots = tmp_path_factory.mktemp("roots")
+    (roots / "numbers.csv").write_text("a,b,label\n1,2,0\n3,4,1\n")
+    (roots / "outside").symlink_to("/etc")
+    yield from running(tmp_path_factory.mktemp("service"), HEADWATER_ROOTS=f'{{"files": "{roots}"}}')
+
+
+@pytest.fixture(scope="session")
+def steady(loaded: Loaded) -> Loaded:
+    """The shared service with an index `steady` (ekfac), and `trak` over both checkpoints."""
+    jobs = [
+        loaded.fit("steady", {"type": "ekfac", "projection": {"dim": 256}}),
+        loaded.fit("trak", {"type": "trak", "projection": {"dim": 128}}, checkpoints="all"),
+    ]
+    for job in jobs:
+        assert loaded.service.finished(job)["state"] == "succeeded"
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def fragile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loaded]:
+    """A service of the module's own, to be broken."""
+    yield from running(tmp_path_factory.mktemp("fragile"))

@@ -13,7 +13,7 @@ from typing import Any
 import httpx2 as httpx
 import psutil
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 TERMINAL = {"succeeded", "failed", "cancelled"}
 
 

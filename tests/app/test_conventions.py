@@ -1,0 +1,196 @@
+"""What holds for every request: errors, ids, strict JSON, pages, idempotency, waiting."""
+
+import base64
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx2 as httpx
+import pytest
+
+from tests.conftest import MLP, Loaded
+
+QUERY = {"queries": [{"dataset": "test", "rows": [0]}]}
+
+
+def is_problem(answer: httpx.Response, status: int, slug: str) -> dict:
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    body = answer.json()
+    assert set(body) == {"type", "title", "status", "detail", "errors", "request_id"}
+    assert body["type"] == f"/problems/{slug}"
+    assert body["status"] == status
+    assert body["request_id"] == answer.headers["x-request-id"]
+    return body
+
+
+def model(name: str) -> dict:
+    return {"name": name, "architecture": MLP, "task": {"type": "classification"}}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "slug"),
+    [
+        ("GET", "/v1/nothing", 404, "not-found"),
+        ("GET", "/v1/models/nothing", 404, "not-found"),
+        ("GET", "/v1/jobs/job_00000000000000000000000000", 404, "not-found"),
+        ("GET", "/v1/datasets/%00", 404, "not-found"),
+        ("GET", "/v1/datasets/..%2f..%2fetc%2fpasswd", 404, "not-found"),
+        ("PUT", "/v1/models", 405, "method-not-allowed"),
+        ("GET", "/v1/models?colour=red", 422, "invalid-request"),
+        ("GET", "/v1/models?limit=0", 422, "invalid-request"),
+        ("GET", "/v1/models?limit=1000000000", 422, "invalid-request"),
+        ("GET", "/v1/models?limit=NaN", 422, "invalid-request"),
+        ("GET", "/v1/jobs?state=sleeping", 422, "invalid-request"),
+        ("GET", "/v1/datasets/digits/examples/600", 404, "not-found"),
+        ("GET", "/v1/datasets/digits/examples/-1", 422, "invalid-request"),
+        ("GET", "/v1/datasets/digits/examples?filter=%7B%7D", 422, "invalid-request"),
+        ("GET", "/v1/datasets/digits/examples?filter=%5B%5B%5B", 422, "invalid-request"),
+    ],
+)
+def test_refusals_are_problems(loaded: Loaded, method: str, path: str, status: int, slug: str) -> None:
+    is_problem(loaded.service.http.request(method, path), status, slug)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'"text"',
+        b'{"name": "a", "name": "b"}',
+        b'{"name": NaN}',
+        b'{"name": Infinity}',
+        b'{"name": 1e999}',
+        b'{"name": 123456789012345678901234567890}',
+        b'{"name": "a\\u0000b"}',
+        b'{"name": "\\ud800"}',
+        b'{"\\ud800": 1}',
+        b"\xff\xfe{}",
+        b"[" * 100_000,
+        b'{"a":' * 100 + b"1" + b"}" * 100,
+        json.dumps({**model("x"), "colour": "red"}).encode(),
+        json.dumps(model("../../etc/passwd")).encode(),
+        json.dumps(model("A" * 65)).encode(),
+        json.dumps(model("")).encode(),
+        json.dumps({**model("x"), "name": True}).encode(),
+    ],
+    ids=range(21),
+)
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/indexes", "/v1/datasets", "/v1/indexes/any/attributions"])
+def test_malformed_bodies_are_refused(loaded: Loaded, path: str, body: bytes) -> None:
+    answer = loaded.service.http.post(path, content=body, headers={"content-type": "application/json"})
+    is_problem(answer, 422, "invalid-request")
+
+
+def test_too_large_and_wrong_kinds_of_bodies(loaded: Loaded) -> None:
+    http = loaded.service.http
+    is_problem(http.post("/v1/models", content=b" " * (9 << 20), headers={"content-type": "application/json"}), 413, "payload-too-large")
+    is_problem(http.post("/v1/models/mlp/checkpoints", json={}), 415, "unsupported-media-type")
+    is_problem(http.post("/v1/datasets", content="a,b", headers={"content-type": "text/csv"}), 415, "unsupported-media-type")
+    assert http.get("/v1/models", headers={"host": "evil.example"}).status_code == 400
+
+
+def test_request_ids_are_kept_when_safe(loaded: Loaded) -> None:
+    http = loaded.service.http
+    assert http.get("/livez", headers={"x-request-id": "abc-1"}).headers["x-request-id"] == "abc-1"
+    assert http.get("/livez", headers={"x-request-id": "x" * 65}).headers["x-request-id"] != "x" * 65
+
+
+@pytest.mark.parametrize(
+    "cursor",
+    ["", "x", "!!!", "AAAA", base64.urlsafe_b64encode(b'["jobs", "zzz"]').decode(), base64.urlsafe_b64encode(b'["models", {}]').decode(),
+     base64.urlsafe_b64encode(b'["models", 7]').decode(), base64.urlsafe_b64encode(b'["models", "a\\u0000"]').decode(), "A" * 513],
+)
+def test_hostile_cursors_are_refused(loaded: Loaded, cursor: str) -> None:
+    answer = loaded.service.http.get("/v1/models", params={"cursor": cursor})
+    assert answer.status_code == 422
+    assert answer.headers["content-type"] == "application/problem+json"
+
+
+def test_pages_walk_every_example_once(loaded: Loaded) -> None:
+    rows, cursor = [], None
+    while True:
+        params = {"limit": 170} | ({"cursor": cursor} if cursor else {})
+        page = loaded.service.http.get("/v1/datasets/digits/examples", params=params).json()
+        rows += [item["row"] for item in page["items"]]
+        cursor = page["next"]
+        if cursor is None:
+            break
+    assert rows == list(range(600))
+
+
+def test_pages_of_models_are_stable_while_models_are_added(loaded: Loaded) -> None:
+    service = loaded.service
+    for number in range(3):
+        service.post("/v1/models", model(f"page-{number}"), 201)
+    first = service.http.get("/v1/models", params={"limit": 2}).json()
+    service.post("/v1/models", model("page-later"), 201)
+    second = service.http.get("/v1/models", params={"limit": 2, "cursor": first["next"]}).json()
+    names = [item["name"] for item in first["items"] + second["items"]]
+    assert names[:3] == ["page-2", "page-1", "page-0"]
+    assert len(set(names)) == len(names)
+
+
+def test_a_repeated_post_is_answered_again(loaded: Loaded) -> None:
+    http = loaded.service.http
+    headers = {"Idempotency-Key": "model-once"}
+    first = http.post("/v1/models", json=model("once"), headers=headers)
+    again = http.post("/v1/models", json=model("once"), headers=headers)
+    assert first.status_code == again.status_code == 201
+    assert "idempotent-replayed" not in first.headers
+    assert again.headers["idempotent-replayed"] == "true"
+    assert again.json() == first.json()
+    assert again.headers["location"] == first.headers["location"]
+    is_problem(http.post("/v1/models", json=model("other"), headers=headers), 422, "idempotency-mismatch")
+    is_problem(http.post("/v1/models", json=model("once"), headers={"Idempotency-Key": ""}), 422, "invalid-request")
+
+
+def test_a_refused_request_does_not_hold_its_key(loaded: Loaded) -> None:
+    http = loaded.service.http
+    headers = {"Idempotency-Key": "after-refusal"}
+    bad = {**model("after-refusal"), "task": {"type": "causal_lm"}}
+    is_problem(http.post("/v1/models", json=bad, headers=headers), 422, "invalid-request")
+    assert http.post("/v1/models", json=model("after-refusal"), headers=headers).status_code == 201
+
+
+def test_fifty_posts_with_one_key_make_one_model(loaded: Loaded) -> None:
+    def post(_: int) -> tuple[int, str]:
+        with httpx.Client(base_url=loaded.service.url, timeout=60) as http:
+            answer = http.post("/v1/models", json=model("fifty"), headers={"Idempotency-Key": "fifty"})
+            return answer.status_code, answer.json().get("id") or answer.json()["type"]
+
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(post, range(50)))
+    assert {status for status, _ in answers} <= {201, 409}
+    assert len({found for status, found in answers if status == 201}) == 1
+    assert {found for status, found in answers if status == 409} <= {"/problems/idempotency-in-flight"}
+
+
+def test_names_are_unique_and_ids_and_names_are_interchangeable(loaded: Loaded) -> None:
+    service = loaded.service
+    found = service.get("/v1/models/mlp")
+    assert service.get(f"/v1/models/{found['id']}") == found
+    is_problem(service.http.post("/v1/models", json=model("mlp")), 409, "name-taken")
+
+
+def test_health_version_and_metrics(steady: Loaded) -> None:
+    service = steady.service
+    assert service.get("/livez") == {"status": "alive"}
+    assert service.get("/readyz")["checks"] == {"database": "ok", "migrations": "ok", "storage": "ok", "engine": "ok"}
+    assert service.get("/version")["api"] == "v1"
+    service.post("/v1/indexes/steady/attributions", QUERY)
+    text = service.http.get("/metrics").text
+    assert 'headwater_requests_total{method="POST",route="/v1/indexes/{index}/attributions",status="200"}' in text
+    assert "headwater_engine_seconds" in text
+
+
+def test_logs_hold_no_bodies_and_no_secrets(loaded: Loaded) -> None:
+    secret = "hw_verysecretkey_in_a_header"
+    loaded.service.http.get("/v1/models", headers={"authorization": f"Bearer {secret}"})
+    loaded.service.http.post("/v1/models", json={"name": "secret-in-a-body"})
+    log = (loaded.service.data.parent / f"{loaded.service.data.name}.log").read_text()
+    assert secret not in log
+    assert "secret-in-a-body" not in log
+    assert "route=/v1/models" in log
