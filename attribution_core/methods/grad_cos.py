@@ -21,24 +21,24 @@ class GradCos(GradientMethod):
         """Return projected unit `φ_i`, and the cosine of each with the gradient of its own measurement."""
         run = self.checkpoint.run(batch)
         loss = self.checkpoint.task.loss(run.output, batch)
-        unit = _unit([-gradient.materialise() for gradient in run.gradients(loss, keep=True)])
-        own = _unit(self._measured(run, batch))
+        unit = unit_length([-gradient.materialise() for gradient in run.gradients(loss, keep=True)])
+        own = unit_length(self._measured(run, batch))
         return TrainRows(self.projection.project(unit), torch.ones_like(loss.detach()), paired(own, unit))
 
     def precondition(self, query: QuerySide, damping: float) -> QuerySide:
         """Normalise the query's gradient."""
         assert query.gradients is not None
-        unit = _unit(query.gradients)
+        unit = unit_length(query.gradients)
         return QuerySide(query.output, self.projection.project(unit), unit)
 
     def exact_scores(self, query: QuerySide, batch: Batch) -> Tensor:
         """Return the cosines without projection."""
         assert query.gradients is not None
-        unit = _unit([-gradient.materialise() for gradient in self._loss_gradients(batch)])
+        unit = unit_length([-gradient.materialise() for gradient in self._loss_gradients(batch)])
         return torch.stack([a.flatten(1) @ b.flatten(1).T for a, b in zip(query.gradients, unit, strict=True)]).sum(0)
 
 
-def _unit(gradients: Sequence[Tensor]) -> list[Tensor]:
+def unit_length(gradients: Sequence[Tensor]) -> list[Tensor]:
     """Return each example's whole gradient divided by its length.
 
     Gradients of well-fitted examples are so small that their squares underflow; the largest entry is divided out first.

@@ -77,7 +77,7 @@ def test_filters_are_exact_and_filled(spec: SearchSpec, count: int) -> None:
 
 
 @pytest.mark.parametrize("spec", [FLAT, ALL_LISTS])
-@pytest.mark.parametrize("k", [1, 5, 40])
+@pytest.mark.parametrize("k", [1, 5, 20, 60])
 def test_equal_scores_are_ordered_by_row_even_where_they_are_cut_off(spec: SearchSpec, k: int) -> None:
     """Rows of signs have few different scores, and clusters are visited in another order than rows."""
     rows = np.random.default_rng(2).choice(np.array([-1, 1], np.float32), (N, DIM))
