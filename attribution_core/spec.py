@@ -148,17 +148,15 @@ class MethodBase(Spec):
     needs: ClassVar[tuple[str, ...]] = ("checkpoints",)
     query_cost: ClassVar[Literal["inline", "job"]] = "inline"
     reference: ClassVar[str] = ""
-    default_damping: ClassVar[float | None] = None
 
 
 class TrakMethod(MethodBase):
     """TRAK: the linearised model's one-step update, in a random projection, averaged over checkpoints."""
 
     reference: ClassVar[str] = "Park et al. 2023, TRAK: Attributing Model Behavior at Scale"
-    default_damping: ClassVar[float | None] = 0.01
     type: Literal["trak"]
     projection: ProjectionSpec = ProjectionSpec()
-    damping: Damping = Field(default=0.01, description="Default damping, as a multiple of the mean eigenvalue.")
+    damping: Damping = Field(default=0.1, description="Default damping, as a multiple of the mean eigenvalue.")
     curvature: Literal["gradient", "gauss_newton"] = Field(
         default="gauss_newton",
         description="`gradient`: the published kernel, whose scores have an arbitrary scale. `gauss_newton`: each row "
@@ -175,10 +173,9 @@ class EkfacMethod(MethodBase):
     reference: ClassVar[str] = (
         "George et al. 2018; Grosse et al. 2023, Studying LLM Generalization with Influence Functions"
     )
-    default_damping: ClassVar[float | None] = 1.0
     type: Literal["ekfac"]
     projection: ProjectionSpec = ProjectionSpec()
-    damping: Damping = Field(default=1.0, description="Default damping, as a multiple of each layer's mean eigenvalue.")
+    damping: Damping = Field(default=0.1, description="Default damping, as a multiple of each layer's mean eigenvalue.")
     fisher: Literal["auto", "exact", "sampled", "empirical"] = Field(
         default="auto",
         description="Labels enumerated, sampled from the model, or the data's; auto enumerates up to 32 classes.",

@@ -124,7 +124,7 @@ def fit_indexes(client: Client) -> None:
     common = {"model": "digit-cnn", "dataset": "mnist-train", "measurement": "margin"}
     wanted = {
         "demo-trak": {**common, "checkpoints": "all", "method": {"type": "trak"}},
-        "demo-ekfac": {**common, "checkpoints": [first], "method": {"type": "ekfac"}},
+        "demo-ekfac": {**common, "checkpoints": [first], "method": {"type": "ekfac", "damping": 1.0}},
     }
     for name, body in wanted.items():
         index = client.ensure(

@@ -1,7 +1,6 @@
 """Indexes kept warm, least recently used first out, bounded by their estimated bytes."""
 
 from collections import OrderedDict
-from pathlib import Path
 from typing import Any
 
 from app.storage.artifacts import ArtifactStore
@@ -22,7 +21,7 @@ class IndexCache:
         self._artifacts = artifacts
         self._limit = limit
         self._device = device
-        self._loaded: OrderedDict[tuple[str, str], LoadedIndex] = OrderedDict()
+        self._loaded: OrderedDict[tuple[str, str], tuple[LoadedIndex, int]] = OrderedDict()
 
     def get(self, artifact: str, fit: dict[str, Any]) -> LoadedIndex:
         """Return a loaded index.
@@ -34,12 +33,19 @@ class IndexCache:
         spec = FitSpec.model_validate(fit)
         key = (artifact, spec.fingerprint())
         if key not in self._loaded:
-            folder: Path = self._artifacts.verify(artifact)
-            self._loaded[key] = LoadedIndex(folder, spec, device=self._device)
+            self._forget_deleted()
+            # The index checks every file against its checksum as it loads.
+            loaded = LoadedIndex(self._artifacts.open(artifact), spec, device=self._device)
+            self._loaded[key] = (loaded, loaded.bytes)
         self._loaded.move_to_end(key)
         self._evict()
-        return self._loaded[key]
+        return self._loaded[key][0]
+
+    def _forget_deleted(self) -> None:
+        for key, (index, _) in list(self._loaded.items()):
+            if not index.folder.exists():
+                del self._loaded[key]
 
     def _evict(self) -> None:
-        while len(self._loaded) > 1 and sum(index.bytes for index in self._loaded.values()) > self._limit:
+        while len(self._loaded) > 1 and sum(size for _, size in self._loaded.values()) > self._limit:
             self._loaded.popitem(last=False)

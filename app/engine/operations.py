@@ -92,7 +92,8 @@ class Operations:
             "outputs": query.outputs,
             "changes": predicted_change(effects).tolist(),
             "removed": [[len(rows) for rows in of_query] for of_query in groups],
-            **_honesty(index, payload["rescore"], exact),
+            "approximate": not exact,
+            "recall": index.recall,
         }
 
     def self_influence(self, payload: Json) -> Json:
@@ -202,16 +203,11 @@ def _attributions(index: LoadedIndex, found: Sequence[Attribution], request: Jso
             {"output": one.output, "positive": _listed(index, one.positive), "negative": _listed(index, one.negative)}
             for one in found
         ],
-        **_honesty(index, request["rescore"], True),
+        "approximate": any(one.approximate for one in found),
+        "recall": index.recall,
     }
 
 
 def _listed(index: LoadedIndex, found: Found) -> list[Json]:
     examples = index.context.source.reader.describe(found.rows)
     return [{**entry, "score": score} for entry, score in zip(examples, found.scores.tolist(), strict=True)]
-
-
-def _honesty(index: LoadedIndex, rescore: bool, exact: bool) -> Json:
-    """Say whether scores are projections' and how much of the exact list the search finds."""
-    exact = exact and (rescore or not index.rescores)
-    return {"approximate": not exact or index.recall is None or index.recall < 1.0, "recall": index.recall}

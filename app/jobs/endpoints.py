@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request
-from fastapi.sse import EventSourceResponse, format_sse_event
+from fastapi.responses import StreamingResponse
+from fastapi.sse import format_sse_event
 from sqlalchemy.exc import DBAPIError, InterfaceError
 
 from app.db.tables import JobEvent
@@ -43,10 +44,13 @@ async def get_job(session: SessionDep, job: str) -> JobOut:
     "/{job}/events",
     summary="Follow a job",
     dependencies=[require("read")],
-    response_class=EventSourceResponse,
+    response_class=StreamingResponse,
     responses={
         **problems(NotFound),
-        200: {"description": "A stream of `state` and `progress` events; `data` is the job."},
+        200: {
+            "content": {"text/event-stream": {}},
+            "description": "A stream of `state` and `progress` events; `data` is the job.",
+        },
     },
 )
 async def follow_job(
@@ -55,7 +59,7 @@ async def follow_job(
     resources: ResourcesDep,
     job: str,
     last_event_id: Annotated[str | None, Header(alias="Last-Event-ID", description="Go on after this event.")] = None,
-) -> EventSourceResponse:
+) -> StreamingResponse:
     """Stream a job's events until it ends. A reconnecting client sends `Last-Event-ID` and misses nothing."""
     await service.find(session, job)
     after = _event_id(last_event_id)
@@ -82,7 +86,7 @@ async def follow_job(
                 yield b": waiting\n\n"
             await asyncio.sleep(_POLL_SECONDS)
 
-    return EventSourceResponse(stream(), headers={"cache-control": "no-store", "x-accel-buffering": "no"})
+    return StreamingResponse(stream(), media_type="text/event-stream", headers={"x-accel-buffering": "no"})
 
 
 @router.post(

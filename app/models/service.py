@@ -108,7 +108,7 @@ async def add_checkpoint(
         InvalidRequest: with every problem of the file.
         Conflict: if the model has a checkpoint of that run and step.
     """
-    checkpoint_id = new_id("ckpt")
+    checkpoint_id, name = new_id("ckpt"), model.name
     summary: WeightsSummary = await asyncio.to_thread(check_weights, file, model.parameters)
     checkpoint = Checkpoint(
         id=checkpoint_id,
@@ -124,7 +124,7 @@ async def add_checkpoint(
         await session.flush()
     except IntegrityError:
         raise Conflict(
-            f"Model {model.name!r} has a checkpoint of run {meta.run!r} at step {meta.step}.", pointer="/meta"
+            f"Model {name!r} has a checkpoint of run {meta.run!r} at step {meta.step}.", pointer="/meta"
         ) from None
     await session.refresh(checkpoint)
     await asyncio.to_thread(_publish, artifacts, checkpoint, file)

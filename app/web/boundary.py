@@ -19,7 +19,7 @@ from fastapi.routing import APIRoute
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.auth.service import authenticate
-from app.errors import FieldProblem, InvalidRequest
+from app.errors import FieldProblem, InvalidRequest, NotFound
 from app.jobs.service import is_finished
 from app.web.idempotency import IdempotencyClaim, checked_key, request_hash
 from app.web.resources import Resources, resources_of
@@ -40,6 +40,8 @@ class TransactionalRoute(APIRoute):
 
         async def handle(request: Request) -> Response:
             resources = resources_of(request)
+            if not all(value.isprintable() for value in request.path_params.values() if isinstance(value, str)):
+                raise NotFound("Nothing has a name with control characters.")
             request.state.principal = await authenticate(resources.keys, request)
             _refuse_unknown_parameters(request, known)
             await _refuse_malformed_json(request)

@@ -52,7 +52,7 @@ class Observed:
             await self.app(scope, receive, observed)
         finally:
             seconds = time.perf_counter() - began
-            route = getattr(scope.get("route"), "path", "unmatched")
+            route = _route_of(scope)
             REQUESTS.labels(scope["method"] if len(scope["method"]) < 8 else "OTHER", route, status).inc()
             REQUEST_SECONDS.labels(route).observe(seconds)
             log.info("request", method=scope["method"][:16], route=route, status=status, ms=round(1000 * seconds, 1))
@@ -88,6 +88,12 @@ class LimitedBody:
             return message
 
         await self.app(scope, limited, send)
+
+
+def _route_of(scope: Scope) -> str:
+    """Return the path template a request matched, so that metrics and logs hold no names of users' things."""
+    matched = scope.get("fastapi", {}).get("effective_route_context") or scope.get("route")
+    return getattr(matched, "path", None) or "unmatched"
 
 
 def request_id_of(request: Request) -> str:

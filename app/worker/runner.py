@@ -125,6 +125,10 @@ class Runner:
             else:
                 log.warning("database lost; the job goes on later", job=job.id, error=str(error)[:200])
                 await self._release(running)
+        except (AttributionError, Problem) as error:
+            # What the caller can mend is told to the caller; the log does not repeat what may be their data.
+            log.info("job refused", job=job.id, kind=type(error).__name__)
+            await self._failed(running, kind, _error_of(error))
         except Exception as error:
             log.exception("job failed", job=job.id)
             await self._failed(running, kind, _error_of(error))

@@ -1,7 +1,7 @@
 """Passes over training examples that collect what EK-FAC needs of the Fisher matrix."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -33,7 +33,7 @@ class FisherPasses:
         sums = CovarianceSums(self.capture.blocks)
         for batch in batches:
             for number, gradients in enumerate(self._pseudo_gradients(batch)):
-                sums.add(gradients, first=number == 0)
+                sums.add(_without_padding(gradients, batch), first=number == 0)
             progress.advance(len(batch))
         return sums
 
@@ -57,3 +57,19 @@ class FisherPasses:
         if self.method.fisher != "auto":
             return self.method.fisher
         return "exact" if labels is not None and labels <= MAX_ENUMERATED_LABELS else "sampled"
+
+
+def _without_padding(gradients: list[LayerGradient], batch: Batch) -> list[LayerGradient]:
+    """Set the inputs of padded positions to zero; their output gradients are zero already, but `A` does not look at those.
+
+    A weight used several times has the positions of one use after those of the other.
+    """
+    if batch.mask is None:
+        return gradients
+    tokens = batch.mask.shape[1]
+    masked = []
+    for gradient in gradients:
+        uses, rest = divmod(gradient.inputs.shape[2], tokens)
+        real = batch.mask.repeat(1, uses)[:, None, :, None]
+        masked.append(gradient if rest or not uses else replace(gradient, inputs=gradient.inputs * real))
+    return masked

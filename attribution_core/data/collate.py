@@ -17,8 +17,6 @@ from attribution_core.data.tokenizers import Tokenizer
 from attribution_core.errors import InvalidInputError
 from attribution_core.spec import CausalLanguageModelingTask, ClassificationTask, DatasetSpec, RegressionTask
 
-# Padded lengths are rounded up to this, so that few different shapes occur.
-_LENGTH_STEP = 8
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,8 @@ class ExampleSource:
             if self.tokenizer is None:
                 raise InvalidInputError("a text data set needs a model with a tokenizer", "/model")
             values = [self.tokenizer.encode(text) for text in values]
-        return _padded([tokens[: spec.max_length] for tokens in values], self.tokenizer.pad if self.tokenizer else 0)
+        cut = [tokens[: spec.max_length] for tokens in values]
+        return _padded(cut, self.tokenizer.pad if self.tokenizer else 0)
 
     def _targets(self, values: list[Any] | None) -> Tensor | None:
         if values is None or isinstance(self.task, CausalLanguageModelingTask):
@@ -119,8 +118,7 @@ def _stacked(values: list[np.ndarray]) -> np.ndarray:
 
 
 def _padded(sequences: list[np.ndarray], pad: int) -> tuple[Tensor, Tensor]:
-    longest = max(len(tokens) for tokens in sequences)
-    width = -(-longest // _LENGTH_STEP) * _LENGTH_STEP
+    width = max(len(tokens) for tokens in sequences)
     inputs = torch.full((len(sequences), width), pad, dtype=torch.int64)
     mask = torch.zeros(len(sequences), width, dtype=torch.bool)
     for number, tokens in enumerate(sequences):

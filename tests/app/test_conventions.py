@@ -86,9 +86,15 @@ def test_malformed_bodies_are_refused(loaded: Loaded, path: str, body: bytes) ->
 
 def test_too_large_and_wrong_kinds_of_bodies(loaded: Loaded) -> None:
     http = loaded.service.http
-    is_problem(http.post("/v1/models", content=b" " * (9 << 20), headers={"content-type": "application/json"}), 413, "payload-too-large")
+    is_problem(
+        http.post("/v1/models", content=b" " * (9 << 20), headers={"content-type": "application/json"}),
+        413,
+        "payload-too-large",
+    )
     is_problem(http.post("/v1/models/mlp/checkpoints", json={}), 415, "unsupported-media-type")
-    is_problem(http.post("/v1/datasets", content="a,b", headers={"content-type": "text/csv"}), 415, "unsupported-media-type")
+    is_problem(
+        http.post("/v1/datasets", content="a,b", headers={"content-type": "text/csv"}), 415, "unsupported-media-type"
+    )
     assert http.get("/v1/models", headers={"host": "evil.example"}).status_code == 400
 
 
@@ -100,8 +106,17 @@ def test_request_ids_are_kept_when_safe(loaded: Loaded) -> None:
 
 @pytest.mark.parametrize(
     "cursor",
-    ["", "x", "!!!", "AAAA", base64.urlsafe_b64encode(b'["jobs", "zzz"]').decode(), base64.urlsafe_b64encode(b'["models", {}]').decode(),
-     base64.urlsafe_b64encode(b'["models", 7]').decode(), base64.urlsafe_b64encode(b'["models", "a\\u0000"]').decode(), "A" * 513],
+    [
+        "",
+        "x",
+        "!!!",
+        "AAAA",
+        base64.urlsafe_b64encode(b'["jobs", "zzz"]').decode(),
+        base64.urlsafe_b64encode(b'["models", {}]').decode(),
+        base64.urlsafe_b64encode(b'["models", 7]').decode(),
+        base64.urlsafe_b64encode(b'["models", "a\\u0000"]').decode(),
+        "A" * 513,
+    ],
 )
 def test_hostile_cursors_are_refused(loaded: Loaded, cursor: str) -> None:
     answer = loaded.service.http.get("/v1/models", params={"cursor": cursor})

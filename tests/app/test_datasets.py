@@ -25,7 +25,7 @@ def write(folder: Path, kind: str) -> Path:
     elif kind == "parquet":
         pq.write_table(pa.Table.from_pylist(ROWS), path)
     elif kind == "csv":
-        lines = ['x,y,name,group', *(f'"{row["x"]}",{row["y"]},{row["name"]},{row["group"]}' for row in ROWS)]
+        lines = ["x,y,name,group", *(f'"{row["x"]}",{row["y"]},{row["name"]},{row["group"]}' for row in ROWS)]
         path.write_text("\n".join(lines))
     else:
         np.savez(path, **{key: np.array([row[key] for row in ROWS]) for key in ROWS[0]})
@@ -92,7 +92,9 @@ def test_all_problems_are_reported_with_their_rows(loaded: Loaded, tmp_path: Pat
         ("missing.jsonl", b'{"a": 1}\n'),
     ],
 )
-def test_hostile_files_fail_their_import_clearly(loaded: Loaded, tmp_path: Path, name: str, content: bytes | None) -> None:
+def test_hostile_files_fail_their_import_clearly(
+    loaded: Loaded, tmp_path: Path, name: str, content: bytes | None
+) -> None:
     path = tmp_path / name
     if content is None:
         np.savez(path, x=np.array([{"a": 1}], dtype=object), y=np.zeros(1), name=np.zeros(1), group=np.zeros(1))
@@ -110,7 +112,12 @@ def test_images_of_all_encodings_and_their_previews(loaded: Loaded, tmp_path: Pa
     encoded = io.BytesIO()
     Image.fromarray(pixels).save(encoded, "PNG")
     path = tmp_path / "images.jsonl"
-    path.write_text("\n".join(json.dumps({"image": value, "label": 0}) for value in (base64.b64encode(encoded.getvalue()).decode(), pixels.tolist())))
+    path.write_text(
+        "\n".join(
+            json.dumps({"image": value, "label": 0})
+            for value in (base64.b64encode(encoded.getvalue()).decode(), pixels.tolist())
+        )
+    )
     spec = {"name": "colours", "kind": "image", "input": "image", "target": "label"}
     assert loaded.service.finished(loaded.service.upload("/v1/datasets", path, 202, spec=spec))["state"] == "succeeded"
     for row in (0, 1):
@@ -133,12 +140,23 @@ def test_text_previews_are_plain_text(loaded: Loaded, tmp_path: Path) -> None:
 
 def test_filters_select_examples(loaded: Loaded) -> None:
     http = loaded.service.http
-    every = [item for item in loaded.service.get("/v1/datasets/digits/examples?limit=200")["items"]]
-    condition = {"and": [{"field": "target", "op": "eq", "value": 4}, {"not": {"field": "source", "op": "prefix", "value": "vendor-4"}}]}
-    found = http.get("/v1/datasets/digits/examples", params={"filter": json.dumps(condition), "limit": 200}).json()["items"]
+    every = loaded.service.get("/v1/datasets/digits/examples?limit=200")["items"]
+    condition = {
+        "and": [
+            {"field": "target", "op": "eq", "value": 4},
+            {"not": {"field": "source", "op": "prefix", "value": "vendor-4"}},
+        ]
+    }
+    found = http.get("/v1/datasets/digits/examples", params={"filter": json.dumps(condition), "limit": 200}).json()[
+        "items"
+    ]
     expected = [item["row"] for item in every if item["target"] == 4 and item["metadata"]["source"] != "vendor-4"]
     assert [item["row"] for item in found if item["row"] < 200] == expected
-    for wrong in ({"field": "nothing", "op": "eq", "value": 1}, {"field": "source", "op": "gt", "value": 3}, {"field": "target", "op": "contains", "value": "a"}):
+    conditions = (
+        {"field": "nothing", "op": "eq", "value": 1},
+        {"field": "source", "op": "gt", "value": 3},
+        {"field": "target", "op": "contains", "value": "a"},
+    ):
         answer = http.get("/v1/datasets/digits/examples", params={"filter": json.dumps(wrong)})
         assert answer.status_code == 422, answer.text
 
@@ -177,7 +195,9 @@ def test_a_file_under_a_root_and_no_other(loaded: Loaded) -> None:
 def test_wrong_specs_are_refused_at_once(loaded: Loaded, tmp_path: Path, spec: dict) -> None:
     file = write(tmp_path, "jsonl")
     with file.open("rb") as stream:
-        answer = loaded.service.http.post("/v1/datasets", data={"spec": json.dumps(spec)}, files={"file": (file.name, stream)})
+        answer = loaded.service.http.post(
+            "/v1/datasets", data={"spec": json.dumps(spec)}, files={"file": (file.name, stream)}
+        )
     assert answer.status_code == (409 if spec["name"] == "digits" else 422), answer.text
 
 

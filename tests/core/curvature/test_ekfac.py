@@ -62,7 +62,7 @@ def exact_fisher(name: str) -> list[Tensor]:
     for loss in pseudo_losses(run.output):
         for total, gradient in zip(totals, run.gradients(loss, keep=True), strict=True):
             rows = gradient.materialise().flatten(1)
-            total += rows.T @ rows / len(inputs)
+            total.add_(rows.T @ rows / len(inputs))
     return totals
 
 
@@ -84,7 +84,9 @@ def test_eigenvalues_are_the_exact_fisher_in_the_eigenbasis(name: str) -> None:
     for number, fisher in enumerate(exact_fisher(name)):
         basis = dense_basis(factors, number)
         torch.testing.assert_close(basis @ basis.T, torch.eye(len(basis), dtype=torch.float64), rtol=0, atol=1e-6)
-        torch.testing.assert_close((basis.T @ fisher @ basis).diagonal(), factors.eigenvalues[number].flatten(), rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(
+            (basis.T @ fisher @ basis).diagonal(), factors.eigenvalues[number].flatten(), rtol=1e-6, atol=1e-9
+        )
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -152,6 +154,9 @@ def test_singular_curvature_needs_damping() -> None:
 
 def test_equal_sums_give_equal_bytes() -> None:
     sums = {"inputs.0": np.cov(np.random.default_rng(0).normal(size=(6, 50)))[None]}
-    first, second = Eigenbasis.solve(sums)["inputs.0"], Eigenbasis.solve({"inputs.0": sums["inputs.0"].copy()})["inputs.0"]
+    first, second = (
+        Eigenbasis.solve(sums)["inputs.0"],
+        Eigenbasis.solve({"inputs.0": sums["inputs.0"].copy()})["inputs.0"],
+    )
     assert first.tobytes() == second.tobytes()
     assert (np.take_along_axis(first, np.abs(first).argmax(-2)[:, None], -2) > 0).all()

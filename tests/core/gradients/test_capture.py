@@ -11,7 +11,9 @@ from attribution_core.gradients import GradientCapture
 
 
 def conv(**options: object) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(4, 6, 3, **options), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 3))
+    return nn.Sequential(
+        nn.Conv2d(4, 6, 3, **options), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 3)
+    )
 
 
 class Twice(nn.Module):
@@ -75,7 +77,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "conv grouped": (lambda: conv(groups=2, padding=1), images),
     "conv depthwise": (lambda: nn.Sequential(nn.Conv2d(4, 8, 3, groups=4), nn.Flatten(), nn.Linear(240, 2)), images),
     "embedding": (lambda: nn.Sequential(nn.Embedding(11, 6, padding_idx=3), nn.Linear(6, 2)), tokens),
-    "layer norm": (lambda: nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.Linear(6, 2)), lambda: torch.randn(5, 3, 5)),
+    "layer norm": (
+        lambda: nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.Linear(6, 2)),
+        lambda: torch.randn(5, 3, 5),
+    ),
     "group norm": (
         lambda: nn.Sequential(nn.Conv2d(4, 6, 3), nn.GroupNorm(3, 6), nn.Flatten(), nn.Linear(180, 2)),
         images,
@@ -84,7 +89,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
         lambda: nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(180, 2)),
         images,
     ),
-    "batch norm 1d": (lambda: nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Linear(6, 2)), lambda: torch.randn(5, 5)),
+    "batch norm 1d": (
+        lambda: nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Linear(6, 2)),
+        lambda: torch.randn(5, 5),
+    ),
     "a layer used twice": (Twice, lambda: torch.randn(5, 5)),
     "tied weights": (Tied, tokens),
     "in-place residual": (Residual, lambda: torch.randn(5, 5)),
@@ -101,7 +109,9 @@ def prepared(name: str) -> tuple[nn.Module, Tensor]:
     module = build().double().eval()
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.5)
-    if isinstance(batch_norm := next((m for m in module.modules() if isinstance(m, nn.BatchNorm2d)), None), nn.BatchNorm2d):
+    if isinstance(
+        batch_norm := next((m for m in module.modules() if isinstance(m, nn.BatchNorm2d)), None), nn.BatchNorm2d
+    ):
         nn.init.normal_(batch_norm.running_mean)
         nn.init.uniform_(batch_norm.running_var, 0.5, 2)
     values = inputs()

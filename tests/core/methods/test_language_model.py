@@ -64,12 +64,7 @@ def fitted(spec: FitSpec, into: Path, **changes: object) -> LoadedIndex:
     return LoadedIndex(into / "index", spec)
 
 
-PADDING_COUNTED = pytest.mark.xfail(
-    strict=True, reason="the covariance of layer inputs counts padded positions, so EK-FAC's basis depends on the batch"
-)
-
-
-@pytest.mark.parametrize("method", [pytest.param(m, marks=PADDING_COUNTED if m == "ekfac" else ()) for m in METHODS])
+@pytest.mark.parametrize("method", METHODS)
 def test_neither_padding_nor_batches_change_scores(tmp_path: Path, method: str) -> None:
     spec = specification(tmp_path)
     first = fitted(spec, tmp_path / "a", method=METHODS[method])

@@ -44,7 +44,10 @@ def test_inner_products_are_kept_on_average(kind: str) -> None:
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(2, 300, dtype=torch.float64, generator=generator)
     found = torch.stack(
-        [torch.stack([p.project([x[None]])[0] @ p.project([y[None]])[0]]) for p in (projection(kind, 64, s) for s in range(400))]
+        [
+            torch.stack([p.project([x[None]])[0] @ p.project([y[None]])[0]])
+            for p in (projection(kind, 64, s) for s in range(400))
+        ]
     ).flatten()
     error = found.std() / 400**0.5
     assert abs(found.mean() - x @ y) < 4 * error
@@ -63,4 +66,3 @@ def test_hash_is_frozen() -> None:
     """Stored features depend on these bits: a change needs a new PROJECTION_VERSION."""
     assert hashed(0, np.arange(3)).tolist() == [4295609322031115183, 9735418304920043012, 4249279899635324798]
     assert hashed(7, np.array([2**40])).tolist() == [6342048910881105812]
-

@@ -1,0 +1,135 @@
+"""Jobs over HTTP: events that can be resumed, cancellation, retry."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Loaded
+from tests.service import wait_for
+
+SLOW = {"type": "ekfac", "projection": {"type": "gaussian", "dim": 4096}}
+
+
+def events(loaded: Loaded, job: str, last: str | None = None) -> list[dict]:
+    headers = {"Last-Event-ID": last} if last else {}
+    found: list[dict] = []
+    with loaded.service.http.stream("GET", f"/v1/jobs/{job}/events", headers=headers) as answer:
+        assert answer.status_code == 200
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        event: dict = {}
+        for line in answer.iter_lines():
+            if line.startswith(("id:", "event:", "data:")):
+                key, _, value = line.partition(":")
+                event[key] = value.strip()
+            elif not line and "data" in event:
+                found.append({**event, "data": json.loads(event["data"])})
+                event = {}
+    return found
+
+
+def test_events_tell_the_whole_story_and_resume(loaded: Loaded) -> None:
+    job = loaded.fit("with-events", {"type": "grad_dot"})
+    found = events(loaded, job["id"])
+    states = [event["data"]["state"] for event in found if event["event"] == "state"]
+    assert (states[0], states[-1]) == ("queued", "succeeded")
+    assert "running" in states
+    ids = [int(event["id"]) for event in found]
+    assert ids == sorted(set(ids))
+    assert events(loaded, job["id"], last=found[1]["id"]) == found[2:]
+    assert events(loaded, job["id"], last=found[-1]["id"]) == []
+    final = loaded.service.get(f"/v1/jobs/{job['id']}")
+    assert final["progress"]["done"] == final["progress"]["total"] == 600
+    for wrong in ("x", "-1", "1e3", "9" * 30):
+        answer = loaded.service.http.get(f"/v1/jobs/{job['id']}/events", headers={"Last-Event-ID": wrong})
+        assert answer.status_code == 422
+
+
+def test_progress_has_a_rate_and_a_remaining_time(loaded: Loaded) -> None:
+    job = loaded.fit("slow-progress", SLOW)
+
+    def moving() -> dict | None:
+        progress = loaded.service.get(f"/v1/jobs/{job['id']}")["progress"]
+        return progress if progress["rate"] and progress["eta_seconds"] is not None else None
+
+    progress = wait_for(moving, 60, "progress with a rate")
+    assert 0 < progress["done"] <= progress["total"] == 1800
+    assert progress["unit"] == "examples"
+    loaded.service.post(f"/v1/jobs/{job['id']}/cancel", {}, 202)
+    loaded.service.finished(job)
+
+
+def test_a_cancelled_job_stops_soon_leaves_nothing_and_can_be_retried(loaded: Loaded) -> None:
+    service = loaded.service
+    job = loaded.fit("cancelled", SLOW)
+    wait_for(lambda: service.get(f"/v1/jobs/{job['id']}")["progress"]["done"] > 0, 60, "a first shard")
+    began = time.monotonic()
+    assert service.post(f"/v1/jobs/{job['id']}/cancel", {}, 202)["state"] == "cancelling"
+    assert service.finished(job)["state"] == "cancelled"
+    assert time.monotonic() - began < 5
+    index = service.get("/v1/indexes/cancelled")
+    assert index["status"] == "failed"
+    assert not (service.data / "artifacts" / "indexes" / index["id"]).exists()
+    assert (
+        service.http.post(
+            "/v1/indexes/cancelled/attributions", json={"queries": [{"dataset": "test", "rows": [0]}]}
+        ).status_code
+        == 409
+    )
+    assert service.http.post(f"/v1/jobs/{job['id']}/cancel").status_code == 409
+    assert service.post(f"/v1/jobs/{job['id']}/retry", {}, 202)["state"] == "queued"
+    assert service.finished(job)["state"] == "succeeded"
+    assert service.get("/v1/indexes/cancelled")["status"] == "ready"
+    assert service.http.post(f"/v1/jobs/{job['id']}/retry").status_code == 409
+
+
+def test_an_index_that_is_not_ready_is_told(loaded: Loaded) -> None:
+    job = loaded.fit("early", SLOW)
+    answer = loaded.service.http.post(
+        "/v1/indexes/early/attributions", json={"queries": [{"dataset": "test", "rows": [0]}]}
+    )
+    assert (answer.status_code, answer.json()["type"]) == (409, "/problems/not-ready")
+    assert loaded.service.http.delete("/v1/indexes/early").status_code == 409
+    loaded.service.post(f"/v1/jobs/{job['id']}/cancel", {}, 202)
+    loaded.service.finished(job)
+
+
+def test_a_queued_job_is_cancelled_at_once(loaded: Loaded) -> None:
+    first, second = loaded.fit("first-in-line", SLOW), loaded.fit("second-in-line", SLOW)
+    assert loaded.service.post(f"/v1/jobs/{second['id']}/cancel", {}, 202)["state"] == "cancelled"
+    loaded.service.post(f"/v1/jobs/{first['id']}/cancel", {}, 202)
+    assert loaded.service.finished(first)["state"] == "cancelled"
+
+
+def test_jobs_are_listed_by_state_and_kind(loaded: Loaded) -> None:
+    items = loaded.service.get("/v1/jobs?state=succeeded&kind=import&limit=200")["items"]
+    assert {"import"} == {item["kind"] for item in items}
+    assert {"succeeded"} == {item["state"] for item in items}
+
+
+@pytest.mark.parametrize("after", ["after-write", "after-fsync", "after-manifest", "after-rename"])
+def test_publishing_survives_a_power_cut_at_every_point(tmp_path: Path, after: str) -> None:
+    import subprocess
+    import sys
+
+    from app.storage.artifacts import ArtifactStore
+
+    code = (
+        "import sys; from pathlib import Path; from app.storage.artifacts import ArtifactStore\n"
+        "store = ArtifactStore(Path(sys.argv[1])); store.prepare(); work = store.workspace('job') / 'out'; work.mkdir(exist_ok=True)\n"
+        "(work / 'data').write_bytes(b'x' * 1000); print(store.publish(work, 'indexes/one').sha256)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    cut = subprocess.run(
+        command, env={"HEADWATER_CRASH_AT": after, "PATH": ""}, cwd=Path(__file__).parents[2], check=False
+    )
+    assert cut.returncode == 137
+    store = ArtifactStore(tmp_path)
+    visible = (tmp_path / "artifacts" / "indexes" / "one").exists()
+    assert visible == (after == "after-rename")
+    if visible:
+        store.verify("indexes/one")
+    again = subprocess.run(command, cwd=Path(__file__).parents[2], check=True, capture_output=True, text=True)
+    assert store.verify("indexes/one").exists()
+    assert again.stdout.strip()

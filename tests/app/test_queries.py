@@ -1,0 +1,279 @@
+"""Indexes and the questions they answer, over HTTP, against the library called directly."""
+
+import base64
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from attribution_core.fit_spec import CheckpointRef, DatasetRef, FitSpec
+from attribution_core.methods.loaded import LoadedIndex
+from attribution_core.spec import DatasetSpec
+from tests.conftest import MLP, Loaded, load_digits
+
+QUERY = {"queries": [{"dataset": "test", "rows": [3, 8]}]}
+SOURCE = {"field": "source", "op": "eq", "value": "vendor-1"}
+
+
+def directly(loaded: Loaded, name: str) -> LoadedIndex:
+    """The same artifact, opened without the service."""
+    service, artifacts = loaded.service, loaded.service.data.resolve() / "artifacts"
+    index, dataset = service.get(f"/v1/indexes/{name}"), service.get("/v1/datasets/digits")
+    every = {item["id"]: item for item in service.get("/v1/models/mlp/checkpoints")["items"]}
+    spec = FitSpec(
+        architecture=MLP,
+        task={"type": "classification"},
+        dataset=DatasetRef(
+            id=dataset["id"],
+            folder=artifacts / "datasets" / dataset["id"],
+            spec=DatasetSpec.model_validate(dataset["spec"]),
+            sha256=dataset["sha256"],
+            num_examples=600,
+        ),
+        checkpoints=[
+            CheckpointRef(id=i, path=artifacts / "checkpoints" / i / "weights.safetensors", sha256=every[i]["sha256"])
+            for i in index["checkpoints"]
+        ],
+        method=index["method"],
+        measurement=index["measurement"],
+        store=index["store"],
+        search=index["search"],
+    )
+    assert spec.fingerprint() == index["fingerprint"]
+    return LoadedIndex(artifacts / "indexes" / index["id"], spec)
+
+
+def test_methods_are_described(loaded: Loaded) -> None:
+    items = {item["type"]: item for item in loaded.service.get("/v1/methods")["items"]}
+    assert set(items) == {"trak", "ekfac", "grad_dot", "grad_cos", "representation"}
+    assert items["representation"]["notion"] == "corroborative"
+    assert items["trak"]["parameters"]["properties"]["projection"]
+    assert all(item["reference"] and item["needs"] for item in items.values())
+
+
+def test_an_index_reports_what_it_is(steady: Loaded) -> None:
+    index = steady.service.get("/v1/indexes/steady")
+    assert index["status"] == "ready"
+    assert index["coverage"]["percent"] == 100
+    assert index["bytes"] > 600 * 256 * 4
+    assert set(index["timings"]) >= {"covariance", "eigenvalues", "features", "total"}
+    assert index["quality"] is None
+    assert steady.service.get("/v1/indexes/steady/quality") == {"index": index["id"], "quality": None}
+
+
+@pytest.mark.parametrize("name", ["steady", "trak"])
+def test_attributions_are_the_librarys(steady: Loaded, name: str) -> None:
+    answer = steady.service.post(f"/v1/indexes/{name}/attributions", {**QUERY, "top_k": 7})
+    index = directly(steady, name)
+    dataset = steady.service.get("/v1/datasets/test")
+    folder = steady.service.data / "artifacts" / "datasets" / dataset["id"]
+    source = index.context.source_of(folder, DatasetSpec.model_validate(dataset["spec"]))
+    expected = index.attribute(index.query(source.batch([3, 8]), None), 7, None, rescore=True)
+    assert answer["method"] == index.spec.method.type
+    assert answer["notion"] == "predictive"
+    assert answer["quality"] is None
+    assert answer["recall"] == index.recall
+    for result, wanted in zip(answer["results"], expected, strict=True):
+        for sign in ("positive", "negative"):
+            found = getattr(wanted, sign)
+            assert [entry["row"] for entry in result[sign]] == found.rows.tolist()
+            np.testing.assert_allclose([entry["score"] for entry in result[sign]], found.scores, rtol=1e-4, atol=1e-7)
+        assert result["output"]["value"] == pytest.approx(wanted.output["value"], rel=1e-5)
+
+
+def test_what_is_included_and_filtered(steady: Loaded) -> None:
+    body = {**QUERY, "top_k": 20, "filter": SOURCE, "include": ["metadata", "preview"]}
+    result = steady.service.post("/v1/indexes/steady/attributions", body)["results"][0]
+    assert len(result["positive"]) == 20
+    for entry in result["positive"] + result["negative"]:
+        assert entry["metadata"] == {"source": "vendor-1"}
+        assert steady.service.http.get(entry["preview"]).headers["content-type"] == "image/png"
+    plain = steady.service.post("/v1/indexes/steady/attributions", QUERY)["results"][0]["positive"][0]
+    assert plain["metadata"] is None
+    assert plain["preview"] is None
+
+
+def test_an_inline_example_is_answered_like_its_row(steady: Loaded) -> None:
+    digits, _ = load_digits()
+    out = io.BytesIO()
+    Image.fromarray(digits.images[603]).save(out, "PNG")
+    example = {"input": base64.b64encode(out.getvalue()).decode(), "target": int(digits.labels[603])}
+    inline = steady.service.post("/v1/indexes/steady/attributions", {"queries": [{"example": example}]})["results"][0]
+    by_row = steady.service.post("/v1/indexes/steady/attributions", {"queries": [{"dataset": "test", "rows": [3]}]})[
+        "results"
+    ][0]
+    assert [entry["row"] for entry in inline["positive"]] == [entry["row"] for entry in by_row["positive"]]
+    assert inline["query"] == {"dataset": None, "row": None, "id": None, "target": example["target"]}
+
+
+def test_damping_is_a_choice_of_the_query(steady: Loaded) -> None:
+    default = steady.service.post("/v1/indexes/steady/attributions", QUERY)
+    same = steady.service.post("/v1/indexes/steady/attributions", {**QUERY, "damping": default["damping"]})
+    other = steady.service.post("/v1/indexes/steady/attributions", {**QUERY, "damping": 100.0})
+    assert same["results"] == default["results"]
+    assert abs(other["results"][0]["positive"][0]["score"]) < abs(default["results"][0]["positive"][0]["score"])
+    answer = steady.service.http.post("/v1/indexes/steady/attributions", json={**QUERY, "damping": 0.0})
+    assert (answer.status_code, answer.json()["errors"][0]["pointer"]) == (422, "/damping")
+
+
+def test_counterfactuals_are_sums_of_scores(steady: Loaded) -> None:
+    subsets = [
+        {"remove": {"rows": [1, 2, 3]}},
+        {"remove": {"ids": ["1", "2", "3"]}},
+        {"keep": {"where": SOURCE}},
+        {"remove": {"top_positive": 5}},
+        {"remove": {"top_negative": 5}},
+    ]
+    answer = steady.service.post("/v1/indexes/steady/counterfactuals", {**QUERY, "subsets": subsets, "interval": 0.9})
+    top = steady.service.post("/v1/indexes/steady/attributions", {**QUERY, "top_k": 5})
+    for result, listed in zip(answer["results"], top["results"], strict=True):
+        rows, ids, _, positive, negative = result["predictions"]
+        assert rows["change"] == pytest.approx(ids["change"])
+        assert (rows["removed"], positive["removed"]) == (3, 5)
+        assert positive["change"] == pytest.approx(-sum(entry["score"] for entry in listed["positive"]), rel=1e-3)
+        assert negative["change"] == pytest.approx(-sum(entry["score"] for entry in listed["negative"]), rel=1e-3)
+        assert positive["change"] < 0 < negative["change"]
+        for prediction in result["predictions"]:
+            assert prediction["predicted"] == pytest.approx(result["output"]["value"] + prediction["change"])
+            assert (prediction["interval"], prediction["calibrated"]) == (None, False)
+
+
+def test_unlearning_is_a_counterfactual_without_the_forget_set(steady: Loaded) -> None:
+    answer = steady.service.post("/v1/indexes/steady/unlearning", {**QUERY, "forget": {"where": SOURCE}})
+    same = steady.service.post(
+        "/v1/indexes/steady/counterfactuals", {**QUERY, "subsets": [{"remove": {"where": SOURCE}}]}
+    )
+    for result, other in zip(answer["results"], same["results"], strict=True):
+        assert result["change"] == pytest.approx(other["predictions"][0]["change"], rel=1e-4, abs=1e-6)
+        assert result["calibrated"] is False
+    assert answer["forget_size"] == same["results"][0]["predictions"][0]["removed"]
+    assert answer["forget_set"]["mean_predicted"] < answer["forget_set"]["mean_output"]
+    assert answer["retain_sample"]["size"] == 32
+
+
+def test_self_influence_pages_cover_the_training_set_in_order(steady: Loaded) -> None:
+    items, cursor = [], None
+    while True:
+        params = {"limit": 200} | ({"cursor": cursor} if cursor else {})
+        page = steady.service.http.get("/v1/indexes/steady/self-influence", params=params).json()
+        items, cursor = items + page["items"], page["next"]
+        if cursor is None:
+            break
+    scores = [item["score"] for item in items]
+    assert sorted(item["row"] for item in items) == list(range(600))
+    assert scores == sorted(scores, reverse=True)
+    lowest = steady.service.http.get("/v1/indexes/steady/self-influence", params={"limit": 1, "order": "asc"}).json()[
+        "items"
+    ][0]
+    assert lowest["score"] == min(scores)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("attributions", {"queries": []}),
+        ("attributions", {"queries": [{"dataset": "test", "rows": []}]}),
+        ("attributions", {"queries": [{"dataset": "test", "rows": [50]}]}),
+        ("attributions", {"queries": [{"dataset": "test", "rows": [-1]}]}),
+        ("attributions", {"queries": [{"dataset": "test", "rows": [2**53]}]}),
+        ("attributions", {"queries": [{"dataset": "test"}]}),
+        ("attributions", {"queries": [{"dataset": "test", "rows": list(range(33))}]}),
+        ("attributions", {"queries": [{"example": {"input": "%%%"}}]}),
+        ("attributions", {"queries": [{"example": {"input": "aGVsbG8=", "target": 1}}]}),
+        ("attributions", {"queries": [{"example": {"input": [[1, 2], [3]], "target": 1}}]}),
+        ("attributions", {"queries": [{"example": {"input": [[0] * 28] * 28, "target": 10}}]}),
+        ("attributions", {"queries": [{"example": {"input": [[0] * 28] * 28}}]}),
+        ("attributions", {"queries": [{"example": {"input": [[0] * 9] * 9, "target": 1}}]}),
+        ("attributions", {"top_k": 0}),
+        ("attributions", {"top_k": -1}),
+        ("attributions", {"top_k": 10**9}),
+        ("attributions", {"top_k": 1.5}),
+        ("attributions", {"damping": -1}),
+        ("attributions", {"filter": {"field": "nothing", "op": "eq", "value": 1}}),
+        ("attributions", {"filter": {"field": "source", "op": "regex", "value": ".*"}}),
+        ("attributions", {"filter": {"and": []}}),
+        ("attributions", {"include": ["everything"]}),
+        ("attributions", {"colour": "red"}),
+        ("counterfactuals", {"subsets": []}),
+        ("counterfactuals", {"subsets": [{}]}),
+        ("counterfactuals", {"subsets": [{"remove": {"rows": [1]}, "keep": {"rows": [2]}}]}),
+        ("counterfactuals", {"subsets": [{"remove": {"rows": [600]}}]}),
+        ("counterfactuals", {"subsets": [{"remove": {"ids": ["nobody"]}}]}),
+        ("counterfactuals", {"subsets": [{"keep": {"rows": []}}]}),
+        ("counterfactuals", {"subsets": [{"remove": {"rows": [1], "ids": ["1"]}}]}),
+        ("counterfactuals", {"subsets": [{"remove": {"rows": [1]}}] * 65}),
+        ("counterfactuals", {"subsets": [{"remove": {"rows": [1]}}], "estimator": "newton"}),
+        ("counterfactuals", {"subsets": [{"remove": {"rows": [1]}}], "interval": 1}),
+        ("unlearning", {"forget": {"top_positive": 3}}),
+        ("unlearning", {"forget": {"where": {"field": "source", "op": "exists", "value": True}}}),
+    ],
+)
+def test_impossible_questions_are_refused(steady: Loaded, kind: str, change: dict) -> None:
+    answer = steady.service.http.post(f"/v1/indexes/steady/{kind}", json={**QUERY, **change})
+    assert answer.status_code == 422, answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("change", "status"),
+    [
+        ({"model": "nothing"}, 404),
+        ({"dataset": "nothing"}, 404),
+        ({"name": "steady"}, 409),
+        ({"checkpoints": []}, 422),
+        ({"checkpoints": ["ckpt_nothing"]}, 422),
+        ({"method": {"type": "magic"}}, 422),
+        ({"method": {"type": "ekfac", "damping": -1}}, 422),
+        ({"method": {"type": "ekfac", "projection": {"dim": 10**9}}}, 422),
+        ({"measurement": "happiness"}, 422),
+        ({"layers": ["nothing"]}, 422),
+        ({"layers": []}, 422),
+        ({"store": {"dtype": "int1"}}, 422),
+        ({"search": {"type": "hnsw"}}, 422),
+    ],
+)
+def test_impossible_indexes_are_refused(steady: Loaded, change: dict, status: int) -> None:
+    body = {
+        "name": "never",
+        "model": "mlp",
+        "dataset": "digits",
+        "method": {"type": "grad_dot"},
+        "measurement": "margin",
+        **change,
+    }
+    answer = steady.service.http.post("/v1/indexes", json=body)
+    assert answer.status_code == status, answer.text
+    assert steady.service.http.get("/v1/indexes/never").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        ({"type": "grad_cos"}, {"store": {"dtype": "float16"}}),
+        ({"type": "representation"}, {}),
+        ({"type": "grad_dot"}, {"search": {"type": "ivf", "lists": 8, "probes": 8}, "layers": ["output"]}),
+    ],
+)
+def test_every_method_fits_and_answers(steady: Loaded, method: dict, more: dict) -> None:
+    name = f"other-{method['type'].replace('_', '-')}"
+    assert steady.service.finished(steady.fit(name, method, **more))["state"] == "succeeded"
+    result = steady.service.post(f"/v1/indexes/{name}/attributions", QUERY)["results"][0]
+    scores = [entry["score"] for entry in result["positive"]]
+    assert scores == sorted(scores, reverse=True)
+    assert scores[-1] > 0
+    assert steady.service.http.delete(f"/v1/indexes/{name}").status_code == 204
+    assert steady.service.http.post(f"/v1/indexes/{name}/attributions", json=QUERY).status_code == 404
+
+
+def test_damaged_files_are_told_and_harm_nobody_else(steady: Loaded) -> None:
+    assert steady.service.finished(steady.fit("damaged", {"type": "grad_dot"}))["state"] == "succeeded"
+    index = steady.service.get("/v1/indexes/damaged")
+    path = next((steady.service.data / "artifacts" / "indexes" / index["id"] / "features").glob("*.safetensors"))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    answer = steady.service.http.post("/v1/indexes/damaged/attributions", json=QUERY)
+    assert (answer.status_code, answer.json()["type"]) == (503, "/problems/corrupt-artifact")
+    steady.service.post("/v1/indexes/steady/attributions", QUERY)
