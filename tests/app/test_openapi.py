@@ -25,7 +25,7 @@ def test_the_committed_document_is_the_services(loaded: Loaded) -> None:
 
 def test_every_operation_is_described(loaded: Loaded) -> None:
     assert len(V1) >= 30
-    for method, path, operation in OPERATIONS:
+    for _, path, operation in OPERATIONS:
         assert operation["summary"], path
         assert len(operation["description"]) > 20, path
     names = [operation["operationId"] for _, _, operation in OPERATIONS]
@@ -46,7 +46,7 @@ def schema_of(content: dict) -> dict:
 
 
 def test_every_posted_body_has_an_example() -> None:
-    for method, path, operation in V1:
+    for _, path, operation in V1:
         if "requestBody" not in operation:
             continue
         content = operation["requestBody"]["content"]
