@@ -25,7 +25,10 @@ def load_model(
         weights = load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"the weights cannot be read: {error}") from error
-    incompatible = module.load_state_dict(weights, strict=False)
+    try:
+        incompatible = module.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f"the weights do not fit: {error}") from error
     # Integer buffers (a batch counter) are no weights; a tied weight may be stored under one of its names.
     missing = [name for name in incompatible.missing_keys if not _dispensable(module, name, weights)]
     if missing or incompatible.unexpected_keys:

@@ -18,17 +18,18 @@ from attribution_core.fingerprint import sha256_file
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_LISTED_PROBLEMS = 100
-_BLOCK_VALUES = 1 << 20
+_BLOCK_BYTES = 1 << 22
 _DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
     "I32": 4, "U32": 4, "F32": 4, "F64": 8, "I64": 8, "U64": 8,
 }  # fmt: skip
-# A float is not finite exactly when all bits of its exponent are set: (integer of its size, exponent bits).
-_EXPONENTS = {
-    "F16": (np.uint16, 0x7C00),
-    "BF16": (np.uint16, 0x7F80),
-    "F32": (np.uint32, 0x7F800000),
-    "F64": (np.uint64, 0x7FF0000000000000),
+# Without its sign bit a float is an integer that grows with it: (integer of its size, those bits, the largest allowed).
+# F16, BF16 and F32 may be anything finite; F64 must be finite once loaded as the float32 that models compute in.
+_FLOATS = {
+    "F16": (np.uint16, 0x7FFF, 0x7BFF),
+    "BF16": (np.uint16, 0x7FFF, 0x7F7F),
+    "F32": (np.uint32, 0x7FFFFFFF, 0x7F7FFFFF),
+    "F64": (np.uint64, 0x7FFFFFFFFFFFFFFF, 0x47EFFFFFE0000000),
 }
 _FORBIDDEN_STARTS = {b"PK\x03\x04": "a zip archive (a torch checkpoint)", b"\x80": "a pickle", b"GGUF": "a GGUF file"}
 
@@ -73,21 +74,23 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def check_weights(path: Path, expected: Mapping[str, Mapping[str, Any]]) -> WeightsSummary:
-    """Check a file against a model's skeleton, `{name: {"shape": […]}}`.
+    """Check a file against a model's skeleton, `{name: {"shape": […], "tied_to": name?}}`.
+
+    Of names that are tied to one weight the file may hold any, or several with the same values.
 
     Raises:
-        CheckpointError: naming every missing, unknown, misshapen, wrongly typed or non-finite tensor (at most 100).
+        CheckpointError: naming every missing, unknown, misshapen, wrongly typed or non-finite tensor (at most 100), and
+            tied ones that differ.
     """
     tensors = read_header(path)
     problems = [*_mismatches(tensors, expected)]
     if not problems:
-        problems = [f"{name} holds NaN or infinite values" for name in _not_finite(path, tensors, expected)]
+        problems = [*_value_problems(path, tensors, expected)]
     if problems:
         more = f"; and {len(problems) - MAX_LISTED_PROBLEMS} more" if len(problems) > MAX_LISTED_PROBLEMS else ""
         raise CheckpointError("; ".join(problems[:MAX_LISTED_PROBLEMS]) + more)
-    used = [tensors[name] for name in expected]
-    dtypes = sorted({info.dtype for info in used})
-    count = sum(math.prod(info.shape) for info in used)
+    dtypes = sorted({tensors[name].dtype for name in expected if name in tensors})
+    count = sum(math.prod(tensors[names[0]].shape) for names in _held(tensors, expected).values())
     return WeightsSummary(sha256_file(path), path.stat().st_size, "+".join(dtypes), count)
 
 
@@ -132,7 +135,7 @@ def _tensor(name: str, entry: Any, offset: int) -> TensorInfo:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"the header entry of {name} is not {{dtype, shape, data_offsets}}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in _DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in _DTYPE_BYTES:
         raise CheckpointError(f"{name} has an unknown dtype {str(dtype)[:40]!r}")
     if not (_whole_numbers(shape) and _whole_numbers(offsets) and len(offsets) == 2):
         raise CheckpointError(f"the shape or offsets of {name} are not whole numbers")
@@ -146,32 +149,72 @@ def _whole_numbers(values: Any) -> bool:
 
 
 def _mismatches(tensors: Mapping[str, TensorInfo], expected: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    for name in expected.keys() - tensors.keys():
-        yield f"{name} is missing"
+    held = _held(tensors, expected)
+    for name in expected:
+        if name not in tensors and _root(name, expected) not in held:
+            yield f"{name} is missing"
     for name, info in tensors.items():
         if name not in expected:
-            if info.dtype in _EXPONENTS:
+            if info.dtype in _FLOATS:
                 yield f"{name} is not a parameter of the model"
             continue
         shape = tuple(expected[name]["shape"])
         if info.shape != shape:
             yield f"{name} has shape {list(info.shape)}, the model's is {list(shape)}"
-        if info.dtype not in _EXPONENTS:
+        if info.dtype not in _FLOATS:
             yield f"{name} has dtype {info.dtype}; floats (F16, BF16, F32, F64) are accepted"
 
 
-def _not_finite(path: Path, tensors: Mapping[str, TensorInfo], names: Mapping[str, Any]) -> list[str]:
+def _root(name: str, expected: Mapping[str, Mapping[str, Any]]) -> str:
+    return str(expected[name].get("tied_to") or name)
+
+
+def _held(tensors: Mapping[str, TensorInfo], expected: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Return the names under which the file holds each weight of the model, by the weight's first name."""
+    held: dict[str, list[str]] = {}
+    for name in expected:
+        if name in tensors:
+            held.setdefault(_root(name, expected), []).append(name)
+    return held
+
+
+def _value_problems(
+    path: Path, tensors: Mapping[str, TensorInfo], expected: Mapping[str, Mapping[str, Any]]
+) -> Iterator[str]:
     with path.open("rb") as file:
-        return [name for name in names if not _finite(file, tensors[name])]
+        for first, *others in _held(tensors, expected).values():
+            for name in (first, *others):
+                if not _finite(file, tensors[name]):
+                    yield f"{name} holds NaN or infinite values, or ones too large for float32"
+            for name in others:
+                if not _same(file, tensors[first], tensors[name]):
+                    yield f"{name} and {first} are one weight of the model, and the file's values of them differ"
 
 
 def _finite(file: BinaryIO, info: TensorInfo) -> bool:
-    integer, exponent = _EXPONENTS[info.dtype]
-    file.seek(info.start)
-    remaining = (info.stop - info.start) // np.dtype(integer).itemsize
-    while remaining:
-        block = np.frombuffer(file.read(min(remaining, _BLOCK_VALUES) * np.dtype(integer).itemsize), integer)
-        if not len(block) or ((block & integer(exponent)) == integer(exponent)).any():
-            return False
-        remaining -= len(block)
-    return True
+    integer, magnitude, largest = _FLOATS[info.dtype]
+    return all(
+        not ((np.frombuffer(block, integer) & integer(magnitude)) > integer(largest)).any()
+        for block in _blocks(file, info)
+    )
+
+
+def _same(file: BinaryIO, left: TensorInfo, right: TensorInfo) -> bool:
+    if left.dtype != right.dtype:
+        return False
+    return all(one == other for one, other in zip(_blocks(file, left), _blocks(file, right), strict=True))
+
+
+def _blocks(file: BinaryIO, info: TensorInfo) -> Iterator[bytes]:
+    """Yield a tensor's bytes; several readers may take turns on one file.
+
+    Raises:
+        CheckpointError: if the file has become shorter than its header was found to say.
+    """
+    for start in range(info.start, info.stop, _BLOCK_BYTES):
+        file.seek(start)
+        wanted = min(_BLOCK_BYTES, info.stop - start)
+        block = file.read(wanted)
+        if len(block) != wanted:
+            raise CheckpointError("the file was cut short while it was read")
+        yield block

@@ -5,6 +5,7 @@ An outside package adds an architecture by an entry point in the group `headwate
 """
 
 import inspect
+import math
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
@@ -42,16 +43,24 @@ def build(spec: ArchitectureSpec) -> nn.Module:
 
 
 def skeleton(spec: ArchitectureSpec) -> dict[str, dict[str, Any]]:
-    """Return `{name: {"shape", "trainable"}}` of all that a checkpoint holds, without allocating it."""
+    """Return `{name: {"shape", "trainable", "tied_to"}}` of all that a checkpoint holds, without allocating it.
+
+    `tied_to` is the first name of the same weight, None for most. An integer buffer is no weight and is not listed.
+
+    Raises:
+        ArchitectureArgumentsError: if the arguments do not fit, or ask for too many parameters.
+    """
     with torch.device("meta"):
         module = build(spec)
-    parameters = dict(module.named_parameters())
-    shapes: dict[str, dict[str, Any]] = {
-        name: {"shape": list(value.shape), "trainable": name in parameters}
-        for name, value in module.state_dict(keep_vars=True).items()
-        if value.is_floating_point()
-    }
-    total = sum(torch.Size(entry["shape"]).numel() for entry in shapes.values())
+    trainable = {id(parameter) for parameter in module.parameters()}
+    first: dict[int, str] = {}
+    shapes: dict[str, dict[str, Any]] = {}
+    for name, value in module.state_dict(keep_vars=True).items():
+        if value.is_floating_point():
+            root = first.setdefault(id(value), name)
+            tied_to = None if root == name else root
+            shapes[name] = {"shape": list(value.shape), "trainable": id(value) in trainable, "tied_to": tied_to}
+    total = sum(math.prod(entry["shape"]) for entry in shapes.values() if entry["tied_to"] is None)
     if total > MAX_PARAMETERS:
         raise ArchitectureArgumentsError(
             f"{total:,} parameters are more than the {MAX_PARAMETERS:,} allowed", "/architecture"
@@ -98,6 +107,7 @@ def _schema(name: str, plugin: Builder) -> TypeAdapter[Any]:
             ... if parameter.default is parameter.empty else parameter.default,
         )
         for parameter in inspect.signature(plugin, eval_str=True).parameters.values()
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     }
     return TypeAdapter(create_model(name, __config__=ConfigDict(extra="forbid"), **fields))
 
