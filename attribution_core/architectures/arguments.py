@@ -83,7 +83,7 @@ class Resnet9Arguments(Spec):
 
 
 class TransformerLmArguments(Spec):
-    """A decoder-only transformer with pre-normalisation and learned positions."""
+    """A decoder-only transformer with pre-normalisation."""
 
     vocab_size: Annotated[int, Field(ge=2, le=1_000_000)]
     max_length: Annotated[int, Field(ge=2, le=131_072)]
@@ -91,6 +91,7 @@ class TransformerLmArguments(Spec):
     depth: Depth
     heads: Annotated[int, Field(ge=1, le=256)]
     mlp_width: Width | None = Field(default=None, description="4 · width by default.")
+    positions: Literal["learned", "sinusoidal"] = "learned"
     tied: bool = Field(default=False, description="The output layer shares the token embedding's weight.")
 
     @model_validator(mode="after")

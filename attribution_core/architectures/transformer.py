@@ -46,6 +46,21 @@ class Block(nn.Module):
         return added
 
 
+class Sinusoids(nn.Module):
+    """Fixed positions (Vaswani et al. 2017, section 3.5): sines, then cosines, of geometrically spaced frequencies."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, places: Tensor) -> Tensor:
+        """Return (batch, tokens, width) from positions (batch, tokens)."""
+        half = (self.width + 1) // 2
+        powers = torch.arange(half, device=places.device, dtype=torch.float64) / half
+        angles = places.unsqueeze(-1) / 10_000**powers  # (batch, tokens, half)
+        return torch.cat([angles.sin(), angles.cos()], -1)[..., : self.width]
+
+
 class TransformerLm(nn.Module):
     """Tokens (batch, tokens) to next-token logits (batch, tokens, vocabulary)."""
 
@@ -53,7 +68,10 @@ class TransformerLm(nn.Module):
         super().__init__()
         width = arguments.width
         self.tokens = nn.Embedding(arguments.vocab_size, width)
-        self.positions = nn.Embedding(arguments.max_length, width)
+        self.max_length = arguments.max_length
+        self.positions = (
+            nn.Embedding(arguments.max_length, width) if arguments.positions == "learned" else Sinusoids(width)
+        )
         mlp_width = arguments.mlp_width or 4 * width
         self.blocks = nn.ModuleList(Block(width, arguments.heads, mlp_width) for _ in range(arguments.depth))
         self.norm = nn.LayerNorm(width)
@@ -64,10 +82,11 @@ class TransformerLm(nn.Module):
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the logits; `mask` (batch, tokens) is True where a token is real."""
         length = tokens.shape[1]
-        if length > self.positions.num_embeddings:
-            raise InvalidInputError(f"{length} tokens are more than the model's {self.positions.num_embeddings}")
+        if length > self.max_length:
+            raise InvalidInputError(f"{length} tokens are more than the model's {self.max_length}")
         places = torch.arange(length, device=tokens.device).expand_as(tokens)
-        states = self.tokens(tokens) + self.positions(places)
+        embedded = self.tokens(tokens)
+        states = embedded + self.positions(places).to(embedded.dtype)
         hidden = torch.ones(length, length, dtype=torch.bool, device=tokens.device).triu(1)[None, None]
         if mask is not None:
             hidden = hidden | ~mask[:, None, None, :]
