@@ -141,7 +141,7 @@ def fit_indexes(client: Client) -> None:
 
 def explain_and_verify(client: Client, training: Digits, test: Digits, margins: np.ndarray) -> None:
     """Explain a misclassified digit, predict it without its strongest support, and retrain to see."""
-    row = hardest_close_call(margins)
+    row = misread_digit(client, margins)
     query = {"queries": [{"dataset": "mnist-test", "rows": [row]}]}
     predicted: dict[str, Json] = {}
     supporters: dict[str, np.ndarray] = {}
@@ -180,10 +180,15 @@ def explain_and_verify(client: Client, training: Digits, test: Digits, margins: 
     console.print(table)
 
 
-def hardest_close_call(margins: np.ndarray) -> int:
-    """Return the test row that every checkpoint gets wrong by the least."""
-    wrong = np.flatnonzero((margins < 0).all(axis=0))
-    return int(wrong[margins[:, wrong].mean(axis=0).argmax()])
+def misread_digit(client: Client, margins: np.ndarray) -> int:
+    """Return the test row nearest to being right among those that both indexes' models read as another digit."""
+    nearest = np.argsort(-np.where(margins.mean(axis=0) < 0, margins.mean(axis=0), -np.inf))[:30].tolist()
+    misread = set(nearest)
+    for name in ("demo-ekfac", "demo-trak"):
+        body = {"queries": [{"dataset": "mnist-test", "rows": nearest}], "top_k": 1}
+        results = client.post(f"/v1/indexes/{name}/attributions", body)["results"]
+        misread &= {r["query"]["row"] for r in results if r["output"]["prediction"] != r["query"]["target"]}
+    return next(row for row in nearest if row in misread)
 
 
 def show_examples(name: str, result: Json) -> None:
