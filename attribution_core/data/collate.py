@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from attribution_core.data.batch import Batch
-from attribution_core.data.content import as_array, as_png, as_text, as_tokens
+from attribution_core.data.content import as_array, as_png, as_target, as_text, as_tokens
 from attribution_core.data.reader import DatasetReader, Examples, decoded_png
 from attribution_core.data.tokenizers import Tokenizer
 from attribution_core.errors import InvalidInputError
 from attribution_core.spec import CausalLanguageModelingTask, ClassificationTask, DatasetSpec, RegressionTask
-
 
 
 @dataclass(frozen=True)
@@ -50,13 +49,16 @@ class ExampleSource:
         Raises:
             InvalidInputError: with a pointer to the value that does not fit the data set's spec.
         """
-        spec, inputs = self.reader.spec, []
+        spec, inputs, given = self.reader.spec, [], []
         for number, example in enumerate(examples):
             try:
                 inputs.append(_inline_input(example["input"], spec, self.reader.input_shape))
             except InvalidInputError as error:
                 raise InvalidInputError(str(error), f"/queries/{number}/example/input") from None
-        given = [example.get("target") for example in examples]
+            try:
+                given.append(None if example.get("target") is None else as_target(example["target"]))
+            except InvalidInputError as error:
+                raise InvalidInputError(str(error), f"/queries/{number}/example/target") from None
         targets = None if any(target is None for target in given) else given
         missing = np.full(len(inputs), -1, dtype=np.int64)
         return self.collate(Examples(missing, [""] * len(inputs), inputs, targets, [{}] * len(inputs)))
@@ -94,9 +96,8 @@ class ExampleSource:
             targets = torch.as_tensor(np.asarray(values))
         except (TypeError, ValueError):
             raise InvalidInputError("the targets are not numbers of one shape") from None
-        if wanted == torch.int64 and targets.is_floating_point():
-            if not bool((targets == targets.round()).all()):
-                raise InvalidInputError("classification needs whole numbers as targets")
+        if wanted == torch.int64 and targets.is_floating_point() and not bool((targets == targets.round()).all()):
+            raise InvalidInputError("classification needs whole numbers as targets")
         return targets.to(self.device, wanted)
 
 
@@ -106,7 +107,9 @@ def _images(values: list[np.ndarray], spec: DatasetSpec) -> Tensor:
         return pixels.contiguous()
     mean, std = (torch.tensor(part).view(1, -1, 1, 1) for part in (spec.normalize.mean, spec.normalize.std))
     if mean.shape[1] != pixels.shape[1]:
-        raise InvalidInputError(f"normalize has {mean.shape[1]} channels and the images have {pixels.shape[1]}", "/normalize")
+        raise InvalidInputError(
+            f"normalize has {mean.shape[1]} channels and the images have {pixels.shape[1]}", "/normalize"
+        )
     return (pixels - mean) / std
 
 
