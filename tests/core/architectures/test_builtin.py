@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from attribution_core.architectures import build as build_module
 from attribution_core.architectures.build import build, skeleton
 from attribution_core.architectures.registry import ARCHITECTURES, describe_architectures
 from attribution_core.errors import ArchitectureArgumentsError, InvalidInputError, UnknownArchitectureError
@@ -156,6 +157,17 @@ def test_absurd_sizes_are_refused_without_being_allocated() -> None:
     arguments = {"input_dim": 262_144, "hidden": [262_144] * 8, "output_dim": 1_000_000}
     with pytest.raises(ArchitectureArgumentsError, match="parameters are more than"):
         skeleton(ArchitectureSpec(name="mlp", arguments=arguments))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tied_weight_counts_once_towards_the_limit(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = ArchitectureSpec(name="transformer_lm", arguments={**LM, "tied": tied})
+    count = sum(parameter.numel() for parameter in build(spec).parameters())
+    monkeypatch.setattr(build_module, "MAX_PARAMETERS", count)
+    skeleton(spec)
+    monkeypatch.setattr(build_module, "MAX_PARAMETERS", count - 1)
+    with pytest.raises(ArchitectureArgumentsError, match=f"{count:,} parameters"):
+        skeleton(spec)
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
