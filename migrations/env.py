@@ -1,7 +1,7 @@
 """Runs migrations on the database of the settings, in one transaction, giving up soon rather than waiting on a lock."""
 
 from alembic import context
-from sqlalchemy import create_engine, text
+from sqlalchemy import NullPool, create_engine, text
 
 from app.db import tables  # noqa: F401  (defines the tables)
 from app.db.base import Base
@@ -17,7 +17,7 @@ def _ours(name: str | None, kind: str, *_: object) -> bool:
 def run() -> None:
     """Run the migrations that alembic selected."""
     url = context.config.get_main_option("sqlalchemy.url") or database_url(Settings().database)
-    with create_engine(url).connect() as connection:
+    with create_engine(url, poolclass=NullPool).connect() as connection:
         context.configure(
             connection=connection,
             target_metadata=Base.metadata,

@@ -1,6 +1,8 @@
 """A running service with real digits and a trained MLP in it: one for all tests of the api, one of its own for fault tests."""
 
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,14 @@ from mnist import load_digits
 MLP = {"name": "mlp", "arguments": {"input_dim": 784, "hidden": [16], "output_dim": 10}}
 KEYS = ("hidden_0.weight", "hidden_0.bias", "output.weight", "output.bias")
 TRAIN, TEST = 600, 50
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep temporary files in a folder of this run's own: embedded Postgres runs as another user when we are root, and
+    another run of pytest would close the shared parent folder to it."""
+    if config.option.basetemp is None:
+        config.option.basetemp = tempfile.mkdtemp(prefix="headwater-tests-")
+        config.add_cleanup(lambda: shutil.rmtree(config.option.basetemp, ignore_errors=True))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

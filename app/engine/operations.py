@@ -116,7 +116,7 @@ class Operations:
 def describe_model(payload: Json) -> Json:
     """Return what a model's checkpoints must hold."""
     parameters = skeleton(ArchitectureSpec.model_validate(payload["architecture"]))
-    count = sum(int(np.prod(entry["shape"])) for entry in parameters.values())
+    count = sum(int(np.prod(entry["shape"])) for entry in parameters.values() if not entry.get("tied_to"))
     return {"parameters": parameters, "num_parameters": count}
 
 

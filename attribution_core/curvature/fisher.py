@@ -47,7 +47,7 @@ class FisherPasses:
         return sums
 
     def _pseudo_gradients(self, batch: Batch) -> Iterator[list[LayerGradient]]:
-        run = self.capture.run(batch.forward)
+        run = self.capture.run(batch.forward, len(batch))
         self.task.check(run.output, batch)
         kind = self._kind(self.task.exact_labels(run.output))
         for loss in self.task.pseudo_losses(run.output, batch, kind, self.method.seed, self.method.samples):

@@ -94,19 +94,27 @@ class GradientCapture:
         """Attributed parameters, biases included."""
         return sum(block.numel for block in self.blocks)
 
-    def run(self, forward: Callable[[nn.Module], Tensor]) -> Pass:
-        """Run `forward(module)` once and keep what gradients need."""
+    def run(self, forward: Callable[[nn.Module], Tensor], size: int | None = None) -> Pass:
+        """Run `forward(module)` once and keep what gradients need.
+
+        Args:
+            forward: calls the module.
+            size: examples in the batch. A layer that sees one row for all of them (position embeddings often do) then gives
+                each example a copy, without which their gradients could not be told apart.
+        """
         uses: list[_Use] = []
-        with self._hooked(uses), torch.enable_grad():
+        with self._hooked(uses, size), torch.enable_grad():
             output = forward(self.module)
         if not uses:
             raise UnsupportedLayerError("the forward pass used none of the attributed layers")
         return Pass(output, self.blocks, uses)
 
     @contextmanager
-    def _hooked(self, uses: list[_Use]) -> Iterator[None]:
+    def _hooked(self, uses: list[_Use], size: int | None) -> Iterator[None]:
         def keep(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
             inputs = arguments[0].detach()
+            if size is not None and len(output) == 1 != size:
+                inputs, output = (value.expand(size, *value.shape[1:]) for value in (inputs, output))
             if not output.requires_grad:
                 output = output.detach().requires_grad_()
             uses.append(_Use(module, self._block_of[module], inputs, inputs._version, output))

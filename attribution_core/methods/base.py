@@ -43,14 +43,14 @@ def refusing_inputs() -> Iterator[None]:
 class CheckedCapture(GradientCapture):
     """A capture whose forward pass refuses inputs that the model cannot take."""
 
-    def run(self, forward: Callable[[nn.Module], Tensor]) -> Pass:
+    def run(self, forward: Callable[[nn.Module], Tensor], size: int | None = None) -> Pass:
         """Run `forward(module)` once and keep what gradients need.
 
         Raises:
             InvalidInputError: if the forward pass fails.
         """
         with refusing_inputs():
-            return super().run(forward)
+            return super().run(forward, size)
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Checkpoint:
         Raises:
             InvalidInputError: if the examples or their targets do not fit the model.
         """
-        run = self.capture.run(batch.forward)
+        run = self.capture.run(batch.forward, len(batch))
         self.task.check(run.output, batch)
         return run
 

@@ -52,7 +52,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DatabaseSetting
 
 def scratch(server: DatabaseSettings) -> DatabaseSettings:
     assert server.url is not None
-    return server.model_copy(update={"url": server.url.replace("/headwater", "/scratch")})
+    return server.model_copy(update={"url": server.url.rpartition("/")[0] + "/scratch"})
 
 
 @pytest.mark.tcp

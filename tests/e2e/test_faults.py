@@ -131,7 +131,7 @@ def restart_postgres(service: Service) -> None:
     server.wait(30)
     time.sleep(1.5)
     with (folder / "restart.log").open("ab") as log:
-        subprocess.Popen(command, user=owner, stdout=log, stderr=log, cwd=folder, start_new_session=True)
+        subprocess.run(["setsid", "--fork", *command], user=owner, stdout=log, stderr=log, cwd=folder, check=True)
 
 
 def test_postgres_restarted_under_load_loses_nothing(fragile: Loaded) -> None:

@@ -177,6 +177,27 @@ def test_gradients_do_not_depend_on_the_batch() -> None:
         torch.testing.assert_close(torch.cat(pieces), whole[block], rtol=1e-12, atol=1e-12)
 
 
+class SharedPositions(nn.Module):
+    """Looks its positions up once for the whole batch, as several published models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions, self.head = nn.Embedding(6, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x + self.positions(torch.arange(6).unsqueeze(0)))
+
+
+def test_a_layer_that_sees_one_row_for_all_examples() -> None:
+    torch.manual_seed(0)
+    module, inputs = SharedPositions().double(), torch.randn(5, 6, 4).double()
+    capture = GradientCapture(module)
+    expected = autograd_loop(module, capture, inputs)
+    run = capture.run(lambda network: network(inputs), len(inputs))
+    for ours, theirs in zip(run.gradients(objective(run.output)), expected, strict=True):
+        torch.testing.assert_close(ours.materialise(), theirs, rtol=1e-10, atol=1e-10)
+
+
 def test_several_objectives_on_one_pass() -> None:
     module, inputs = prepared("conv")
     run = GradientCapture(module).run(lambda network: network(inputs))
