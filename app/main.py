@@ -7,7 +7,6 @@ from importlib.metadata import version
 from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from app.auth.endpoints import router as auth
 from app.auth.service import KeyRing
@@ -24,7 +23,7 @@ from app.storage.artifacts import ArtifactStore
 from app.web import problems
 from app.web.docs import STATIC
 from app.web.docs import router as docs
-from app.web.middleware import LimitedBody, Observed
+from app.web.middleware import KnownHosts, LimitedBody, Observed
 from app.web.resources import Resources
 
 _DESCRIPTION = """Which training data is behind a model's behaviour, and what would the model do without it?
@@ -71,8 +70,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(health)
     app.include_router(docs)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=settings.allowed_hosts)
     app.add_middleware(LimitedBody, json_bytes=settings.max_body_bytes, upload_bytes=settings.max_upload_bytes)
+    app.add_middleware(KnownHosts, allowed=settings.allowed_hosts)
     app.add_middleware(Observed)
     return app
 

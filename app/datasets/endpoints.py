@@ -126,7 +126,7 @@ async def get_dataset(session: SessionDep, dataset: str) -> DatasetOut:
 )
 async def delete_dataset(request: Request, session: SessionDep, resources: ResourcesDep, dataset: str) -> None:
     """Delete a data set and its files, unless an index refers to it."""
-    after_commit(request, await service.delete(session, dataset, resources.artifacts))
+    after_commit(request, await service.delete(session, dataset, resources.artifacts, resources.uploads))
 
 
 @router.get(

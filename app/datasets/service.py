@@ -100,7 +100,7 @@ async def list_datasets(session: AsyncSession, page: Page) -> PageOf[DatasetOut]
     return PageOf[DatasetOut](items=[shown(row) for row in rows], next=following)
 
 
-async def delete(session: AsyncSession, reference: str, artifacts: ArtifactStore) -> Callable[[], None]:
+async def delete(session: AsyncSession, reference: str, artifacts: ArtifactStore, uploads: Path) -> Callable[[], None]:
     """Delete a data set; returns what removes its files once that is committed.
 
     Raises:
@@ -114,8 +114,14 @@ async def delete(session: AsyncSession, reference: str, artifacts: ArtifactStore
         await session.flush()
     except IntegrityError:
         raise InUse("An index was fitted to this data set; delete the index first.") from None
-    artifact = dataset.artifact
-    return lambda: artifacts.delete(artifact) if artifact else None
+    artifact, upload = f"datasets/{dataset.id}", dataset.upload
+
+    def remove() -> None:
+        artifacts.delete(artifact)
+        if upload is not None:
+            (uploads / upload).unlink(missing_ok=True)
+
+    return remove
 
 
 async def examples(artifacts: ArtifactStore, dataset: Dataset, page: Page, condition: str | None) -> PageOf[ExampleOut]:
@@ -182,6 +188,12 @@ async def fail_import(session: AsyncSession, dataset_id: str, error: dict[str, A
     dataset.status, dataset.error = "failed", error
 
 
+async def begin_import(session: AsyncSession, dataset_id: str) -> None:
+    """Record that a data set is being imported again."""
+    dataset = await find(session, dataset_id, lock=True)
+    dataset.status, dataset.error = "importing", None
+
+
 def parsed_filter(text: str) -> Filter:
     """Return a filter given as JSON text.
 
@@ -246,3 +258,6 @@ def _with_row(artifacts: ArtifactStore, dataset: Dataset, row: int) -> DatasetRe
 
 def _example(dataset: Dataset, entry: dict[str, Any]) -> ExampleOut:
     return ExampleOut(**entry, preview=preview_path(dataset.id, entry["row"]))
+
+
+jobs.RESOURCES["import"] = jobs.Resource(begin_import, fail_import)

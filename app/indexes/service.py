@@ -164,13 +164,13 @@ async def delete(session: AsyncSession, reference: str, artifacts: ArtifactStore
     index = await find(session, reference, lock=True)
     if index.status == "fitting":
         raise InUse("The index is being fitted; cancel its job first.")
-    artifact, job_id = index.artifact, index.job_id
+    # A job that was stopped after publishing leaves files that no row names.
+    artifact, job_id = f"indexes/{index.id}", index.job_id
     await session.delete(index)
     await session.flush()
 
     def remove() -> None:
-        if artifact is not None:
-            artifacts.delete(artifact)
+        artifacts.delete(artifact)
         if job_id is not None:
             artifacts.drop_workspace(job_id)
 
@@ -200,6 +200,12 @@ async def fail_fit(session: AsyncSession, index_id: str, error: dict[str, Any]) 
     """Record why a fit failed."""
     index = await find(session, index_id, lock=True)
     index.status, index.error = "failed", error
+
+
+async def begin_fit(session: AsyncSession, index_id: str) -> None:
+    """Record that an index is being fitted again."""
+    index = await find(session, index_id, lock=True)
+    index.status, index.error = "fitting", None
 
 
 def shown(index: Index) -> IndexOut:
@@ -267,3 +273,6 @@ def _product(shape: list[int]) -> int:
     for side in shape:
         total *= side
     return total
+
+
+jobs.RESOURCES["fit"] = jobs.Resource(begin_fit, fail_fit)

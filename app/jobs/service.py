@@ -1,6 +1,7 @@
 """Submitting, watching and stopping jobs."""
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -12,6 +13,23 @@ from app.jobs import repository
 from app.jobs.queue import Queue
 from app.jobs.schemas import TERMINAL, JobKind, JobOut, JobProgress
 from app.web.pagination import Page, PageOf, cut
+
+
+@dataclass(frozen=True)
+class Resource:
+    """What a kind of job does to the thing it makes, besides succeeding.
+
+    Attributes:
+        begin: called when the job is tried again.
+        fail: called with the problem when the job ends without success.
+    """
+
+    begin: Callable[[AsyncSession, str], Awaitable[None]]
+    fail: Callable[[AsyncSession, str, dict[str, Any]], Awaitable[None]]
+
+
+# Filled by the domains, which know jobs; jobs do not know them.
+RESOURCES: dict[str, Resource] = {}
 
 
 async def submit(
@@ -64,6 +82,7 @@ async def cancel(session: AsyncSession, job_id: str) -> Job:
         raise Conflict(f"The job has {job.state} already.")
     if job.state == "queued":
         await repository.finish_job(session, job.id, None, "cancelled", None)
+        await RESOURCES[job.kind].fail(session, job.resource_id, CANCELLED)
         job = await find(session, job_id)
     else:
         job.state = "cancelling"
@@ -83,6 +102,7 @@ async def retry(session: AsyncSession, job_id: str) -> Job:
     if job.state not in repository.RETRY_STATES:
         raise Conflict(f"Only failed or cancelled jobs can be tried again; this one is {job.state}.")
     await repository.reset_job(session, job_id)
+    await RESOURCES[job.kind].begin(session, job.resource_id)
     await Queue.wake(session, job_id)
     job = await find(session, job_id)
     await record(session, job)
@@ -133,3 +153,6 @@ def shown(job: Job) -> JobOut:
 def problem(slug: str, title: str, detail: str, errors: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
     """Return a job's error in the form of a problem document."""
     return {"type": f"/problems/{slug}", "title": title, "status": 422, "detail": detail, "errors": list(errors)}
+
+
+CANCELLED = problem("cancelled", "Cancelled", "The job was cancelled.")

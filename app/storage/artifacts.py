@@ -1,13 +1,13 @@
 """Published artifacts: folders that are either whole and verified by a manifest, or not there.
 
 Publishing: files are written in a workspace → each is flushed → `manifest.json` with sizes and sha256 → the folder is renamed → its
-parent is flushed. Only then does a row in the database refer to it; a folder without a row is garbage that `collect` removes.
+parent is flushed. Only then does a row in the database refer to it; a folder without
+a row is found again by the retried job, or removed with the thing it belongs to.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,16 +125,6 @@ class ArtifactStore:
         except OSError:
             return False
         return True
-
-    def collect(self, in_use: Callable[[str], bool]) -> list[str]:
-        """Remove artifacts that `in_use(name)` does not claim; returns their names."""
-        removed = []
-        for folder in sorted(self._artifacts.glob("*/*")):
-            name = str(folder.relative_to(self._artifacts))
-            if not in_use(name):
-                shutil.rmtree(folder)
-                removed.append(name)
-        return removed
 
     def _path(self, name: str) -> Path:
         path = (self._artifacts / name).resolve()

@@ -2,14 +2,16 @@
 
 import re
 import time
+from collections.abc import Sequence
 
 import structlog
 from fastapi import Request
+from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.db.ids import new_id
-from app.errors import PayloadTooLarge
+from app.errors import BadRequest, PayloadTooLarge
 from app.telemetry import REQUEST_SECONDS, REQUESTS
 
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
@@ -88,6 +90,28 @@ class LimitedBody:
             return message
 
         await self.app(scope, limited, send)
+
+
+class KnownHosts:
+    """Answers only the host names the operator allowed, so that no other page's name can be pointed at this service."""
+
+    def __init__(self, app: ASGIApp, allowed: Sequence[str]) -> None:
+        self.app = app
+        self.allowed = frozenset(allowed)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one ASGI connection."""
+        if scope["type"] == "http" and not self._knows(Headers(scope=scope).get("host", "")):
+            problem = BadRequest("This service does not answer to that host name; see HEADWATER_ALLOWED_HOSTS.")
+            document = problem.document(scope.get("state", {}).get("request_id", ""))
+            response = JSONResponse(document, problem.status, media_type="application/problem+json")
+            await response(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+    def _knows(self, host: str) -> bool:
+        name = host[: host.find("]") + 1] if host.startswith("[") else host.partition(":")[0]
+        return "*" in self.allowed or name.lower() in self.allowed
 
 
 def _route_of(scope: Scope) -> str:

@@ -167,4 +167,4 @@ def _shard_path(work: Path, stage: str, ordinal: int) -> Path:
     return work / stage / f"{ordinal:05d}.safetensors"
 
 
-FIT = Kind(lead_fit, indexes.fail_fit, assist_fit)
+FIT = Kind(lead_fit, assist_fit)

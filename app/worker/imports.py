@@ -14,6 +14,8 @@ async def run_import(runner: Runner, running: Running) -> Callable[[AsyncSession
     job = running.job
     async with runner.sessions() as session:
         source, spec = await datasets.import_plan(session, job.resource_id, runner.settings)
+    if source.parent == runner.settings.data_dir / "uploads":
+        running.after_success.append(lambda: source.unlink(missing_ok=True))
     folder = runner.artifacts.workspace(job.id) / "dataset"
     folder.mkdir(exist_ok=True)
     summary = await computed(lambda: import_dataset(source, spec, folder, running.progress), running.progress)
@@ -27,4 +29,4 @@ async def run_import(runner: Runner, running: Running) -> Callable[[AsyncSession
     return effect
 
 
-IMPORT = Kind(run_import, datasets.fail_import)
+IMPORT = Kind(run_import)

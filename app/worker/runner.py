@@ -16,7 +16,7 @@ from app.db.tables import Job, Shard
 from app.errors import Problem
 from app.jobs import repository
 from app.jobs.queue import Queue
-from app.jobs.service import problem, record
+from app.jobs.service import CANCELLED, RESOURCES, problem, record
 from app.settings import Settings
 from app.storage.artifacts import ArtifactStore
 from app.worker.progress import JobProgress
@@ -38,19 +38,18 @@ class Running:
     job: Job
     progress: JobProgress = field(default_factory=JobProgress)
     shard: Shard | None = None
+    after_success: list[Callable[[], None]] = field(default_factory=list)
 
 
 Effect = Callable[[AsyncSession], Awaitable[None]]
 Work = Callable[["Runner", Running], Awaitable[Effect | None]]
-Fail = Callable[[AsyncSession, str, dict[str, object]], Awaitable[None]]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How one kind of job is done, helped with, and recorded as failed."""
+    """How one kind of job is done, and how others may help with it."""
 
     work: Work
-    fail: Fail
     assist: Work | None = None
 
 
@@ -121,17 +120,17 @@ class Runner:
             raise
         except OUTAGE as error:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO):
-                await self._failed(running, kind, _error_of(error))
+                await self._ended(running, "failed", _error_of(error))
             else:
                 log.warning("database lost; the job goes on later", job=job.id, error=str(error)[:200])
                 await self._release(running)
         except (AttributionError, Problem) as error:
             # What the caller can mend is told to the caller; the log does not repeat what may be their data.
             log.info("job refused", job=job.id, kind=type(error).__name__)
-            await self._failed(running, kind, _error_of(error))
+            await self._ended(running, "failed", _error_of(error))
         except Exception as error:
             log.exception("job failed", job=job.id)
-            await self._failed(running, kind, _error_of(error))
+            await self._ended(running, "failed", _error_of(error))
 
     @contextlib.asynccontextmanager
     async def heartbeat(self, running: Running) -> AsyncIterator[None]:
@@ -194,31 +193,24 @@ class Runner:
             await repository.drop_shards(session, job.id)
             await self._record_end(session, job.id)
         self.artifacts.drop_workspace(job.id)
+        for action in running.after_success:
+            action()
         log.info("job succeeded", job=job.id)
-
-    async def _failed(self, running: Running, kind: Kind, error: dict[str, object]) -> None:
-        await self._ended(running, "failed", error, kind)
 
     async def _cancelled(self, running: Running) -> None:
         """End a cancelled job; a job that only lost its lease is left to its new worker."""
         async with self.sessions() as session:
             state = await repository.state_of(session, running.job.id)
         if state == "cancelling":
-            stopped = problem("cancelled", "Cancelled", "The job was cancelled.")
-            await self._ended(running, "cancelled", None, self.kinds[running.job.kind], stopped)
+            await self._ended(running, "cancelled", None, CANCELLED)
 
     async def _ended(
-        self,
-        running: Running,
-        state: str,
-        error: dict[str, object] | None,
-        kind: Kind,
-        told: dict[str, object] | None = None,
+        self, running: Running, state: str, error: dict[str, object] | None, told: dict[str, object] | None = None
     ) -> None:
         job = running.job
         async with self.sessions.begin() as session:
             if await repository.finish_job(session, job.id, job.attempt, state, error):
-                await kind.fail(session, job.resource_id, told or error or {})
+                await RESOURCES[job.kind].fail(session, job.resource_id, told or error or {})
                 await self._record_end(session, job.id)
         log.info("job ended", job=job.id, state=state)
 

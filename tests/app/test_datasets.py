@@ -229,6 +229,7 @@ def test_deleting_removes_rows_and_files(loaded: Loaded, tmp_path: Path) -> None
     dataset = service.get("/v1/datasets/gone")
     folder = service.data / "artifacts" / "datasets" / dataset["id"]
     assert (folder / "manifest.json").exists()
+    assert not list((service.data / "work").glob(dataset["job"]))
     assert service.http.delete("/v1/datasets/gone").status_code == 204
     assert service.http.get("/v1/datasets/gone").status_code == 404
     assert not folder.exists()

@@ -98,6 +98,8 @@ def test_an_index_that_is_not_ready_is_told(loaded: Loaded) -> None:
 def test_a_queued_job_is_cancelled_at_once(loaded: Loaded) -> None:
     first, second = loaded.fit("first-in-line", SLOW), loaded.fit("second-in-line", SLOW)
     assert loaded.service.post(f"/v1/jobs/{second['id']}/cancel", {}, 202)["state"] == "cancelled"
+    assert loaded.service.get("/v1/indexes/second-in-line")["status"] == "failed"
+    assert loaded.service.http.delete("/v1/indexes/second-in-line").status_code == 204
     loaded.service.post(f"/v1/jobs/{first['id']}/cancel", {}, 202)
     assert loaded.service.finished(first)["state"] == "cancelled"
 

@@ -1,6 +1,7 @@
 """The README's main job, run as a user would: everything over HTTP, twice, the second time reusing the first."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,7 @@ def test_demo_answers_and_is_reused(tmp_path: Path) -> None:
         stop_services(port)
     for text in ("demo-ekfac", "demo-trak", "most positive training examples", "Forgetting vendor-4", f"{url}/docs"):
         assert text in first
+    check_predictions(first)
     assert "already running" in second
     assert "import mnist-train" not in second
 
@@ -41,6 +43,25 @@ def test_demo_answers_and_is_reused(tmp_path: Path) -> None:
         return output[output.index("Test digit") : output.index("Done in")]
 
     assert tail(first) == tail(second)
+
+
+def numbers(output: str, label: str) -> list[float]:
+    """The signed numbers of the last table row that starts with a label."""
+    row = [line for line in output.splitlines() if line.startswith(f"│ {label}")][-1]
+    return [float(found) for found in re.findall(r"[+-]\d+\.\d+", row)]
+
+
+def check_predictions(output: str) -> None:
+    """Predicted and realised changes agree in sign; their ratio, the slope, is stated in the README and bounded here."""
+    for index, bounds in {"demo-ekfac": (0.8, 5.0), "demo-trak": (0.3, 2.0)}.items():
+        _, _, predicted, _, realised = numbers(output, index)
+        assert predicted < 0
+        assert realised < 0
+        assert bounds[0] < predicted / realised < bounds[1], (index, predicted, realised)
+    ekfac, trak, realised = numbers(output, "mean")
+    assert realised < 0
+    assert 0.4 < ekfac / realised < 3
+    assert 0.2 < trak / realised < 2
 
 
 def stop_services(port: int) -> None:
