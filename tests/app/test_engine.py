@@ -1,0 +1,79 @@
+"""The engine's client and its batches."""
+
+import asyncio
+
+import pytest
+
+from app.db.embedded import get_server
+from app.db.session import create_engine, create_sessionmaker
+from app.engine.cache import IndexCache
+from app.engine.client import EngineClient
+from app.engine.operations import Operations
+from app.errors import EngineBusy, EngineUnavailable, InvalidRequest
+from app.indexes import service as indexes
+from app.settings import DatabaseSettings, EngineSettings, Settings
+from app.storage.artifacts import ArtifactStore
+from tests.conftest import Loaded
+
+
+async def test_a_full_queue_refuses_and_a_slow_engine_times_out() -> None:
+    client = EngineClient(EngineSettings(queue_limit=1, timeout_seconds=0.3))  # never started
+    first = asyncio.create_task(client.call("ping", {}))
+    await asyncio.sleep(0.05)
+    with pytest.raises(EngineBusy) as busy:
+        await client.call("ping", {})
+    assert busy.value.headers["Retry-After"]
+    with pytest.raises(EngineUnavailable) as slow:
+        await first
+    assert slow.value.headers["Retry-After"]
+    with pytest.raises(EngineUnavailable):
+        await client.call("ping", {})  # the queue has room again
+
+
+async def test_a_killed_engine_is_restarted() -> None:
+    client = EngineClient(EngineSettings(timeout_seconds=30))
+    await client.start()
+    try:
+        assert (await client.call("describe_plugins", {}))["plugins"] == []
+        assert client._process is not None
+        waiting = [asyncio.create_task(client.call("describe_plugins", {})) for _ in range(3)]
+        client._process.kill()
+        for outcome in await asyncio.gather(*waiting, return_exceptions=True):
+            assert isinstance(outcome, EngineUnavailable | dict)
+        await asyncio.sleep(0.2)
+        assert (await client.call("describe_plugins", {}))["plugins"] == []
+        with pytest.raises(InvalidRequest):
+            await client.call("nothing", {})
+    finally:
+        await client.stop()
+    assert client._process.returncode is not None
+
+
+async def test_requests_answered_together_are_answered_alike(steady: Loaded) -> None:
+    data = steady.service.data.resolve()
+    server = get_server(data / "postgres", cleanup_mode=None)
+    database, artifacts = create_engine(DatabaseSettings(url=server.get_uri())), ArtifactStore(data)
+    async with create_sessionmaker(database)() as session:
+        index = await indexes.find_ready(session, "steady")
+        fit = await indexes.fit_spec(session, "steady", Settings(data_dir=data), artifacts)
+    await database.dispose()
+    operations = Operations(IndexCache(artifacts, 1 << 30, "cpu"), 1000)
+    common = {
+        "artifact": index.artifact,
+        "fit": fit.model_dump(mode="json", by_alias=True),
+        "damping": None,
+        "rescore": True,
+    }
+    location = {"folder": str(fit.dataset.folder), "spec": fit.dataset.spec.model_dump_json()}
+    payloads = [
+        {**common, "queries": [{**location, "rows": rows}], "top_k": 5, "filter": None} for rows in ([1], [2, 3], [4])
+    ]
+    together = operations.attribute(payloads)
+    for payload, answer in zip(payloads, together, strict=True):
+        alone = operations.run("attribute", payload)
+        assert len(answer["results"]) == len(payload["queries"][0]["rows"])
+        for one, other in zip(answer["results"], alone["results"], strict=True):
+            for sign in ("positive", "negative"):
+                assert [entry["row"] for entry in one[sign]] == [entry["row"] for entry in other[sign]]
+                scores, expected = ([entry["score"] for entry in found[sign]] for found in (one, other))
+                assert scores == pytest.approx(expected, rel=1e-4, abs=1e-7)

@@ -1,0 +1,122 @@
+"""Claims, leases and fences of jobs and shards, straight on the rows, in the running service's database."""
+
+from collections.abc import AsyncIterator
+
+import pytest
+from sqlalchemy import select, update
+
+from app.db.embedded import get_server
+from app.db.ids import new_id
+from app.db.session import SessionMaker, create_engine, create_sessionmaker
+from app.db.tables import Job, Shard
+from app.jobs import repository
+from app.settings import DatabaseSettings
+from tests.conftest import Loaded
+
+
+@pytest.fixture
+async def sessions(loaded: Loaded) -> AsyncIterator[SessionMaker]:
+    server = get_server(loaded.service.data.resolve() / "postgres", cleanup_mode=None)
+    database = create_engine(DatabaseSettings(url=server.get_uri()))
+    yield create_sessionmaker(database)
+    await database.dispose()
+
+
+async def new_job(sessions: SessionMaker, shards: int = 0) -> str:
+    """A running job that a worker with an hour of lease holds, so that the service's own worker leaves it alone."""
+    job = Job(
+        id=new_id("job"),
+        kind="fit",
+        state="running",
+        resource_type="index",
+        resource_id="none",
+        progress_unit="examples",
+        attempt=1,
+    )
+    async with sessions.begin() as session:
+        job.lease_expires_at = await session.scalar(select(repository.lease(3600)))
+        session.add(job)
+        await session.flush()
+        rows = [
+            Shard(job_id=job.id, stage=0, ordinal=n, state="queued", units=10 if n >= 0 else 0)
+            for n in (*range(shards), -1)
+        ]
+        await repository.add_shards(session, rows)
+    return job.id
+
+
+async def expire(sessions: SessionMaker, job_id: str) -> None:
+    async with sessions.begin() as session:
+        await session.execute(update(Shard).where(Shard.job_id == job_id).values(lease_expires_at=repository.lease(-1)))
+
+
+async def finish(sessions: SessionMaker, job_id: str) -> None:
+    async with sessions.begin() as session:
+        await repository.finish_job(session, job_id, None, "cancelled", None)
+
+
+async def test_a_late_worker_changes_nothing(sessions: SessionMaker) -> None:
+    job = await new_job(sessions, shards=1)
+    async with sessions.begin() as session:
+        first = await repository.claim_shard(session, job, 0, "slow", 60)
+    async with sessions.begin() as session:
+        assert await repository.claim_shard(session, job, 0, "quick", 60) is None, "a live lease is respected"
+    await expire(sessions, job)
+    async with sessions.begin() as session:
+        second = await repository.claim_shard(session, job, 0, "quick", 60)
+    assert first is not None
+    assert second is not None
+    assert (first.ordinal, second.ordinal) == (0, 0)
+    assert second.attempt == first.attempt + 1
+    async with sessions.begin() as session:
+        assert not await repository.renew_shard(session, first, 60)
+        assert not await repository.finish_shard(session, first, "stale")
+        assert await repository.finish_shard(session, second, "fresh")
+        assert not await repository.finish_shard(session, second, "twice")
+    await finish(sessions, job)
+
+
+async def test_the_reduction_waits_for_every_shard(sessions: SessionMaker) -> None:
+    job = await new_job(sessions, shards=2)
+    async with sessions.begin() as session:
+        held = [await repository.claim_shard(session, job, 0, "w", 60) for _ in range(3)]
+        assert [shard and shard.ordinal for shard in held] == [0, 1, None]
+        await repository.finish_shard(session, held[0], "a")
+        assert await repository.claim_shard(session, job, 0, "w", 60) is None
+        await repository.finish_shard(session, held[1], "b")
+        reduction = await repository.claim_shard(session, job, 0, "w", 60)
+        assert reduction is not None
+        assert reduction.ordinal == -1
+        assert await repository.open_stage(session, job) == 0
+        await repository.finish_shard(session, reduction, "c")
+        assert await repository.open_stage(session, job) is None
+        assert await repository.units(session, job) == (20, 20)
+    await finish(sessions, job)
+
+
+async def test_two_workers_never_claim_one_shard(sessions: SessionMaker) -> None:
+    job = await new_job(sessions, shards=2)
+    async with sessions() as one, sessions() as other:
+        first = await repository.claim_shard(one, job, 0, "one", 60)
+        second = await repository.claim_shard(other, job, 0, "other", 60)  # while the first has not committed
+        assert first is not None
+        assert second is not None
+        assert {first.ordinal, second.ordinal} == {0, 1}
+        await one.commit()
+        await other.commit()
+    await finish(sessions, job)
+
+
+async def test_only_the_attempt_that_holds_a_job_can_end_it(sessions: SessionMaker) -> None:
+    job = await new_job(sessions)
+    async with sessions.begin() as session:
+        assert await repository.claim_job(session, job, "thief", 60) is None
+        await session.execute(update(Job).where(Job.id == job).values(lease_expires_at=repository.lease(-1)))
+        assert job in await repository.abandoned(session)
+        claimed = await repository.claim_job(session, job, "next", 60)
+        assert claimed is not None
+        assert claimed.attempt == 2
+        assert await repository.renew_job(session, job, 1, 60) is None
+        assert not await repository.finish_job(session, job, 1, "succeeded", None)
+        assert await repository.finish_job(session, job, 2, "succeeded", None)
+        assert not await repository.finish_job(session, job, 2, "failed", None)
