@@ -38,7 +38,9 @@ def test_top_of_both_signs(
         for number, found in enumerate(index.attribute(query, k, allowed, rescore=rescore)):
             for sign, answer in ((1, found.positive), (-1, found.negative)):
                 assert answer.rows.tolist() == brute_force(scores[number], k, sign, allowed)
-                np.testing.assert_allclose(answer.scores, scores[number][answer.rows], rtol=1e-4, atol=1e-5 * np.abs(scores).max())
+                np.testing.assert_allclose(
+                    answer.scores, scores[number][answer.rows], rtol=1e-4, atol=1e-5 * np.abs(scores).max()
+                )
             assert found.approximate == (index.rescores and not rescore)
 
 
@@ -77,7 +79,9 @@ def test_an_answer_does_not_depend_on_the_queries_beside_it(ensemble: Problem, m
     for number, found in enumerate(together):
         alone = index.attribute(index.query(batch[number : number + 1], None), 3, None, rescore=True)[0]
         assert alone.positive.rows.tolist() == found.positive.rows.tolist()
-        np.testing.assert_allclose(alone.negative.scores, found.negative.scores, rtol=1e-4, atol=1e-5 * np.abs(found.negative.scores).max())
+        np.testing.assert_allclose(
+            alone.negative.scores, found.negative.scores, rtol=1e-4, atol=1e-5 * np.abs(found.negative.scores).max()
+        )
         assert alone.output["prediction"] == found.output["prediction"]
         assert alone.output["value"] == pytest.approx(found.output["value"], rel=1e-5)
 
