@@ -78,7 +78,7 @@ class FitSpec(Spec):
                 "format",
             },
         )
-        data = self.dataset.spec.model_dump(mode="json", include={"kind", "normalize", "max_length"})
+        data = self.dataset.spec.model_dump(mode="json", include={"kind", "shape", "normalize", "max_length"})
         weights = [checkpoint.sha256 for checkpoint in self.checkpoints]
         tokenizer = sha256_file(self.tokenizer_path) if self.tokenizer_path else None
         return sha256_of([decides, data, self.dataset.sha256, weights, tokenizer, PROJECTION_VERSION])

@@ -173,7 +173,14 @@ def _opened(data: bytes) -> Image.Image:
             if image.width * image.height > MAX_IMAGE_PIXELS:
                 raise InvalidInputError(f"an image of {image.width} × {image.height} pixels is too large")
             image.load()
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning):
+    except (
+        UnidentifiedImageError,
+        OSError,
+        SyntaxError,
+        ValueError,
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
+    ):
         raise InvalidInputError("not a readable PNG or JPEG image") from None
     if image.mode not in ("L", "RGB", "RGBA"):
         image = image.convert("RGB" if image.mode in ("P", "CMYK", "YCbCr") else "L")

@@ -3,6 +3,7 @@
 A null satisfies no condition but `exists: false`; `not` turns that round, so a null does satisfy `not (x eq 1)`.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -43,8 +44,12 @@ def mask_of(condition: Filter, table: pa.Table) -> np.ndarray:
 def _condition_mask(condition: Condition, table: pa.Table) -> np.ndarray:
     if condition.field not in table.column_names:
         known = ", ".join(sorted(table.column_names))
-        raise InvalidInputError(f"there is no field {condition.field[:80]!r} to filter by; there are {known}", "/filter")
+        raise InvalidInputError(
+            f"there is no field {condition.field[:80]!r} to filter by; there are {known}", "/filter"
+        )
     column = table[condition.field]
+    if condition.op != "exists" and pa.types.is_list(column.type):
+        raise InvalidInputError(f"field {condition.field} cannot be filtered by", "/filter")
     found = _evaluated(condition, column)
     return np.asarray(pc.fill_null(found, False).to_numpy(zero_copy_only=False), dtype=bool)
 
@@ -60,15 +65,33 @@ def _evaluated(condition: Condition, column: pa.ChunkedArray) -> pa.ChunkedArray
             return pc.and_(pc.is_valid(column), pc.is_in(column, value_set=_value_set(values, column.type)))
         case "contains" | "prefix":
             if not pa.types.is_string(column.type):
-                raise InvalidInputError(f"op {condition.op!r} needs a text field, and {condition.field} is not one", "/filter")
+                raise InvalidInputError(
+                    f"op {condition.op!r} needs a text field, and {condition.field} is not one", "/filter"
+                )
             matching = pc.match_substring if condition.op == "contains" else pc.starts_with
             return matching(column, pattern=condition.value)
         case _:
-            return _COMPARISONS[condition.op](column, _scalar(condition.value, column.type, condition.field))
+            value = _scalar(condition.value, column.type, condition.field)
+            if pa.types.is_integer(column.type) and pa.types.is_floating(value.type):
+                return _against_fraction(condition.op, column, math.floor(value.as_py()))
+            return _COMPARISONS[condition.op](column, value)
+
+
+def _against_fraction(op: str, column: pa.ChunkedArray, floor: int) -> pa.ChunkedArray:
+    """Compare whole numbers with one between `floor` and `floor + 1`; as float64, large ones would not be themselves."""
+    match op:
+        case "eq":
+            return pc.not_equal(column, column)
+        case "ne":
+            return pc.equal(column, column)
+        case "gt" | "gte":
+            return pc.greater(column, floor)
+        case _:
+            return pc.less_equal(column, floor)
 
 
 def _scalar(value: Any, kind: pa.DataType, field: str) -> Any:
-    """Return a value comparable with a column, refusing what would be converted silently."""
+    """Return a value in the column's type, or a fraction for whole numbers, refusing what would be converted silently."""
     if pa.types.is_boolean(kind):
         fits = isinstance(value, bool)
     elif pa.types.is_integer(kind) or pa.types.is_floating(kind):
@@ -79,7 +102,9 @@ def _scalar(value: Any, kind: pa.DataType, field: str) -> Any:
         raise InvalidInputError(f"field {field} cannot be filtered by", "/filter")
     if not fits:
         raise InvalidInputError(f"field {field} is {kind}, and {value!r} is not", "/filter")
-    return pa.scalar(value)
+    if pa.types.is_floating(kind):
+        return pa.scalar(float(value))
+    return pa.scalar(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def _value_set(values: list[Any], kind: pa.DataType) -> pa.Array:
@@ -87,4 +112,7 @@ def _value_set(values: list[Any], kind: pa.DataType) -> pa.Array:
     if pa.types.is_integer(kind):
         # A fraction equals no whole number; an array of the column's own type cannot hold it.
         plain = [int(value) for value in plain if value == int(value)]
+    elif pa.types.is_floating(kind):
+        # 0 and -0 are equal everywhere but in Arrow's sets.
+        plain += [-value for value in plain if value == 0]
     return pa.array(plain, kind)

@@ -6,8 +6,10 @@ that cannot be read yields `Unreadable` values, so that it is reported with its 
 
 import csv
 import json
+import lzma
 import zipfile
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,10 @@ MAX_LINE_BYTES = 64 << 20
 MAX_NPZ_BYTES = 8 << 30
 MAX_COLUMNS = 100_000
 _MAGICS = {b"PAR1": "parquet", b"PK\x03\x04": "npz"}
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# What the readers raise on damaged or hostile bytes, beyond their own errors: lengths that overflow, sizes that no memory has.
+_DAMAGE = (ValueError, OSError, EOFError, KeyError, OverflowError, MemoryError)
 
 Rows = Iterator[tuple[int, dict[str, list[Any]]]]
 
@@ -41,14 +47,22 @@ def format_of(name: str) -> str | None:
     )
 
 
-def read_rows(path: Path, kind: str, columns: Sequence[str]) -> Rows:
+def read_rows(path: Path, kind: str, columns: Sequence[str], texts: Collection[str] = ()) -> Rows:
     """Yield the named columns of a file.
+
+    Args:
+        path: the file.
+        kind: its format.
+        columns: those to read.
+        texts: those of them whose CSV cells stay text, whatever they look like.
 
     Raises:
         InvalidInputError: if the file is not what `kind` says, is damaged, or lacks a column.
     """
     _check_start(path, kind)
-    return {"parquet": _parquet, "jsonl": _jsonl, "csv": _csv, "npz": _npz}[kind](path, columns)
+    if kind == "csv":
+        return _csv(path, columns, texts)
+    return {"parquet": _parquet, "jsonl": _jsonl, "npz": _npz}[kind](path, columns)
 
 
 def _check_start(path: Path, kind: str) -> None:
@@ -73,21 +87,27 @@ def _require(columns: Sequence[str], present: Sequence[str]) -> None:
 def _parquet(path: Path, columns: Sequence[str]) -> Rows:
     try:
         file = pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
+        names = file.schema_arrow.names
+    except (pa.ArrowException, *_DAMAGE) as error:
         raise InvalidInputError(f"the parquet file is damaged: {error}") from None
     with file:
-        _require(columns, file.schema_arrow.names)
+        _require(columns, names)
+        twice = [name for name in columns if names.count(name) > 1]
+        if twice:
+            raise InvalidInputError(f"the file has more than one column {twice[0]}")
         start = 0
         try:
             for batch in file.iter_batches(BATCH_ROWS, columns=list(columns), use_threads=False):
                 yield start, {name: batch.column(name).to_pylist() for name in columns}
                 start += len(batch)
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise InvalidInputError(f"the parquet file is damaged after row {start}: {error}") from None
+        except (pa.ArrowException, *_DAMAGE) as error:
+            raise InvalidInputError(f"the parquet file cannot be read after row {start}: {error}") from None
 
 
 def _lines(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
+        if file.read(len(_BYTE_ORDER_MARK)) != _BYTE_ORDER_MARK:
+            file.seek(0)
         while line := file.readline(MAX_LINE_BYTES + 1):
             if len(line) > MAX_LINE_BYTES:
                 raise InvalidInputError(f"a line is longer than {MAX_LINE_BYTES >> 20} MiB")
@@ -100,7 +120,7 @@ def _jsonl(path: Path, columns: Sequence[str]) -> Rows:
     for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
-        records.append(_record(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, number))
+        records.append(_record(line, number))
         if len(records) == BATCH_ROWS:
             yield start, _columns_of(records, columns)
             start, records = start + len(records), []
@@ -128,9 +148,9 @@ def _columns_of(records: Sequence[dict[str, Any] | Unreadable], columns: Sequenc
     }
 
 
-def _csv(path: Path, columns: Sequence[str]) -> Rows:
+def _csv(path: Path, columns: Sequence[str], texts: Collection[str]) -> Rows:
     """Cells are text; a column whose every cell is a number or a boolean is read as such, empty cells as null."""
-    types = _csv_types(path, columns)
+    types = {**_csv_types(path, columns), **dict.fromkeys(texts, str)}
     start = 0
     for records in _csv_batches(path, columns):
         values = _columns_of(records, columns)
@@ -143,7 +163,7 @@ def _csv_batches(path: Path, columns: Sequence[str]) -> Iterator[list[dict[str, 
     try:
         csv.field_size_limit(MAX_LINE_BYTES)
         reader = csv.reader((line.decode("utf-8") for line in _lines(path)), strict=True)
-        header = [name.strip().removeprefix("\ufeff") for name in next(reader, [])]
+        header = [name.strip() for name in next(reader, [])]
         if len(header) > MAX_COLUMNS or len(set(header)) != len(header):
             raise InvalidInputError("the header names a column twice, or more than 100,000 columns")
         _require(columns, header)
@@ -201,10 +221,11 @@ def _npz(path: Path, columns: Sequence[str]) -> Rows:
         with np.load(path, allow_pickle=False) as archive:
             _require(columns, archive.files)
             arrays = {name: archive[name] for name in columns}
-    except InvalidInputError:
-        raise
-    except (zipfile.BadZipFile, ValueError, OSError, EOFError, KeyError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, RuntimeError, *_DAMAGE) as error:
         raise InvalidInputError(f"the npz file is damaged, or holds Python objects: {error}") from None
+    alien = next((name for name, array in arrays.items() if not isinstance(array, np.ndarray)), None)
+    if alien is not None:
+        raise InvalidInputError(f"{alien} is not an array")
     lengths = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
     if len(set(lengths.values())) > 1:
         raise InvalidInputError(f"the arrays have different lengths: {lengths}")

@@ -111,7 +111,7 @@ def import_dataset(source: Path, spec: DatasetSpec, into: Path, progress: Progre
 
 def _examined(source: Path, kind: str, spec: DatasetSpec, progress: Progress) -> _Findings:
     findings = _Findings(metadata_types={name: set() for name in spec.metadata}, shape=tuple(spec.shape or ()) or None)
-    for start, columns in read_rows(source, kind, _wanted(spec)):
+    for start, columns in read_rows(source, kind, _wanted(spec), _texts(spec)):
         length = len(next(iter(columns.values())))
         for offset in range(length):
             _examine_row(start + offset, {name: values[offset] for name, values in columns.items()}, spec, findings)
@@ -186,6 +186,11 @@ def _wanted(spec: DatasetSpec) -> list[str]:
     return list(dict.fromkeys([*inputs, *filter(None, (spec.target, spec.id)), *spec.metadata]))
 
 
+def _texts(spec: DatasetSpec) -> list[str]:
+    """Return the columns that are text by their role: an id 007 is not 7."""
+    return [*filter(None, [spec.id]), *([spec.input] if spec.kind == "text" and isinstance(spec.input, str) else [])]
+
+
 def _raw_input(values: dict[str, Any], spec: DatasetSpec) -> Any:
     return values[spec.input] if isinstance(spec.input, str) else [values[name] for name in spec.input]
 
@@ -249,7 +254,7 @@ def _tables(
 ) -> Iterator[pa.Table]:
     """Yield the canonical rows in full row groups, feeding each row's content to the hash."""
     pending: list[dict[str, Any]] = []
-    for start, columns in read_rows(source, kind, _wanted(spec)):
+    for start, columns in read_rows(source, kind, _wanted(spec), _texts(spec)):
         for offset in range(len(next(iter(columns.values())))):
             values = {name: column[offset] for name, column in columns.items()}
             row = _canonical_row(start + offset, values, spec, schema)

@@ -87,7 +87,9 @@ class DatasetReader:
         wanted = np.asarray(rows, dtype=np.int64)
         outside = wanted[(wanted < 0) | (wanted >= self.num_examples)]
         if len(outside):
-            raise InvalidInputError(f"row {outside[0]} does not exist: data set {self.spec.name} has {self.num_examples} rows")
+            raise InvalidInputError(
+                f"row {outside[0]} does not exist: data set {self.spec.name} has {self.num_examples} rows"
+            )
         groups, inside = np.divmod(wanted, ROW_GROUP_SIZE)
         present = np.unique(groups)
         table = self._read_groups(present)

@@ -37,7 +37,9 @@ class FileTokenizer:
         try:
             from tokenizers import Tokenizer as Encoder  # noqa: PLC0415, an optional extra
         except ImportError:
-            raise InvalidInputError("this tokenizer needs the extra `hf`: pip install headwater[hf]", "/tokenizer") from None
+            raise InvalidInputError(
+                "this tokenizer needs the extra `hf`: pip install headwater[hf]", "/tokenizer"
+            ) from None
         try:
             self._encoder = Encoder.from_file(str(path))
         except Exception as error:  # the library raises nothing narrower
