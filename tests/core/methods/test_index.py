@@ -197,6 +197,9 @@ def test_other_data_or_weights_are_refused(problem: Problem, tmp_path: Path) -> 
     for change in ({"sha256": "0" * 64}, {"num_examples": 59}):
         with pytest.raises((FingerprintMismatchError, CorruptArtifactError)):
             LoadedIndex(index.folder, problem.with_(dataset=dataset.model_copy(update=change)))
+    reshaped = dataset.model_copy(update={"spec": dataset.spec.model_copy(update={"shape": [5, 1]})})
+    with pytest.raises(FingerprintMismatchError):
+        LoadedIndex(index.folder, problem.with_(dataset=reshaped))
     reference = problem.spec.checkpoints[0]
     other = tmp_path / "other.safetensors"
     other.write_bytes(reference.path.read_bytes()[:-4] + b"\0\0\0\0")
