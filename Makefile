@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo serve test test-slow lint openapi clean
+.PHONY: install demo serve test lint openapi clean
 
 install: $(STAMP)
 
@@ -25,10 +25,7 @@ serve: install
 	$(BIN)/headwater serve --host 127.0.0.1 --port 8000
 
 test: install
-	$(BIN)/python -m pytest -m "not slow"
-
-test-slow: install
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest
 
 lint: install
 	$(BIN)/ruff check .
