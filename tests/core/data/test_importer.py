@@ -202,8 +202,9 @@ def test_hostile_images_are_refused_one_by_one(tmp_path: Path) -> None:
     images = [good, bomb(60_000, 60_000), bomb(9_000, 9_000), bomb(4, 4), good[:-30], b"", b"GIF89a" + bytes(50),
               b"\x80\x05pickle", png(PIXELS[0][:2]), good]  # fmt: skip
     pq.write_table(pa.table({"input": images, "target": [0] * len(images)}), tmp_path / "some.parquet")
-    found, _ = problems(tmp_path / "some.parquet", tmp_path / "data", kind="image")
+    found, error = problems(tmp_path / "some.parquet", tmp_path / "data", kind="image")
     assert found == [(row, "input") for row in range(1, 9)]
+    assert "9000 × 9000 pixels is too large" in error.problems[1]["problem"]
 
 
 @pytest.mark.parametrize("kind", FORMATS)
