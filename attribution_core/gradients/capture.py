@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from attribution_core.errors import InvalidInputError, UnsupportedLayerError
-from attribution_core.gradients.layers import Block, LayerGradient, rule_for
+from attribution_core.gradients.factors import Block, LayerGradient
+from attribution_core.gradients.layers import rule_for
 
 
 @dataclass(frozen=True)
