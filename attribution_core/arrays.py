@@ -1,14 +1,18 @@
 """Named arrays on disk as safetensors: written whole or not at all, with bytes that depend on nothing but the values."""
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from attribution_core.errors import CorruptArtifactError
+
+_DTYPES = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "I64": np.int64}
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -31,4 +35,25 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
+        raise CorruptArtifactError(f"{path.name} cannot be read: {error}") from error
+
+
+def mapped_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Map a file's arrays into memory, read-only; only pages that are touched are read, and the file closes with the last view.
+
+    Raises:
+        CorruptArtifactError: if it is missing or damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header: dict[str, Any] = json.loads(file.read(size))
+        return {
+            name: np.memmap(
+                path, _DTYPES[entry["dtype"]], "r", 8 + size + entry["data_offsets"][0], tuple(entry["shape"])
+            )
+            for name, entry in header.items()
+            if name != "__metadata__" and 0 not in entry["shape"]
+        }
+    except (OSError, ValueError, KeyError) as error:
         raise CorruptArtifactError(f"{path.name} cannot be read: {error}") from error

@@ -7,17 +7,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from attribution_core.fingerprint import sha256_file, sha256_of
-from attribution_core.spec import (
-    PROJECTION_VERSION,
-    ArchitectureSpec,
-    DatasetSpec,
-    MethodSpec,
-    SearchSpec,
-    Spec,
-    StoreSpec,
-    TaskSpec,
-    TokenizerSpec,
-)
+from attribution_core.method_spec import PROJECTION_VERSION, MethodSpec
+from attribution_core.spec import ArchitectureSpec, DatasetSpec, SearchSpec, Spec, StoreSpec, TaskSpec, TokenizerSpec
 
 
 class CheckpointRef(Spec):

@@ -1,4 +1,4 @@
-"""What a caller can ask for: data sets, tasks, architectures, methods, filters and selectors.
+"""What a caller can ask for: data sets, tasks, architectures, stores, filters and selectors; methods are in `method_spec`.
 
 These models are the HTTP contract's vocabulary and the library's. They validate form only; whether a field or
 checkpoint exists is decided where the data is. Nothing here imports torch.
@@ -8,8 +8,6 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-# Part of every fingerprint: stored features depend on how projections are generated.
-PROJECTION_VERSION = 1
 MAX_FILTER_DEPTH = 5
 MAX_FILTER_LEAVES = 32
 MAX_SELECTED_ROWS = 100_000
@@ -130,101 +128,18 @@ class CausalLanguageModelingTask(Spec):
 
 TaskSpec = Annotated[ClassificationTask | RegressionTask | CausalLanguageModelingTask, Field(discriminator="type")]
 
-Damping = Annotated[float, Field(ge=0, le=1e12)]
-
-
-class ProjectionSpec(Spec):
-    """A seeded random projection of gradients."""
-
-    type: Literal["sjlt", "rademacher", "gaussian"] = "sjlt"
-    dim: int = Field(default=1024, ge=8, le=65_536, description="Numbers kept per example and checkpoint.")
-    seed: int = Field(default=0, ge=0, le=2**31 - 1)
-
-
-class MethodBase(Spec):
-    """What every method says about itself."""
-
-    notion: ClassVar[Literal["predictive", "corroborative", "game_theoretic"]] = "predictive"
-    needs: ClassVar[tuple[str, ...]] = ("checkpoints",)
-    query_cost: ClassVar[Literal["inline", "job"]] = "inline"
-    reference: ClassVar[str] = ""
-
-
-class TrakMethod(MethodBase):
-    """TRAK: the linearised model's one-step update, in a random projection, averaged over checkpoints."""
-
-    reference: ClassVar[str] = "Park et al. 2023, TRAK: Attributing Model Behavior at Scale"
-    type: Literal["trak"]
-    projection: ProjectionSpec = ProjectionSpec()
-    damping: Damping = Field(default=0.1, description="Default damping, as a multiple of the mean eigenvalue.")
-    curvature: Literal["gradient", "gauss_newton"] = Field(
-        default="gauss_newton",
-        description="`gradient`: the published kernel, whose scores have an arbitrary scale. `gauss_newton`: each row "
-        "weighted by p(1-p), which puts scores in units of the measurement.",
-    )
-    soft_threshold: float | None = Field(
-        default=None, ge=0, le=1e12, description="Shrink scores towards 0 by this much, as published; off by default."
-    )
-
-
-class EkfacMethod(MethodBase):
-    """Influence functions with eigenvalue-corrected Kronecker-factored curvature (true Fisher)."""
-
-    reference: ClassVar[str] = (
-        "George et al. 2018; Grosse et al. 2023, Studying LLM Generalization with Influence Functions"
-    )
-    type: Literal["ekfac"]
-    projection: ProjectionSpec = ProjectionSpec()
-    damping: Damping = Field(default=0.1, description="Default damping, as a multiple of each layer's mean eigenvalue.")
-    fisher: Literal["auto", "exact", "sampled", "empirical"] = Field(
-        default="auto",
-        description="Labels enumerated, sampled from the model, or the data's; auto enumerates up to 32 classes.",
-    )
-    samples: int = Field(default=1, ge=1, le=64, description="Labels sampled per example.")
-    seed: int = Field(default=0, ge=0, le=2**31 - 1)
-
-
-class GradDotMethod(MethodBase):
-    """Inner product of the query's and the training example's gradients (one-checkpoint TracIn, identity curvature)."""
-
-    reference: ClassVar[str] = "Pruthi et al. 2020, Estimating Training Data Influence by Tracing Gradient Descent"
-    type: Literal["grad_dot"]
-    projection: ProjectionSpec = ProjectionSpec()
-
-
-class GradCosMethod(MethodBase):
-    """Cosine of the query's and the training example's gradients."""
-
-    reference: ClassVar[str] = "Hammoudeh & Lowd 2022, Identifying a Training-Set Attack's Target"
-    type: Literal["grad_cos"]
-    projection: ProjectionSpec = ProjectionSpec()
-
-
-class RepresentationMethod(MethodBase):
-    """Similarity of penultimate representations: evidence, not causation."""
-
-    notion: ClassVar[Literal["predictive", "corroborative", "game_theoretic"]] = "corroborative"
-    reference: ClassVar[str] = "Hanawa et al. 2021, Evaluation of Similarity-based Explanations"
-    type: Literal["representation"]
-    similarity: Literal["cosine", "dot"] = "cosine"
-
-
-MethodSpec = Annotated[
-    TrakMethod | EkfacMethod | GradDotMethod | GradCosMethod | RepresentationMethod, Field(discriminator="type")
-]
-METHODS: dict[str, type[MethodBase]] = {
-    "trak": TrakMethod,
-    "ekfac": EkfacMethod,
-    "grad_dot": GradDotMethod,
-    "grad_cos": GradCosMethod,
-    "representation": RepresentationMethod,
-}
-
 
 class StoreSpec(Spec):
-    """How feature rows are kept."""
+    """How training gradients are kept."""
 
     dtype: Literal["float32", "float16"] = "float32"
+    layout: Literal["auto", "vectors", "factors"] = Field(
+        default="auto",
+        description="`vectors`: one projected row per example and checkpoint, searched first and re-scored by running the model. `factors`: "
+        "every layer's gradient without loss, as the layer's input and output gradient where these are smaller: scores are exact and "
+        "never touch model or data again. `auto`: factors where they take at most 16 KiB per example and checkpoint and the data set "
+        "has at most 100,000 examples.",
+    )
 
 
 class SearchSpec(Spec):

@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from attribution_core.spec import MethodSpec, Name, SearchSpec, Spec, StoreSpec
+from attribution_core.method_spec import MethodSpec
+from attribution_core.spec import Name, SearchSpec, Spec, StoreSpec
 
 Reference = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 INDEX_REQUEST: dict[str, Any] = {

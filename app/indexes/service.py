@@ -20,9 +20,9 @@ from app.storage.roots import resolve
 from app.web.pagination import Page, PageOf, cut
 from attribution_core.architectures.registry import ARCHITECTURES
 from attribution_core.fit_spec import CheckpointRef, DatasetRef, FitSpec, FitSummary
-from attribution_core.spec import METHODS, TokenizerSpec
+from attribution_core.method_spec import METHODS
+from attribution_core.spec import TokenizerSpec
 
-_STAGES = {"ekfac": 3}
 _DEFAULT_MEASUREMENT = {"classification": "margin", "regression": "prediction", "causal_lm": "log_likelihood"}
 
 
@@ -82,7 +82,7 @@ async def create(
         await session.flush()
     except IntegrityError:
         raise NameTaken(f"There is an index {request.name!r} already.", pointer="/name") from None
-    total = (dataset.num_examples or 0) * len(checkpoints) * _STAGES.get(request.method.type, 1)
+    total = (dataset.num_examples or 0) * len(checkpoints) * len(request.method.stages)
     job = await jobs.submit(session, "fit", "index", index.id, unit="examples", total=total)
     index.job_id = job.id
     await session.flush()

@@ -4,7 +4,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
-from attribution_core.spec import Damping, Filter, Row, Selector, Spec, check_filter_size
+from attribution_core.method_spec import Damping
+from attribution_core.spec import Filter, Row, Selector, Spec, check_filter_size
 
 Reference = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 _ROWS: dict[str, Any] = {"dataset": "mnist-test", "rows": [7]}

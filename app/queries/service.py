@@ -35,7 +35,7 @@ from app.queries.schemas import (
 from app.web.deps import release
 from app.web.pagination import Page, PageOf, next_cursor
 from app.web.resources import Resources
-from attribution_core.spec import METHODS
+from attribution_core.method_spec import METHODS
 
 Json = dict[str, Any]
 SAMPLED_EXAMPLES = 32

@@ -1,5 +1,6 @@
-"""Curvature of the training loss: factors fitted over the training set, solved on the query side."""
+"""Curvature of the training loss: fitted over the training set, solved on the query side."""
 
+from attribution_core.curvature.base import Curvature, Identity
 from attribution_core.curvature.ekfac import CovarianceSums, Eigenbasis, EigenvalueSums, EkfacFactors
 
-__all__ = ["CovarianceSums", "Eigenbasis", "EigenvalueSums", "EkfacFactors"]
+__all__ = ["CovarianceSums", "Curvature", "Eigenbasis", "EigenvalueSums", "EkfacFactors", "Identity"]

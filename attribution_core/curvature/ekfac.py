@@ -13,13 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attribution_core.curvature.base import Curvature
 from attribution_core.errors import SingularCurvatureError
-from attribution_core.gradients import Block, LayerGradient
+from attribution_core.gradients import Block, LayerGradient, Rotation
 
 # Beyond this size a side keeps its own axes: its eigendecomposition would cost more than all else together.
 MAX_ROTATED_DIM = 4096
 
 Arrays = dict[str, np.ndarray]
+# Pseudo-gradients of one batch: per drawn (or enumerated) label, one entry per block.
+Draws = Sequence[Sequence[LayerGradient]]
 
 
 def _rotates_inputs(block: Block) -> bool:
@@ -41,56 +44,55 @@ class CovarianceSums:
         self.blocks = list(blocks)
         self.inputs = [_zeros(b.groups, b.d_in) if _rotates_inputs(b) else None for b in blocks]
         self.outputs = [_zeros(b.groups, b.d_out) if _rotates_outputs(b) else None for b in blocks]
+        self.positions = [0.0] * len(self.blocks)
 
-    def add(self, gradients: Sequence[LayerGradient], *, first: bool) -> None:
-        """Add one batch of pseudo-gradients; `first` of several on the same inputs also adds what they share."""
-        for block, gradient, inputs, outputs in zip(self.blocks, gradients, self.inputs, self.outputs, strict=True):
-            if inputs is not None and (first or not block.inputs_fixed):
-                inputs.add_(_second_moment(gradient.inputs))
-            if outputs is not None and (first or not block.outputs_fixed):
-                outputs.add_(_second_moment(gradient.dense_outputs()))
+    def add(self, draws: Draws) -> None:
+        """Add a batch; what all draws share is added once."""
+        for number, block in enumerate(self.blocks):
+            parts = [draw[number] for draw in draws]
+            inputs, outputs = self.inputs[number], self.outputs[number]
+            self.positions[number] += float(parts[0].inputs.any(-1).sum()) / block.groups
+            for part in parts[:1] if block.inputs_fixed else parts:
+                if inputs is not None:
+                    inputs.add_(_second_moment(part.inputs))
+            for part in parts[:1] if block.outputs_fixed else parts:
+                if outputs is not None:
+                    outputs.add_(_second_moment(part.dense_outputs()))
 
     def arrays(self) -> Arrays:
         """Return the sums by name."""
-        return {
+        found = {
             f"{side}.{number}": value.numpy()
             for side, values in (("inputs", self.inputs), ("outputs", self.outputs))
             for number, value in enumerate(values)
             if value is not None
         }
+        return found | {"positions": np.array(self.positions)}
 
 
 class Eigenbasis:
-    """Eigenvectors of the covariances, per block (groups, d, d) with columns as vectors; None where not rotated."""
+    """Eigenvectors of the covariances: one rotation per block, whose sides are None where they were not collected."""
 
     def __init__(self, blocks: Sequence[Block], arrays: Mapping[str, np.ndarray], device: str = "cpu") -> None:
         self.blocks = list(blocks)
-        self.inputs = _loaded("inputs", len(blocks), arrays, device)
-        self.outputs = _loaded("outputs", len(blocks), arrays, device)
+        self.rotations = [
+            Rotation(_loaded(f"inputs.{number}", arrays, device), _loaded(f"outputs.{number}", arrays, device))
+            for number in range(len(blocks))
+        ]
 
     @staticmethod
     def solve(sums: Mapping[str, np.ndarray]) -> Arrays:
-        """Return the eigenvectors of summed covariances, as float32 arrays under the same names.
+        """Return the eigenvectors of summed covariances as float32 arrays under the same names, and their eigenvalues as `spectrum.…`.
 
         Signs are fixed (largest entry positive), so that equal sums give equal bytes.
         """
-        return {name: _eigenvectors(torch.from_numpy(value)).float().numpy() for name, value in sums.items()}
-
-    def rotate(self, number: int, gradients: Tensor) -> Tensor:
-        """Rotate block `number`'s gradients (…, groups, d_out, d_in) into the eigenbasis."""
-        return self._turn(gradients, self.inputs[number], self.outputs[number], back=False)
-
-    def rotate_back(self, number: int, rotated: Tensor) -> Tensor:
-        """Undo `rotate`."""
-        return self._turn(rotated, self.inputs[number], self.outputs[number], back=True)
-
-    @staticmethod
-    def _turn(values: Tensor, inputs: Tensor | None, outputs: Tensor | None, *, back: bool) -> Tensor:
-        if inputs is not None:
-            values = values @ (inputs.mT if back else inputs).to(values.dtype)
-        if outputs is not None:
-            values = (outputs if back else outputs.mT).to(values.dtype) @ values
-        return values
+        found: Arrays = {"positions": sums["positions"].astype(np.float32)}
+        for name, value in sums.items():
+            if name == "positions":
+                continue
+            values, vectors = _eigen(torch.from_numpy(value))
+            found[name], found[f"spectrum.{name}"] = vectors.float().numpy(), values.float().numpy()
+        return found
 
 
 class EigenvalueSums:
@@ -100,11 +102,16 @@ class EigenvalueSums:
         self.basis = basis
         self.values = [torch.zeros(block.shape, dtype=torch.float64) for block in basis.blocks]
 
-    def add(self, gradients: Sequence[LayerGradient]) -> None:
-        """Add one batch of pseudo-gradients; positions are summed inside an example before squaring."""
-        for number, gradient in enumerate(gradients):
-            rotated = self.basis.rotate(number, gradient.materialise())  # (batch, groups, d_out, d_in)
-            self.values[number] += rotated.square().sum(0).double().cpu()
+    def add(self, draws: Draws) -> None:
+        """Add a batch; positions are summed inside an example before squaring."""
+        for number, rotation in enumerate(self.basis.rotations):
+            parts = [draw[number] for draw in draws]
+            if parts[0].rank_one and parts[0].block.inputs_fixed:
+                self.values[number] += _rank_one_squares(rotation, parts).double().cpu()
+                continue
+            for part in parts:
+                for _, rotated in part.materialised(rotation):
+                    self.values[number] += rotated.square().sum(0).double().cpu()
 
     def arrays(self) -> Arrays:
         """Return the sums by name."""
@@ -112,8 +119,8 @@ class EigenvalueSums:
 
 
 @dataclass(frozen=True)
-class EkfacFactors:
-    """A fitted EK-FAC curvature of the mean loss.
+class EkfacFactors(Curvature):
+    """A fitted curvature of the mean loss that is diagonal in a rotated basis: EK-FAC, K-FAC, or diagonal without rotation.
 
     Attributes:
         eigenvalues: `Λ` per block, (groups, d_out, d_in).
@@ -141,10 +148,31 @@ class EkfacFactors:
             SingularCurvatureError: if some eigenvalue plus its λ is 0.
         """
         solved = []
-        for number, gradient in enumerate(gradients):
-            divided = self.basis.rotate(number, gradient) / self.damped(number, damping).to(gradient.dtype)
-            solved.append(self.basis.rotate_back(number, divided))
+        for number, (gradient, rotation) in enumerate(zip(gradients, self.basis.rotations, strict=True)):
+            divided = rotation.forward(gradient) / self.damped(number, damping).to(gradient.dtype)
+            solved.append(rotation.back(divided))
         return solved
+
+    def paired(self, first: Sequence[LayerGradient], second: Sequence[LayerGradient], damping: float) -> Tensor:
+        """Return `uᵢᵀ (H̄ + λ)⁻¹ vᵢ` of each example's two gradients, (batch,)."""
+        products = []
+        for number, (u, v, rotation) in enumerate(zip(first, second, self.basis.rotations, strict=True)):
+            inverse = self.damped(number, damping).to(u.inputs.dtype).reciprocal()
+            if u.rank_one and v.rank_one:
+                outputs = rotation.output_factor(u) * rotation.output_factor(v)  # (batch, groups, 1, d_out)
+                inputs = rotation.input_factor(u) * rotation.input_factor(v)
+                products.append(((outputs @ inverse) * inputs).flatten(1).sum(1))
+                continue
+            parts = [
+                (rotated * inverse * rotation.of(v[part])).flatten(1).sum(1)
+                for part, rotated in u.materialised(rotation)
+            ]
+            products.append(torch.cat(parts))
+        return torch.stack(products).sum(0)
+
+    def rates(self, damping: float) -> list[float]:
+        """Return λ of every block."""
+        return [damping * float(eigenvalues.mean()) for eigenvalues in self.eigenvalues]
 
     def damped(self, number: int, damping: float) -> Tensor:
         """Return `Λ + λ` of one block."""
@@ -158,6 +186,30 @@ class EkfacFactors:
         return damped
 
 
+def kronecker_eigenvalues(blocks: Sequence[Block], arrays: Mapping[str, np.ndarray], num_examples: int) -> Arrays:
+    """Return K-FAC's eigenvalues `λ_G λ_A` from the spectra of summed covariances, `A` a mean over positions and `G` a sum.
+
+    A side that is not rotated counts as isotropic.
+
+    Sources: Martens & Grosse 2015, section 3; Grosse & Martens 2016 and Eschenhagen et al. 2023 ("expand") for positions.
+    """
+    found: Arrays = {}
+    for number, block in enumerate(blocks):
+        positions = float(arrays["positions"][number])
+        inputs = arrays.get(f"spectrum.inputs.{number}", np.full((block.groups, block.d_in), positions))
+        outputs = arrays.get(f"spectrum.outputs.{number}", np.full((block.groups, block.d_out), num_examples))
+        product = outputs.astype(np.float64)[:, :, None] * inputs[:, None, :] / (num_examples * positions)
+        found[f"eigenvalues.{number}"] = product.clip(min=0).astype(np.float32)
+    return found
+
+
+def _rank_one_squares(rotation: Rotation, parts: Sequence[LayerGradient]) -> Tensor:
+    """Return `Σ (g')² ((a')²)ᵀ` over examples and draws, (groups, d_out, d_in); all draws share `a`."""
+    outputs = torch.stack([rotation.output_factor(part).square() for part in parts]).sum(0)
+    inputs = rotation.input_factor(parts[0]).square()
+    return torch.einsum("bgto,bgti->goi", outputs, inputs)
+
+
 def _zeros(groups: int, dim: int) -> Tensor:
     return torch.zeros(groups, dim, dim, dtype=torch.float64)
 
@@ -168,13 +220,12 @@ def _second_moment(factor: Tensor) -> Tensor:
     return (rows.mT @ rows).double().cpu()
 
 
-def _eigenvectors(covariance: Tensor) -> Tensor:
-    vectors = torch.linalg.eigh(covariance).eigenvectors
+def _eigen(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh(covariance)
     largest = vectors.abs().argmax(dim=-2, keepdim=True)
-    signed: Tensor = vectors * vectors.gather(-2, largest).sign()
-    return signed
+    return values.clamp(min=0), vectors * vectors.gather(-2, largest).sign()
 
 
-def _loaded(side: str, count: int, arrays: Mapping[str, np.ndarray], device: str) -> list[Tensor | None]:
-    found = [arrays.get(f"{side}.{number}") for number in range(count)]
-    return [None if value is None else torch.from_numpy(value).to(device) for value in found]
+def _loaded(name: str, arrays: Mapping[str, np.ndarray], device: str) -> Tensor | None:
+    found = arrays.get(name)
+    return None if found is None else torch.from_numpy(found).to(device)

@@ -1,62 +1,99 @@
-"""Passes over training examples that collect what EK-FAC needs of the Fisher matrix."""
+"""What one forward pass over training examples gives: gradients of the measurement and the loss, and draws of the Fisher matrix."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from torch import nn
+from torch import Tensor
 
-from attribution_core.curvature.ekfac import CovarianceSums, Eigenbasis, EigenvalueSums
+from attribution_core.curvature.ekfac import Draws
 from attribution_core.data.batch import Batch
-from attribution_core.gradients import GradientCapture, LayerGradient
-from attribution_core.progress import Progress
-from attribution_core.spec import EkfacMethod
+from attribution_core.gradients import LayerGradient, Pass
+from attribution_core.method_spec import FisherMethod
 from attribution_core.tasks import FisherKind, Task
 
 MAX_ENUMERATED_LABELS = 32
 
 
 @dataclass(frozen=True)
-class FisherPasses:
-    """The model's Fisher matrix over batches of examples.
+class Fisher:
+    """How pseudo-gradients `g` with `Σ g gᵀ` = the model's Fisher matrix are drawn.
 
     Attributes:
-        method: says whether labels are enumerated, sampled or the data's own.
+        kind: labels enumerated, sampled or the data's own; `auto` enumerates where labels are few.
+        samples: labels drawn per example.
     """
 
-    module: nn.Module
-    capture: GradientCapture
-    task: Task
-    method: EkfacMethod
+    kind: str
+    samples: int
+    seed: int
 
-    def covariances(self, batches: Iterable[Batch], progress: Progress) -> CovarianceSums:
-        """Return summed second moments of inputs and pseudo-gradients."""
-        sums = CovarianceSums(self.capture.blocks)
-        for batch in batches:
-            for number, gradients in enumerate(self._pseudo_gradients(batch)):
-                sums.add(_without_padding(gradients, batch), first=number == 0)
-            progress.advance(len(batch))
-        return sums
+    @classmethod
+    def of(cls, method: FisherMethod) -> "Fisher":
+        """Return what a method asks for."""
+        return cls(method.fisher, method.samples, method.seed)
 
-    def eigenvalues(self, batches: Iterable[Batch], basis: Eigenbasis, progress: Progress) -> EigenvalueSums:
-        """Return summed squares of rotated pseudo-gradients."""
-        sums = EigenvalueSums(basis)
-        for batch in batches:
-            for gradients in self._pseudo_gradients(batch):
-                sums.add(gradients)
-            progress.advance(len(batch))
-        return sums
-
-    def _pseudo_gradients(self, batch: Batch) -> Iterator[list[LayerGradient]]:
-        run = self.capture.run(batch.forward, len(batch))
-        self.task.check(run.output, batch)
-        kind = self._kind(self.task.exact_labels(run.output))
-        for loss in self.task.pseudo_losses(run.output, batch, kind, self.method.seed, self.method.samples):
-            yield run.gradients(loss, keep=True)
+    def draws(self, run: Pass, task: Task, batch: Batch) -> Draws:
+        """Return the pseudo-gradients of a batch per label, with padded positions' inputs set to zero."""
+        kind: FisherKind = self._kind(task.exact_labels(run.output))
+        losses = task.pseudo_losses(run.output, batch, kind, self.seed, self.samples)
+        return [_without_padding(run.gradients(loss, keep=True), batch) for loss in losses]
 
     def _kind(self, labels: int | None) -> FisherKind:
-        if self.method.fisher != "auto":
-            return self.method.fisher
+        match self.kind:
+            case "exact" | "sampled" | "empirical" as kind:
+                return kind
         return "exact" if labels is not None and labels <= MAX_ENUMERATED_LABELS else "sampled"
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Gradients of a batch of training examples.
+
+    Attributes:
+        batch: the examples.
+        measured: `∇m`, one entry per block.
+        training: `φ = -∇ℓ`.
+        draws: pseudo-gradients, where asked for.
+    """
+
+    batch: Batch
+    measured: Sequence[LayerGradient]
+    training: Sequence[LayerGradient]
+    draws: Draws = ()
+
+    def __len__(self) -> int:
+        return len(self.batch)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all factors, those that are shared counted once."""
+        seen: dict[int, int] = {}
+        for gradient in self._all():
+            for tensor in (gradient.inputs, gradient.outputs):
+                seen[tensor.data_ptr()] = max(seen.get(tensor.data_ptr(), 0), tensor.nbytes)
+        return sum(seen.values())
+
+    def _all(self) -> Iterator[LayerGradient]:
+        yield from self.measured
+        yield from self.training
+        for draw in self.draws:
+            yield from draw
+
+
+def observe(run: Pass, task: Task, batch: Batch, measurement: str, fisher: Fisher | None) -> Observed:
+    """Differentiate one forward pass; a measurement that decides the loss needs one backward pass for both."""
+    draws = [] if fisher is None else fisher.draws(run, task, batch)
+    slope = task.slope(run.output, batch, measurement)
+    measured = run.gradients(task.measure(run.output, batch, measurement), keep=slope is None)
+    if slope is None:
+        loss = task.loss(run.output, batch)
+        return Observed(batch, measured, scaled(run.gradients(loss), -loss.detach().new_ones(len(batch))), draws)
+    return Observed(batch, measured, scaled(measured, -slope.detach()), draws)
+
+
+def scaled(gradients: Sequence[LayerGradient], weights: Tensor) -> list[LayerGradient]:
+    """Return each example's gradient times its weight (batch,)."""
+    return [gradient.scaled(weights) for gradient in gradients]
 
 
 def _without_padding(gradients: list[LayerGradient], batch: Batch) -> list[LayerGradient]:

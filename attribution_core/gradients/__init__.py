@@ -1,6 +1,6 @@
 """Per-example parameter gradients from captured layer inputs and output gradients."""
 
 from attribution_core.gradients.capture import Coverage, GradientCapture, Pass
-from attribution_core.gradients.factors import Block, LayerGradient
+from attribution_core.gradients.factors import Block, DenseGradient, LayerGradient, Rotation
 
-__all__ = ["Block", "Coverage", "GradientCapture", "LayerGradient", "Pass"]
+__all__ = ["Block", "Coverage", "DenseGradient", "GradientCapture", "LayerGradient", "Pass", "Rotation"]

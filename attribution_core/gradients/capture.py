@@ -91,6 +91,11 @@ class GradientCapture:
         self.coverage = self._plan(layers)
 
     @property
+    def modules(self) -> dict[nn.Module, int]:
+        """The number of each attributed module's block."""
+        return dict(self._block_of)
+
+    @property
     def num_parameters(self) -> int:
         """Attributed parameters, biases included."""
         return sum(block.numel for block in self.blocks)

@@ -1,13 +1,18 @@
 """Per-example gradients of one layer as factors, and what is done with them without forming more than is needed.
 
-A per-example gradient is `Σ_t g_t a_tᵀ` over positions `t` (tokens, pixels, uses of the layer).
+A per-example gradient is `Σ_t g_t a_tᵀ` over positions `t` (tokens, pixels, uses of the layer). With one position it is `g aᵀ`, and sums of
+squares, inner products and quadratic forms come from the factors alone.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+# Numbers formed at once where per-example gradients must be materialised.
+MAX_NUMBERS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -50,10 +55,31 @@ class LayerGradient:
     inputs: Tensor
     outputs: Tensor
 
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, part: slice) -> "LayerGradient":
+        return LayerGradient(self.block, self.inputs[part], self.outputs[part])
+
     @property
     def one_hot(self) -> bool:
         """Whether `outputs` holds row numbers."""
         return not self.outputs.is_floating_point()
+
+    @property
+    def positions(self) -> int:
+        """Terms per example."""
+        return self.inputs.shape[2]
+
+    @property
+    def rank_one(self) -> bool:
+        """Whether each group's gradient is one product `g aᵀ`."""
+        return self.positions == 1 and not self.one_hot
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both factors."""
+        return self.inputs.nbytes + self.outputs.nbytes
 
     def materialise(self) -> Tensor:
         """Return the gradients, (batch, groups, d_out, d_in)."""
@@ -63,12 +89,31 @@ class LayerGradient:
         rows = self.outputs.unsqueeze(-1).expand(-1, -1, self.block.d_in)  # (batch, positions, d_in)
         return gradients.scatter_add_(1, rows, self.inputs[:, 0]).unsqueeze(1)
 
+    def materialised(self, turn: "Rotation | None" = None) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the gradients a few examples at a time, `(examples, (count, groups, d_out, d_in))`, in a rotated basis if given."""
+        step = max(1, MAX_NUMBERS // self.block.numel)
+        for start in range(0, len(self), step):
+            part = slice(start, start + step)
+            yield part, self[part].materialise() if turn is None else turn.of(self[part])
+
     def inner(self, matrices: Tensor) -> Tensor:
         """Return inner products with `matrices` (queries, groups, d_out, d_in) as (queries, batch)."""
-        if not self.one_hot:
-            return matrices.flatten(1) @ self.materialise().flatten(1).T
-        used = matrices[:, 0, self.outputs]  # (queries, batch, positions, d_in)
-        return torch.einsum("qbtd,btd->qb", used, self.inputs[:, 0])
+        if self.one_hot:
+            used = matrices[:, 0, self.outputs]  # (queries, batch, positions, d_in)
+            return torch.einsum("qbtd,btd->qb", used, self.inputs[:, 0])
+        # Ghost products need no gradient, but cost one matrix product per query and position.
+        if len(matrices) * self.positions <= len(matrices) + self.positions:
+            return self._ghost(matrices)
+        flat = matrices.flatten(1)
+        return torch.cat([flat @ gradients.flatten(1).T for _, gradients in self.materialised()], dim=1)
+
+    def _ghost(self, matrices: Tensor) -> Tensor:
+        step = max(1, MAX_NUMBERS // (len(self) * self.block.groups * self.positions * self.block.d_out))
+        products = []
+        for part in matrices.split(step):
+            moved = torch.einsum("bgti,qgoi->qbgto", self.inputs, part)
+            products.append((moved * self.outputs).flatten(2).sum(2))
+        return torch.cat(products)
 
     def total(self, weights: Tensor | None = None) -> Tensor:
         """Return the gradients' sum over the batch, weighted by (batch,), as (groups, d_out, d_in)."""
@@ -79,8 +124,87 @@ class LayerGradient:
         outputs = self.outputs.transpose(0, 1).flatten(1, 2)  # (groups, batch · positions, d_out)
         return outputs.transpose(1, 2) @ inputs.transpose(0, 1).flatten(1, 2)
 
+    def scaled(self, weights: Tensor) -> "LayerGradient":
+        """Return the gradients, each multiplied by its entry of (batch,)."""
+        shaped = weights.view(-1, 1, 1, 1)
+        if self.one_hot:
+            return LayerGradient(self.block, self.inputs * shaped, self.outputs)
+        return LayerGradient(self.block, self.inputs, self.outputs * shaped)
+
     def dense_outputs(self) -> Tensor:
         """Return `g` as (batch, groups, positions, d_out), expanding one-hot rows."""
         if not self.one_hot:
             return self.outputs
         return F.one_hot(self.outputs, self.block.d_out).to(self.inputs.dtype).unsqueeze(1)
+
+
+@dataclass(frozen=True)
+class DenseGradient(LayerGradient):
+    """Per-example gradients that are kept whole: `inputs` is the gradient, (batch, groups, d_out, d_in), `outputs` is empty."""
+
+    @property
+    def rank_one(self) -> bool:
+        """Whether each group's gradient is one product `g aᵀ`."""
+        return False
+
+    def __getitem__(self, part: slice) -> "DenseGradient":
+        return DenseGradient(self.block, self.inputs[part], self.outputs)
+
+    def materialise(self) -> Tensor:
+        """Return the gradients, (batch, groups, d_out, d_in)."""
+        return self.inputs
+
+    def inner(self, matrices: Tensor) -> Tensor:
+        """Return inner products with `matrices` (queries, groups, d_out, d_in) as (queries, batch)."""
+        return matrices.flatten(1) @ self.inputs.flatten(1).T
+
+    def total(self, weights: Tensor | None = None) -> Tensor:
+        """Return the gradients' sum over the batch, weighted by (batch,), as (groups, d_out, d_in)."""
+        return self.inputs.sum(0) if weights is None else torch.einsum("b,bgoi->goi", weights, self.inputs)
+
+    def scaled(self, weights: Tensor) -> "DenseGradient":
+        """Return the gradients, each multiplied by its entry of (batch,)."""
+        return DenseGradient(self.block, self.inputs * weights.view(-1, 1, 1, 1), self.outputs)
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """An orthogonal change of basis of one block: `Q_Gᵀ X Q_A`; a side of None keeps its axes.
+
+    Attributes:
+        inputs: `Q_A`, (groups, d_in, d_in), columns are the new axes.
+        outputs: `Q_G`, (groups, d_out, d_out).
+    """
+
+    inputs: Tensor | None
+    outputs: Tensor | None
+
+    def forward(self, matrices: Tensor) -> Tensor:
+        """Rotate (…, groups, d_out, d_in)."""
+        if self.inputs is not None:
+            matrices = matrices @ self.inputs.to(matrices.dtype)
+        return matrices if self.outputs is None else self.outputs.mT.to(matrices.dtype) @ matrices
+
+    def back(self, matrices: Tensor) -> Tensor:
+        """Undo `forward`."""
+        if self.inputs is not None:
+            matrices = matrices @ self.inputs.mT.to(matrices.dtype)
+        return matrices if self.outputs is None else self.outputs.to(matrices.dtype) @ matrices
+
+    def input_factor(self, gradient: LayerGradient) -> Tensor:
+        """Return `a Q_A`, (batch, groups, positions, d_in)."""
+        return gradient.inputs if self.inputs is None else gradient.inputs @ self.inputs.to(gradient.inputs.dtype)
+
+    def output_factor(self, gradient: LayerGradient) -> Tensor:
+        """Return `g Q_G`, (batch, groups, positions, d_out)."""
+        outputs = gradient.dense_outputs()
+        return outputs if self.outputs is None else outputs @ self.outputs.to(outputs.dtype)
+
+    def of(self, gradient: LayerGradient) -> Tensor:
+        """Return materialised rotated gradients, (batch, groups, d_out, d_in), by the cheaper of the two orders."""
+        block = gradient.block
+        early = gradient.positions * (block.d_in + block.d_out)
+        late = block.d_in * block.d_out * (block.d_in + block.d_out) / max(block.d_in, block.d_out)
+        if gradient.one_hot or isinstance(gradient, DenseGradient) or early > late:
+            return self.forward(gradient.materialise())
+        return self.output_factor(gradient).transpose(-1, -2) @ self.input_factor(gradient)

@@ -13,6 +13,7 @@ from attribution_core.fingerprint import sha256_file, sha256_of
 
 FACTORS_FILE = "factors.safetensors"
 FEATURES_FOLDER = "features"
+GRADIENTS_FOLDER = "gradients"
 INDEX_FILE = "index.json"
 
 

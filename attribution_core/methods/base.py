@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from attribution_core.curvature import Curvature
+from attribution_core.curvature.fisher import Fisher, Observed, observe
 from attribution_core.data.batch import Batch
 from attribution_core.errors import InvalidInputError
 from attribution_core.gradients import GradientCapture, LayerGradient, Pass
@@ -172,67 +174,77 @@ class FeatureMethod(ABC):
 
 
 class GradientMethod(FeatureMethod):
-    """Methods that compare gradients: rows are projections of `φ_i`, queries projections of a preconditioned `∇m_z`."""
+    """Methods that compare gradients: training examples by `φ_i = -∇ℓ_i`, queries by a preconditioned `∇m_z`.
+
+    Args:
+        curvature: preconditions the query side.
+        damping: where a query names none.
+        projection: of stored rows and queries; None where gradients are stored whole, as factors.
+    """
 
     linear = True
 
-    def __init__(self, checkpoint: Checkpoint, projection: Projection) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, curvature: Curvature, damping: float, projection: Projection | None
+    ) -> None:
         super().__init__(checkpoint)
+        self.curvature = curvature
+        self.default_damping = damping
         self.projection = projection
 
     @property
     def dim(self) -> int:
         """The projection's dimension."""
-        return self.projection.dim
+        return 0 if self.projection is None else self.projection.dim
 
     def encode_train(self, batch: Batch) -> TrainRows:
         """Return projected `φ_i`, and `τ_i(z_i)`."""
-        run = self.checkpoint.run(batch)
-        loss = self.checkpoint.task.loss(run.output, batch)
-        gradients = [-gradient.materialise() for gradient in run.gradients(loss, keep=True)]
-        solved = self.solve(self._measured(run, batch), None)
+        return self.encode_observed(self.observe(batch))
+
+    def observe(self, batch: Batch, fisher: Fisher | None = None) -> Observed:
+        """Run and differentiate a batch of training examples."""
+        return observe(self.checkpoint.run(batch), self.checkpoint.task, batch, self.checkpoint.measurement, fisher)
+
+    def encode_observed(self, observed: Observed) -> TrainRows:
+        """Return projected `φ_i`, and `τ_i(z_i)`, not a number where that would take a pass over the training set for each."""
+        rows = observed.training[0].inputs.new_ones(len(observed))
+        own = torch.full_like(rows, torch.nan)
+        if self.curvature.solves_cheaply:
+            own = self.curvature.paired(observed.measured, observed.training, self.default_damping)
         return TrainRows(
-            rows=self.projection.project(gradients),
-            weights=torch.ones_like(loss.detach()),
-            self_influence=paired(solved, gradients) / self.checkpoint.num_examples,
+            rows=self._project_gradients(observed.training),
+            weights=rows,
+            self_influence=own / self.checkpoint.num_examples,
         )
 
     def encode_query(self, batch: Batch) -> QuerySide:
         """Return `∇m_z` per block; rows follow when it is preconditioned."""
         run = self.checkpoint.run(batch)
-        gradients = self._measured(run, batch)
+        measured = self.checkpoint.task.measure(run.output, batch, self.checkpoint.measurement)
+        gradients = [gradient.materialise() for gradient in run.gradients(measured)]
         return QuerySide(run.output.detach(), gradients[0].new_zeros(len(batch), self.dim), gradients)
 
     def precondition(self, query: QuerySide, damping: float) -> QuerySide:
         """Return `(1/n)(H̄ + λ)⁻¹ ∇m_z`, unprojected and projected."""
         assert query.gradients is not None
-        solved = [gradient / self.checkpoint.num_examples for gradient in self.solve(query.gradients, damping)]
-        return QuerySide(query.output, self.projection.project(solved), solved)
-
-    def solve(self, gradients: list[Tensor], damping: float | None) -> list[Tensor]:
-        """Return `(H̄ + λ)⁻¹ v`; the identity here. A damping of None is the method's default."""
-        return gradients
+        solved = [
+            gradient / self.checkpoint.num_examples for gradient in self.curvature.solve(query.gradients, damping)
+        ]
+        rows = query.rows if self.projection is None else self.projection.project(solved)
+        return QuerySide(query.output, rows, solved)
 
     def exact_scores(self, query: QuerySide, batch: Batch) -> Tensor:
         """Return `⟨query, φ_i⟩` without projection."""
-        return -inner(query, self._loss_gradients(batch))
+        return inner(query, self.observe(batch).training)
 
     def group_effect(self, query: QuerySide, batch: Batch) -> Tensor:
         """Return `⟨query, Σ φ_i⟩`."""
-        assert query.gradients is not None
-        effect = query.rows.new_zeros(len(query.rows))
-        for matrices, gradient in zip(query.gradients, self._loss_gradients(batch), strict=True):
-            effect -= matrices.flatten(1) @ gradient.total().flatten()
-        return effect
+        return summed(query, self.observe(batch).training)
 
-    def _measured(self, run: Pass, batch: Batch) -> list[Tensor]:
-        """Return `∇m` per block."""
-        measured = self.checkpoint.task.measure(run.output, batch, self.checkpoint.measurement)
-        return [gradient.materialise() for gradient in run.gradients(measured)]
-
-    def _loss_gradients(self, batch: Batch) -> list[LayerGradient]:
-        run = self.checkpoint.run(batch)
-        return run.gradients(self.checkpoint.task.loss(run.output, batch))
+    def _project_gradients(self, gradients: Sequence[LayerGradient]) -> Tensor:
+        if self.projection is None:
+            return gradients[0].inputs.new_zeros(len(gradients[0]), 0)
+        return self.projection.project_gradients(gradients)
 
 
 def inner(query: QuerySide, gradients: Sequence[LayerGradient]) -> Tensor:
@@ -242,6 +254,11 @@ def inner(query: QuerySide, gradients: Sequence[LayerGradient]) -> Tensor:
     return torch.stack(products).sum(0)
 
 
-def paired(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
-    """Return the inner product of each example of `first` with the same example of `second`, (batch,)."""
-    return torch.stack([(a * b).flatten(1).sum(1) for a, b in zip(first, second, strict=True)]).sum(0)
+def summed(query: QuerySide, gradients: Sequence[LayerGradient]) -> Tensor:
+    """Return the inner products of every query with the sum of a batch's gradients, (queries,)."""
+    assert query.gradients is not None
+    effects = [
+        matrices.flatten(1) @ gradient.total().flatten()
+        for matrices, gradient in zip(query.gradients, gradients, strict=True)
+    ]
+    return torch.stack(effects).sum(0)

@@ -1,39 +1,62 @@
 """From specs and files to loaded checkpoints with a method on each; shared by fitting and answering."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from attribution_core.checkpoints import load_model
-from attribution_core.curvature import EkfacFactors
+from attribution_core.curvature import Curvature, EkfacFactors, Identity
+from attribution_core.curvature.dense import Spectral
+from attribution_core.curvature.fisher import Fisher, Observed, observe
+from attribution_core.curvature.iterative import ConjugateGradient, DataInf, GaussNewton, Lissa
+from attribution_core.curvature.products import HessianProducts
+from attribution_core.curvature.rows import PseudoRows
+from attribution_core.data.batch import Batch
 from attribution_core.data.collate import ExampleSource
 from attribution_core.data.reader import DatasetReader
 from attribution_core.data.tokenizers import load_tokenizer
 from attribution_core.errors import CorruptArtifactError, FingerprintMismatchError, InvalidInputError
+from attribution_core.features.factors import numbers_kept
 from attribution_core.fingerprint import sha256_file
 from attribution_core.fit_spec import CheckpointRef, FitSpec
-from attribution_core.methods.base import CheckedCapture, Checkpoint, FeatureMethod
-from attribution_core.methods.ekfac import Ekfac
-from attribution_core.methods.grad_cos import GradCos
-from attribution_core.methods.grad_dot import GradDot
-from attribution_core.methods.representation import Representation
-from attribution_core.methods.trak import Trak
-from attribution_core.projection import Projection, build_projection
-from attribution_core.spec import (
-    DatasetSpec,
+from attribution_core.method_spec import (
+    ArnoldiMethod,
+    CgMethod,
+    DataInfMethod,
+    DiagonalMethod,
     EkfacMethod,
+    ExplicitMethod,
+    FisherMethod,
+    GaussNewtonMethod,
     GradCosMethod,
-    GradDotMethod,
-    ProjectionSpec,
+    GradientMethodBase,
+    HessianMethod,
+    KfacMethod,
+    LissaMethod,
+    LograMethod,
     RepresentationMethod,
     TrakMethod,
 )
+from attribution_core.methods.base import CheckedCapture, Checkpoint, FeatureMethod, GradientMethod
+from attribution_core.methods.grad_cos import GradCos
+from attribution_core.methods.logra import Logra
+from attribution_core.methods.representation import Representation
+from attribution_core.methods.trak import Trak
+from attribution_core.projection import FactoredProjection, Projection, build_projection
+from attribution_core.spec import DatasetSpec
 from attribution_core.tasks import build_task
 
 Arrays = Mapping[str, np.ndarray]
+MAX_FACTORED_EXAMPLES = 100_000
+MAX_FACTOR_BYTES = 16 << 10
+MAX_ROWS = 1 << 40
 _BATCH_BYTES = 128 << 20
-_MAX_BATCH = 256
+_CURVATURE_BYTES = 1 << 30
+_MAX_BATCH = 512
+_PROBED = 8
 
 
 class FitContext:
@@ -59,6 +82,7 @@ class FitContext:
                 f"data set {spec.dataset.id} has {self.source.reader.num_examples} examples, not {spec.dataset.num_examples}"
             )
         self._checkpoints: dict[int, Checkpoint] = {}
+        self._probes: dict[int, Observed] = {}
 
     def source_of(self, folder: Path, dataset: DatasetSpec) -> ExampleSource:
         """Return batches of a data set as this model takes them."""
@@ -90,25 +114,128 @@ class FitContext:
         """Return how many examples go through at once: bounded by the memory of their gradients, not by n."""
         if self.spec.batch_size is not None:
             return self.spec.batch_size
-        bytes_each = 4 * self.checkpoint(number).capture.num_parameters
+        probe = self._probe(number).training
+        bytes_each = sum(gradient.nbytes for gradient in probe) // len(probe[0])
+        if self.layout == "vectors" or not all(gradient.rank_one for gradient in probe):
+            bytes_each += 4 * max(gradient.block.numel for gradient in probe)
         return max(1, min(_MAX_BATCH, _BATCH_BYTES // bytes_each))
+
+    @cached_property
+    def layout(self) -> Literal["vectors", "factors"]:
+        """How training gradients are kept; `auto` measures one example.
+
+        Raises:
+            InvalidInputError: if factors are asked for of a method that compares something else.
+        """
+        asked, method = self.spec.store.layout, self.spec.method
+        possible = isinstance(method, GradientMethodBase) and not isinstance(
+            method, TrakMethod | LograMethod | GradCosMethod
+        )
+        if asked == "factors" and not possible:
+            raise InvalidInputError(f"{method.type} keeps vectors, not factors", "/store/layout")
+        if asked != "auto":
+            return asked
+        large = self.spec.dataset.num_examples > MAX_FACTORED_EXAMPLES
+        if not possible or large or self.spec.search.type != "flat":
+            return "vectors"
+        width = 2 if self.spec.store.dtype == "float16" else 4
+        return "factors" if numbers_kept(self._probe(0).training) * width <= MAX_FACTOR_BYTES else "vectors"
 
     def method(self, number: int, fitted: Arrays) -> FeatureMethod:
         """Return the method on one checkpoint; `fitted` holds its arrays under `<number>.<name>`, as far as they exist."""
         checkpoint, spec = self.checkpoint(number), self.spec.method
         own = {name.split(".", 1)[1]: value for name, value in fitted.items() if name.startswith(f"{number}.")}
         match spec:
-            case TrakMethod():
-                return Trak(checkpoint, _projection(spec.projection, number), own or None)
-            case EkfacMethod():
-                factors = EkfacFactors.from_arrays(checkpoint.capture.blocks, own, self.device)
-                return Ekfac(checkpoint, _projection(spec.projection, number), factors, spec.damping)
-            case GradDotMethod():
-                return GradDot(checkpoint, _projection(spec.projection, number))
-            case GradCosMethod():
-                return GradCos(checkpoint, _projection(spec.projection, number))
             case RepresentationMethod():
                 return Representation(checkpoint, spec.similarity)
+            case TrakMethod():
+                return Trak(checkpoint, self._projection(spec, number), own or None)
+            case LograMethod():
+                projection = self._projection(spec, number)
+                if not isinstance(projection, FactoredProjection):
+                    raise InvalidInputError("logra needs a factored projection", "/method/projection/type")
+                return Logra(checkpoint, projection, own or None)
+            case GradCosMethod():
+                return GradCos(checkpoint, self._projection(spec, number))
+        kept = self._projection(spec, number) if self.layout == "vectors" else None
+        return GradientMethod(checkpoint, self._curvature(number, own), getattr(spec, "damping", 0.0), kept)
+
+    def products(self, number: int) -> HessianProducts:
+        """Return products with the Hessian under one checkpoint."""
+        checkpoint, method = self.checkpoint(number), self.spec.method
+        assert isinstance(method, HessianMethod)
+        return HessianProducts(checkpoint.capture, self.task, method.curvature, method.l2)
+
+    def batches(self, number: int, rows: np.ndarray | None = None) -> Iterator[Batch]:
+        """Yield training examples as one checkpoint takes them; all by default."""
+        chosen = np.arange(self.spec.dataset.num_examples) if rows is None else rows
+        return self.source.batches(chosen, self.batch_size(number))
+
+    def _curvature(self, number: int, fitted: Arrays) -> Curvature:
+        spec, blocks = self.spec.method, self.checkpoint(number).capture.blocks
+        match spec:
+            case GaussNewtonMethod():
+                factors = EkfacFactors.from_arrays(blocks, fitted, self.device)
+                rows = partial(self._pseudo_rows, number, Fisher.of(spec), spec.curvature_examples)
+                return GaussNewton(rows, factors, spec.iterations, spec.tolerance)
+            case EkfacMethod() | KfacMethod() | DiagonalMethod():
+                return EkfacFactors.from_arrays(blocks, fitted, self.device)
+            case DataInfMethod():
+                empirical = Fisher("empirical", 1, 0)
+                return DataInf(partial(self._pseudo_rows, number, empirical, spec.curvature_examples))
+            case ExplicitMethod() | ArnoldiMethod():
+                return Spectral.from_arrays(blocks, fitted, self.device)
+            case CgMethod():
+                used = self._spread(spec.curvature_examples)
+                batches = partial(self.batches, number, used)
+                return ConjugateGradient(self.products(number), batches, blocks, spec.iterations, spec.tolerance)
+            case LissaMethod():
+                return Lissa(self.products(number), partial(self._drawn, spec), partial(self.batches, number), blocks)
+        return Identity()
+
+    def _pseudo_rows(self, number: int, fisher: Fisher, examples: int | None) -> PseudoRows:
+        """Return the pseudo-gradients of evenly spread training examples, as many as fit the memory set aside."""
+        checkpoint = self.checkpoint(number)
+        first = self.source.batch([0])
+        draws = fisher.draws(checkpoint.run(first), self.task, first)
+        rows = self._spread(min(examples or MAX_ROWS, max(1, _CURVATURE_BYTES // PseudoRows([draws]).nbytes)))
+        return PseudoRows(fisher.draws(checkpoint.run(batch), self.task, batch) for batch in self.batches(number, rows))
+
+    def _drawn(self, method: LissaMethod) -> Iterator[Batch]:
+        """Yield LiSSA's mini-batches."""
+        generator = np.random.default_rng(method.seed)
+        n = self.spec.dataset.num_examples
+        for _ in range(method.depth):
+            yield self.source.batch(np.sort(generator.choice(n, min(method.batch, n), replace=False)))
+
+    def _spread(self, count: int | None) -> np.ndarray:
+        n = self.spec.dataset.num_examples
+        return np.unique(np.linspace(0, n - 1, min(count or n, n)).round().astype(np.int64))
+
+    def kept_bytes(self, number: int) -> int:
+        """Return the bytes of one training example's gradients and draws, as one pass keeps them for the next."""
+        probe = self._probe(number)
+        return probe.nbytes // len(probe)
+
+    @property
+    def fisher(self) -> Fisher | None:
+        """How the method draws pseudo-gradients, if it does."""
+        method = self.spec.method
+        if isinstance(method, FisherMethod):
+            return Fisher.of(method)
+        return Fisher("auto", 1, method.projection.seed) if isinstance(method, TrakMethod) else None
+
+    def _probe(self, number: int) -> Observed:
+        """Return the gradients of a few training examples, from which sizes are told."""
+        if number not in self._probes:
+            checkpoint, batch = self.checkpoint(number), self.source.batch(self._spread(_PROBED))
+            self._probes[number] = observe(checkpoint.run(batch), self.task, batch, self.spec.measurement, self.fisher)
+        return self._probes[number]
+
+    def _projection(self, method: GradientMethodBase, number: int) -> Projection:
+        """Return a projection of its own for each checkpoint: their errors then average out over an ensemble."""
+        spec = method.projection.model_copy(update={"seed": method.projection.seed + (number << 32)})
+        return build_projection(spec, self.checkpoint(number).capture.blocks)
 
 
 def _check_weights(reference: CheckpointRef) -> None:
@@ -118,8 +245,3 @@ def _check_weights(reference: CheckpointRef) -> None:
         raise CorruptArtifactError(f"checkpoint {reference.id} cannot be read: {error.strerror}") from error
     if found != reference.sha256:
         raise FingerprintMismatchError(f"the weights of checkpoint {reference.id} are not those it was registered with")
-
-
-def _projection(spec: ProjectionSpec, number: int) -> Projection:
-    """Return a projection of its own for each checkpoint: their errors then average out over an ensemble."""
-    return build_projection(spec.model_copy(update={"seed": spec.seed + (number << 32)}))

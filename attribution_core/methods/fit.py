@@ -5,32 +5,48 @@ reduction over its shards in order. `assemble` lays the results out as the artif
 """
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from attribution_core.arrays import read_arrays, write_arrays
-from attribution_core.curvature import Eigenbasis
-from attribution_core.curvature.fisher import FisherPasses
+from attribution_core.curvature import CovarianceSums, Eigenbasis, EigenvalueSums, Identity
+from attribution_core.curvature.dense import spectrum, summed_hessian
+from attribution_core.curvature.ekfac import Draws, kronecker_eigenvalues
+from attribution_core.curvature.fisher import Observed
+from attribution_core.curvature.iterative import product_over
+from attribution_core.curvature.solvers import arnoldi, mean_eigenvalue
 from attribution_core.data.batch import Batch
 from attribution_core.errors import InvalidInputError
+from attribution_core.features.factors import encoded, write_gradients
 from attribution_core.features.store import FeatureStore, write_shard
 from attribution_core.fit_spec import FitSpec, FitSummary
+from attribution_core.gradients import Block
+from attribution_core.method_spec import ArnoldiMethod, HessianMethod, KfacMethod, LograMethod, TrakMethod
 from attribution_core.methods import trak
-from attribution_core.methods.artifact import FACTORS_FILE, FEATURES_FOLDER, write_description
-from attribution_core.methods.base import FeatureMethod, TrainRows
+from attribution_core.methods.artifact import FACTORS_FILE, FEATURES_FOLDER, GRADIENTS_FOLDER, write_description
+from attribution_core.methods.base import FeatureMethod, GradientMethod, QuerySide, TrainRows
 from attribution_core.methods.context import FitContext
 from attribution_core.methods.loaded import LoadedIndex
+from attribution_core.methods.logra import Logra, fisher_of
 from attribution_core.methods.recall import measured_recall
+from attribution_core.methods.trak import Trak
 from attribution_core.progress import Progress
 from attribution_core.search.faiss_index import FILE_NAME as SEARCH_FILE
 from attribution_core.search.faiss_index import VectorIndex
 from attribution_core.sharding import shard_ranges
-from attribution_core.spec import EkfacMethod, RegressionTask, TrakMethod
+from attribution_core.spec import RegressionTask
 
 Arrays = dict[str, np.ndarray]
+# Gradients that one pass keeps in memory for the next.
+KEPT_BYTES = 1 << 30
+_MATRIX_SHARDS = 8
+_GRADIENT = "gradient."
 
 
 @dataclass(frozen=True)
@@ -66,17 +82,11 @@ class FitPipeline:
         self.context = FitContext(spec, device)
         self._reductions: dict[str, Arrays] = {}
         self._methods: dict[int, FeatureMethod] = {}
+        self._kept: dict[int, list[Observed]] = {}
 
     def stages(self) -> list[Stage]:
         """Return the stages in order."""
-        ranges = shard_ranges(self.spec.dataset.num_examples, self.spec.shard_size)
-        shards = tuple(
-            Shard(checkpoint * len(ranges) + number, checkpoint, start, stop)
-            for checkpoint in range(len(self.spec.checkpoints))
-            for number, (start, stop) in enumerate(ranges)
-        )
-        names = ("covariance", "eigenvalues", "features") if self._curved else ("features",)
-        return [Stage(name, shards) for name in names]
+        return [Stage(name, self._shards(name)) for name in self.spec.method.stages]
 
     def run_shard(self, stage: str, ordinal: int, progress: Progress) -> Arrays:
         """Compute one shard of a stage; progress counts examples.
@@ -86,19 +96,27 @@ class FitPipeline:
             SingularCurvatureError: if the method's damping is 0 and the curvature singular.
             Cancelled: if the work should stop.
         """
-        shard = self.stages()[0].shards[ordinal]
-        rows = np.arange(shard.start, shard.stop)
-        batches = self.context.source.batches(rows, self.context.batch_size(shard.checkpoint))
+        shard = self._shards(stage)[ordinal]
         match stage:
             case "covariance":
-                return self._passes(shard.checkpoint).covariances(batches, progress).arrays()
+                covariances = CovarianceSums(self._blocks(shard))
+                for draws in self._draws(stage, shard, progress):
+                    covariances.add(draws)
+                return covariances.arrays()
             case "eigenvalues":
-                blocks = self.context.checkpoint(shard.checkpoint).capture.blocks
-                fitted = _of_checkpoint(self._reduced("covariance"), shard.checkpoint)
-                basis = Eigenbasis(blocks, fitted, self.context.device)
-                return self._passes(shard.checkpoint).eigenvalues(batches, basis, progress).arrays()
+                eigenvalues = EigenvalueSums(self._basis(shard.checkpoint))
+                for draws in self._draws(stage, shard, progress):
+                    eigenvalues.add(draws)
+                return eigenvalues.arrays()
+            case "hessian":
+                products, batches = self.context.products(shard.checkpoint), self._counted(shard, progress)
+                return {"hessian": summed_hessian(products, batches, self._blocks(shard))}
+            case "krylov":
+                return self._krylov(shard, progress)
+            case "kernel":
+                return self._kernel_sum(shard, progress)
             case _:
-                return self._features(shard.checkpoint, batches, progress)
+                return self._features(shard, progress)
 
     def reduce(self, stage: str, shard_files: Sequence[Path]) -> Arrays:
         """Combine a stage's shard files, given in order of their ordinals, into `<checkpoint>.<name>` arrays."""
@@ -106,19 +124,35 @@ class FitPipeline:
         reduced: Arrays = {}
         for number in range(len(self.spec.checkpoints)):
             files = shard_files[number * size : (number + 1) * size]
-            if stage == "covariance":
-                found = Eigenbasis.solve(_summed(files))
-            elif stage == "eigenvalues":
-                n = self.spec.dataset.num_examples
-                found = {name: (value / n).astype(np.float32) for name, value in _summed(files).items()}
-            else:
-                found = self._kernel(files)
+            found = self._reduction(stage, number, files)
             reduced |= {f"{number}.{name}": value for name, value in found.items()}
         return reduced
 
+    def _reduction(self, stage: str, number: int, files: Sequence[Path]) -> Arrays:
+        n, method = self.spec.dataset.num_examples, self.spec.method
+        match stage:
+            case "covariance":
+                solved = Eigenbasis.solve(_summed(files))
+                if isinstance(method, KfacMethod):
+                    blocks = self.context.checkpoint(number).capture.blocks
+                    solved |= kronecker_eigenvalues(blocks, solved, n)
+                return {name: value for name, value in solved.items() if not name.startswith("spectrum.")}
+            case "eigenvalues":
+                return {name: (value / n).astype(np.float32) for name, value in _summed(files).items()}
+            case "hessian":
+                assert isinstance(method, HessianMethod)
+                mean = _summed(files)["hessian"] / n
+                return spectrum(mean + method.l2 * np.eye(len(mean)))
+            case "krylov":
+                return read_arrays(files[0])
+            case "kernel":
+                return trak.eigen(_summed(files)["kernel"])
+            case _:
+                return self._feature_kernel(number, files)
+
     def assemble(self, into: Path, feature_files: Sequence[Path], progress: Progress) -> FitSummary:
         """Lay out the artifact in an empty folder from the reduced stages and the `features` shards in order."""
-        write_arrays(into / FACTORS_FILE, self._curvature() | self._reduced("features"))
+        write_arrays(into / FACTORS_FILE, self._fitted(self.spec.method.stages))
         self._write_features(into, feature_files)
         self._write_search(into)
         first = self.context.checkpoint(0).capture.coverage
@@ -131,41 +165,139 @@ class FitPipeline:
         size = sum(path.stat().st_size for path in into.rglob("*") if path.is_file())
         return FitSummary(self.spec.fingerprint(), len(index.store), index.dim, size, recall, coverage)
 
-    @property
-    def _curved(self) -> bool:
-        return isinstance(self.spec.method, EkfacMethod)
+    def _shards(self, stage: str) -> tuple[Shard, ...]:
+        """Return a stage's shards; those whose result is a large matrix are few."""
+        n, size = self.spec.dataset.num_examples, self.spec.shard_size
+        if stage in ("hessian", "kernel"):
+            size = max(size, -(-n // _MATRIX_SHARDS))
+        ranges = shard_ranges(n, n if stage == "krylov" else size)
+        return tuple(
+            Shard(checkpoint * len(ranges) + number, checkpoint, start, stop)
+            for checkpoint in range(len(self.spec.checkpoints))
+            for number, (start, stop) in enumerate(ranges)
+        )
 
-    def _passes(self, number: int) -> FisherPasses:
-        checkpoint = self.context.checkpoint(number)
-        assert isinstance(self.spec.method, EkfacMethod)
-        return FisherPasses(checkpoint.module, checkpoint.capture, checkpoint.task, self.spec.method)
+    def _blocks(self, shard: Shard) -> list[Block]:
+        return self.context.checkpoint(shard.checkpoint).capture.blocks
+
+    def _basis(self, number: int) -> Eigenbasis:
+        before = [stage for stage in self.spec.method.stages if stage == "covariance"]
+        fitted = _of_checkpoint(self._fitted(before), number)
+        return Eigenbasis(self.context.checkpoint(number).capture.blocks, fitted, self.context.device)
+
+    def _counted(self, shard: Shard, progress: Progress) -> Iterator[Batch]:
+        for batch in self.context.batches(shard.checkpoint, np.arange(shard.start, shard.stop)):
+            yield batch
+            progress.advance(len(batch))
+
+    def _draws(self, stage: str, shard: Shard, progress: Progress) -> Iterator[Draws]:
+        """Yield a shard's pseudo-gradients; the first pass keeps all that later ones need, while memory lasts."""
+        fisher = self.context.fisher
+        assert fisher is not None
+        if shard.ordinal in self._kept:
+            for observed in self._kept[shard.ordinal]:
+                yield observed.draws
+                progress.advance(len(observed))
+            return
+        keep = stage == "covariance" and self._can_keep(shard)
+        method = self._observer(shard.checkpoint)
+        kept: list[Observed] = []
+        for batch in self._counted(shard, progress):
+            if keep:
+                kept.append(method.observe(batch, fisher))
+                yield kept[-1].draws
+            else:
+                checkpoint = method.checkpoint
+                yield fisher.draws(checkpoint.run(batch), checkpoint.task, batch)
+        if keep:
+            self._kept[shard.ordinal] = kept
+
+    def _can_keep(self, shard: Shard) -> bool:
+        held = sum(observed.nbytes for kept in self._kept.values() for observed in kept)
+        return held + self.context.kept_bytes(shard.checkpoint) * (shard.stop - shard.start) <= KEPT_BYTES
+
+    def _observer(self, number: int) -> GradientMethod:
+        """Return what differentiates, before there is a curvature."""
+        return GradientMethod(self.context.checkpoint(number), Identity(), 0.0, None)
 
     def _reduced(self, stage: str) -> Arrays:
         if stage not in self._reductions:
             self._reductions[stage] = read_arrays(self.work / f"{stage}.safetensors")
         return self._reductions[stage]
 
-    def _curvature(self) -> Arrays:
-        return self._reduced("covariance") | self._reduced("eigenvalues") if self._curved else {}
+    def _fitted(self, stages: Sequence[str]) -> Arrays:
+        return {name: value for stage in stages for name, value in self._reduced(stage).items()}
 
-    def _features(self, number: int, batches: Iterable[Batch], progress: Progress) -> Arrays:
+    def _krylov(self, shard: Shard, progress: Progress) -> Arrays:
+        method, products = self.spec.method, self.context.products(shard.checkpoint)
+        assert isinstance(method, ArnoldiMethod)
+        blocks = self._blocks(shard)
+        size = sum(block.numel for block in blocks)
+        over = product_over(products, partial(self.context.batches, shard.checkpoint), blocks)
+
+        def product(vectors: Tensor) -> Tensor:
+            progress.advance(0)
+            return over(vectors)
+
+        generator = torch.Generator().manual_seed(method.seed)
+        start = torch.randn(size, generator=generator).to(next(products.capture.module.parameters()))
+        values, vectors = arnoldi(product, start, min(method.iterations, size))
+        mean = mean_eigenvalue(product, size, start)
+        progress.advance(shard.stop - shard.start)
+        keep = slice(None, method.rank)
+        return {
+            "values": values[keep].cpu().numpy(),
+            "vectors": vectors[:, keep].cpu().numpy(),
+            "mean": np.array([abs(mean)]),
+        }
+
+    def _kernel_sum(self, shard: Shard, progress: Progress) -> Arrays:
+        method, fisher = self.context.method(shard.checkpoint, {}), self.context.fisher
+        assert isinstance(method, Trak)
+        assert fisher is not None
+        return {
+            "kernel": sum((method.fisher_sum(batch, fisher) for batch in self._counted(shard, progress)), np.zeros(()))
+        }
+
+    def _features(self, shard: Shard, progress: Progress) -> Arrays:
+        number = shard.checkpoint
         if number not in self._methods:
-            self._methods[number] = self.context.method(number, self._curvature())
-        encoded: list[Arrays] = []
-        for batch in batches:
-            found = self._methods[number].encode_train(batch)
-            _check_finite(found, batch)
-            encoded.append(found.arrays())
-            progress.advance(len(batch))
-        return {name: np.concatenate([part[name] for part in encoded]) for name in encoded[0]}
+            before = [stage for stage in self.spec.method.stages if stage != "features"]
+            self._methods[number] = self.context.method(number, self._fitted(before))
+        method, encoded = self._methods[number], []
+        kept = self._kept.pop(shard.ordinal, None)
+        for part in kept or self._counted(shard, progress):
+            encoded.append(self._encoded(method, part))
+            if isinstance(part, Observed):
+                progress.advance(len(part))
+        return {name: np.concatenate([arrays[name] for arrays in encoded]) for name in encoded[0]}
 
-    def _kernel(self, files: Sequence[Path]) -> Arrays:
-        method = self.spec.method
-        if not isinstance(method, TrakMethod):
-            return {}
-        # For squared errors the curvature of the loss in the prediction is 1.
-        weighted = method.curvature == "gauss_newton" and not isinstance(self.spec.task, RegressionTask)
-        return trak.kernel_of((read_arrays(path) for path in files), weighted=weighted)
+    def _encoded(self, method: FeatureMethod, part: Observed | Batch) -> Arrays:
+        if not isinstance(method, GradientMethod):
+            assert isinstance(part, Batch)
+            found = method.encode_train(part)
+            _check_finite(found, part)
+            return found.arrays()
+        observed = method.observe(part) if isinstance(part, Batch) else part
+        found = method.encode_observed(observed)
+        _check_finite(found, observed.batch)
+        if self.context.layout == "vectors":
+            return found.arrays()
+        stored = encoded(observed.training, self.spec.store.dtype)
+        _check_scales(stored, observed.batch)
+        return found.arrays() | {f"{_GRADIENT}{name}": value for name, value in stored.items()}
+
+    def _feature_kernel(self, number: int, files: Sequence[Path]) -> Arrays:
+        method, shards = self.spec.method, (read_arrays(path) for path in files)
+        if isinstance(method, TrakMethod) and method.curvature != "fisher":
+            # For squared errors the curvature of the loss in the prediction is 1.
+            weighted = method.curvature == "gauss_newton" and not isinstance(self.spec.task, RegressionTask)
+            return trak.kernel_of(shards, weighted=weighted)
+        if isinstance(method, LograMethod):
+            member = self.context.method(number, {})
+            assert isinstance(member, Logra)
+            return fisher_of(shards, member.projection)
+        return {}
 
     def _write_features(self, into: Path, files: Sequence[Path]) -> None:
         """Join each range's shards of all checkpoints side by side."""
@@ -174,23 +306,26 @@ class FitPipeline:
             shards = [read_arrays(path) for path in files[number::ranges]]
             rows = np.concatenate([shard["rows"] for shard in shards], axis=1)
             weights = np.mean([shard["weights"] for shard in shards], axis=0)
-            if isinstance(self.spec.method, TrakMethod):
-                own = self._trak_self_influence(shards, self.spec.method.damping) * weights
-            else:
+            if "self_influence" in shards[0]:
                 own = np.mean([shard["self_influence"] for shard in shards], axis=0)
+            else:
+                own = self._late_self_influence(shards) * weights
             write_shard(into / FEATURES_FOLDER, number, rows, weights, own, dtype=self.spec.store.dtype)
+            if self.context.layout == "factors":
+                write_gradients(into / GRADIENTS_FOLDER, number, [_gradients_of(shard) for shard in shards])
 
-    def _trak_self_influence(self, shards: Sequence[Arrays], damping: float) -> np.ndarray:
-        """Return `mean_m ⟨P∇m_i, (K + λ)⁻¹ φ_i⟩` of one range's rows, known only now that the kernel is."""
+    def _late_self_influence(self, shards: Sequence[Arrays]) -> np.ndarray:
+        """Return `mean_m ⟨(K + λ)⁻¹ P∇m_i, φ_i⟩` of one range's rows, known only now that the kernel is."""
         total = np.zeros(len(shards[0]["rows"]))
         for number, shard in enumerate(shards):
-            kernel = _of_checkpoint(self._reduced("features"), number)
-            solved = trak.solve(kernel, shard.get("measured", shard["rows"]), damping)
-            total += np.einsum("ik,ik->i", solved, shard["rows"], dtype=np.float64) / len(shards)
+            member = self.context.method(number, self._fitted(self.spec.method.stages))
+            own = torch.from_numpy(shard.get("measured", shard["rows"]))
+            solved = member.precondition(QuerySide(own, own), getattr(self.spec.method, "damping", 0.0)).rows
+            total += np.einsum("ik,ik->i", solved.numpy(), shard["rows"], dtype=np.float64) / len(shards)
         return total
 
     def _write_search(self, into: Path) -> None:
-        if self.spec.search.type == "flat":
+        if self.spec.search.type == "flat" or self.context.layout == "factors":
             return  # an exhaustive search reads the rows themselves
         store = FeatureStore(into / FEATURES_FOLDER, self.spec.dataset.num_examples)
         dim = store.read(np.zeros(1, np.int64)).shape[1]
@@ -222,6 +357,18 @@ def _summed(files: Sequence[Path]) -> Arrays:
         for name, value in read_arrays(path).items():
             total[name] = total[name] + value if name in total else value
     return total
+
+
+def _gradients_of(shard: Arrays) -> Arrays:
+    return {name.removeprefix(_GRADIENT): value for name, value in shard.items() if name.startswith(_GRADIENT)}
+
+
+def _check_scales(stored: Arrays, batch: Batch) -> None:
+    scales = np.stack([value for name, value in stored.items() if name.endswith(".scale")])
+    unusable = ~np.isfinite(scales).all(axis=0)
+    if unusable.any():
+        row = int(batch.rows[int(np.flatnonzero(unusable)[0])])
+        raise InvalidInputError(f"the model gives no finite gradient for training example {row}")
 
 
 def _check_finite(found: TrainRows, batch: Batch) -> None:

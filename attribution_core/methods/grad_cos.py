@@ -8,8 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from attribution_core.curvature import Identity
+from attribution_core.curvature.fisher import Observed
 from attribution_core.data.batch import Batch
-from attribution_core.methods.base import GradientMethod, QuerySide, TrainRows, paired
+from attribution_core.methods.base import Checkpoint, GradientMethod, QuerySide, TrainRows
+from attribution_core.projection import Projection
 
 
 class GradCos(GradientMethod):
@@ -17,24 +20,28 @@ class GradCos(GradientMethod):
 
     linear = False
 
-    def encode_train(self, batch: Batch) -> TrainRows:
+    def __init__(self, checkpoint: Checkpoint, projection: Projection) -> None:
+        super().__init__(checkpoint, Identity(), 0.0, projection)
+
+    def encode_observed(self, observed: Observed) -> TrainRows:
         """Return projected unit `φ_i`, and the cosine of each with the gradient of its own measurement."""
-        run = self.checkpoint.run(batch)
-        loss = self.checkpoint.task.loss(run.output, batch)
-        unit = unit_length([-gradient.materialise() for gradient in run.gradients(loss, keep=True)])
-        own = unit_length(self._measured(run, batch))
-        return TrainRows(self.projection.project(unit), torch.ones_like(loss.detach()), paired(own, unit))
+        assert self.projection is not None
+        unit = unit_length([gradient.materialise() for gradient in observed.training])
+        own = unit_length([gradient.materialise() for gradient in observed.measured])
+        rows = self.projection.project(unit)
+        return TrainRows(rows, torch.ones_like(rows[:, 0]), _paired(own, unit))
 
     def precondition(self, query: QuerySide, damping: float) -> QuerySide:
         """Normalise the query's gradient."""
         assert query.gradients is not None
+        assert self.projection is not None
         unit = unit_length(query.gradients)
         return QuerySide(query.output, self.projection.project(unit), unit)
 
     def exact_scores(self, query: QuerySide, batch: Batch) -> Tensor:
         """Return the cosines without projection."""
         assert query.gradients is not None
-        unit = unit_length([-gradient.materialise() for gradient in self._loss_gradients(batch)])
+        unit = unit_length([gradient.materialise() for gradient in self.observe(batch).training])
         return torch.stack([a.flatten(1) @ b.flatten(1).T for a, b in zip(query.gradients, unit, strict=True)]).sum(0)
 
 
@@ -45,5 +52,9 @@ def unit_length(gradients: Sequence[Tensor]) -> list[Tensor]:
     """
     largest = torch.stack([gradient.flatten(1).abs().amax(1) for gradient in gradients]).amax(0).view(-1, 1, 1, 1)
     scaled = [gradient / largest.where(largest > 0, 1) for gradient in gradients]
-    length = paired(scaled, scaled).sqrt().view(-1, 1, 1, 1)
+    length = _paired(scaled, scaled).sqrt().view(-1, 1, 1, 1)
     return [gradient / length.where(length > 0, 1) for gradient in scaled]
+
+
+def _paired(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
+    return torch.stack([(a * b).flatten(1).sum(1) for a, b in zip(first, second, strict=True)]).sum(0)

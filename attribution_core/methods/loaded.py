@@ -12,15 +12,17 @@ import torch
 from attribution_core.arrays import read_arrays
 from attribution_core.data.batch import Batch
 from attribution_core.errors import FingerprintMismatchError, InvalidInputError
+from attribution_core.features.factors import GradientStore
 from attribution_core.features.store import FeatureStore
 from attribution_core.fit_spec import FitSpec
-from attribution_core.methods.artifact import FACTORS_FILE, FEATURES_FOLDER, read_description
-from attribution_core.methods.base import FeatureMethod, QuerySide
+from attribution_core.method_spec import TrakMethod
+from attribution_core.methods.artifact import FACTORS_FILE, FEATURES_FOLDER, GRADIENTS_FOLDER, read_description
+from attribution_core.methods.base import FeatureMethod, QuerySide, inner, summed
 from attribution_core.methods.context import FitContext
 from attribution_core.progress import NoProgress, Progress
 from attribution_core.search.faiss_index import FILE_NAME as SEARCH_FILE
 from attribution_core.search.faiss_index import VectorIndex
-from attribution_core.spec import SearchSpec, TrakMethod
+from attribution_core.spec import SearchSpec
 
 # Candidates re-scored per wanted example and sign; below the floor more are taken, as projection noise is then large.
 OVERSAMPLING = 8
@@ -51,6 +53,16 @@ class Found:
 
     rows: np.ndarray
     scores: np.ndarray
+
+    @classmethod
+    def nothing(cls) -> "Found":
+        """Return an empty list."""
+        return cls(np.empty(0, np.int64), np.empty(0, np.float32))
+
+    def merged(self, other: "Found", k: int, sign: int) -> "Found":
+        """Return the k best of both lists."""
+        scores = np.concatenate([self.scores, other.scores])
+        return top_rows(scores, np.concatenate([self.rows, other.rows]), k, sign)
 
 
 @dataclass(frozen=True)
@@ -90,24 +102,27 @@ class LoadedIndex:
         self.context = context or FitContext(spec, device)
         self.store = FeatureStore(folder / FEATURES_FOLDER, spec.dataset.num_examples)
         fitted = read_arrays(folder / FACTORS_FILE)
+        self.gradients = self._gradient_store(device)
         self.members: list[FeatureMethod] = [self.context.method(n, fitted) for n in range(len(spec.checkpoints))]
 
     @property
     def dim(self) -> int:
-        """Numbers per stored row."""
-        return sum(member.dim for member in self.members)
+        """Numbers kept per training example, all checkpoints together."""
+        return sum(member.dim for member in self.members) if self.gradients is None else self.gradients.numbers
 
     @property
     def bytes(self) -> int:
         """An estimate of what this index keeps in memory."""
         parameters = sum(p.numel() for member in self.members for p in member.checkpoint.module.parameters())
         factors = (self.folder / FACTORS_FILE).stat().st_size
+        if self.gradients is not None:
+            return 4 * parameters + factors + self.gradients.bytes
         return 4 * (parameters + len(self.store) * (self.dim + 2)) + factors
 
     @property
     def rescores(self) -> bool:
-        """Whether exact scores differ from inner products of stored rows."""
-        return not self.members[0].exact_rows
+        """Whether exact scores differ from inner products of stored rows, and take the model and the data."""
+        return self.gradients is None and not self.members[0].exact_rows
 
     @property
     def default_damping(self) -> float | None:
@@ -145,6 +160,8 @@ class LoadedIndex:
             allowed: (n,) bool, all training examples by default.
             rescore: replace the candidates' scores by exact ones, where they differ.
         """
+        if self.gradients is not None:
+            return self._scanned(query, top_k, allowed)
         if rescore and self.rescores:
             return self._rescored(query, top_k, allowed)
         approximate = self.rescores or not self._search.exhaustive
@@ -172,6 +189,8 @@ class LoadedIndex:
             InvalidInputError: naming a row that does not exist.
         """
         self._check_rows(rows)
+        if self.gradients is not None:
+            return self._kept_scores(query, rows)
         if rescore and self.rescores:
             return self._exact_scores(query, rows, progress or NoProgress())
         scores = np.empty((len(query), len(rows)), np.float32)
@@ -191,7 +210,9 @@ class LoadedIndex:
         effects = np.zeros((len(query), len(groups)))
         for number, rows in enumerate(groups):
             self._check_rows(rows)
-            if rescore and self.rescores and self.members[0].linear:
+            if self.gradients is not None:
+                effects[:, number] = self._kept_effect(query, rows)
+            elif rescore and self.rescores and self.members[0].linear:
                 effects[:, number] = self._summed_effect(query, rows)
             else:
                 for start in range(0, len(rows), _ROWS_AT_ONCE):
@@ -208,6 +229,45 @@ class LoadedIndex:
         if (self.folder / SEARCH_FILE).exists():
             return VectorIndex.read(self.folder / SEARCH_FILE)
         return VectorIndex.build(SearchSpec(), self.store.weighted_blocks, len(self.store), self.dim)
+
+    def _gradient_store(self, device: str) -> GradientStore | None:
+        folder = self.folder / GRADIENTS_FOLDER
+        if not folder.exists():
+            return None
+        blocks = self.context.checkpoint(0).capture.blocks
+        return GradientStore(folder, self.store.starts, blocks, device)
+
+    def _scanned(self, query: Query, top_k: int, allowed: np.ndarray | None) -> list[Attribution]:
+        """Rank every allowed example by its exact score; gradients are kept whole, so nothing needs the model."""
+        found = [[Found.nothing(), Found.nothing()] for _ in range(len(query))]
+        rows = np.arange(len(self.store)) if allowed is None else np.flatnonzero(allowed)
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            part = rows[start : start + _ROWS_AT_ONCE]
+            scores = self._kept_scores(query, part)
+            for number, best in enumerate(found):
+                for place, sign in enumerate((1, -1)):
+                    best[place] = best[place].merged(top_rows(scores[number], part, top_k, sign), top_k, sign)
+        return [
+            Attribution(output, positive, negative, approximate=False)
+            for output, (positive, negative) in zip(query.outputs, found, strict=True)
+        ]
+
+    def _kept_scores(self, query: Query, rows: np.ndarray) -> np.ndarray:
+        """Return scores (queries, rows) from gradients kept as factors."""
+        assert self.gradients is not None
+        scores = np.zeros((len(query), len(rows)), np.float32)
+        for number, side in enumerate(query.sides):
+            for places, gradients in self.gradients.read(number, rows):
+                scores[:, places] += inner(side, gradients).cpu().numpy() / len(self.members)
+        return scores
+
+    def _kept_effect(self, query: Query, rows: np.ndarray) -> np.ndarray:
+        assert self.gradients is not None
+        effect = np.zeros(len(query))
+        for number, side in enumerate(query.sides):
+            for _, gradients in self.gradients.read(number, rows):
+                effect += summed(side, gradients).double().cpu().numpy() / len(self.members)
+        return effect
 
     def _rescored(self, query: Query, top_k: int, allowed: np.ndarray | None) -> list[Attribution]:
         candidates = self.candidates(query, top_k, allowed)

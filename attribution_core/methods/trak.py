@@ -9,6 +9,9 @@ scores have another scale. For two classes and a projection that loses nothing t
 classes `f` shows only one direction of an example's curvature, and scores come out larger than the change (1.6 times in a test with three).
 For squared errors `f` is the prediction, the curvature is 1 and both kernels agree.
 
+With `curvature: fisher` the kernel is the projected Gauss-Newton matrix itself, with rows for every class of every example (labels sampled
+from the model where there are too many), and that limit is gone.
+
 λ is a multiple of the kernel's mean eigenvalue and above 0 by default: with more dimensions than examples the published λ = 0 means nothing.
 
 Source: Park et al. 2023, equations 13-17.
@@ -20,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attribution_core.curvature.fisher import Fisher
 from attribution_core.data.batch import Batch
 from attribution_core.errors import SingularCurvatureError
 from attribution_core.gradients import Pass
@@ -73,7 +77,14 @@ class Trak(FeatureMethod):
         return QuerySide(query.output, torch.from_numpy(solved).to(query.rows))
 
     def _projected(self, run: Pass, objective: Tensor, *, keep: bool = False) -> Tensor:
-        return self.projection.project([gradient.materialise() for gradient in run.gradients(objective, keep=keep)])
+        return self.projection.project_gradients(run.gradients(objective, keep=keep))
+
+    def fisher_sum(self, batch: Batch, fisher: Fisher) -> np.ndarray:
+        """Return `Σ P g gᵀ Pᵀ` over a batch's pseudo-gradients, (k, k) float64."""
+        draws = fisher.draws(self.checkpoint.run(batch), self.checkpoint.task, batch)
+        rows = torch.cat([self.projection.project_gradients(draw) for draw in draws]).double()
+        total: np.ndarray = (rows.T @ rows).cpu().numpy()
+        return total
 
 
 def kernel_of(shards: Iterable[Arrays], *, weighted: bool) -> dict[str, np.ndarray]:
@@ -90,7 +101,12 @@ def kernel_of(shards: Iterable[Arrays], *, weighted: bool) -> dict[str, np.ndarr
             misfit = shard["weights"].astype(np.float64)
             rows *= np.sqrt(misfit * (1 - misfit))[:, None]
         total = total + rows.T @ rows
-    values, vectors = np.linalg.eigh(total)
+    return eigen(np.asarray(total))
+
+
+def eigen(kernel: np.ndarray) -> dict[str, np.ndarray]:
+    """Return eigenvalues (k,) and eigenvectors (k, k) of a kernel."""
+    values, vectors = np.linalg.eigh(kernel)
     return {"values": values.clip(min=0).astype(np.float32), "vectors": vectors.astype(np.float32)}
 
 

@@ -1,13 +1,15 @@
 """Seeded random projections that keep inner products in expectation: E⟨Px, Py⟩ = ⟨x, y⟩."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from attribution_core.gradients import Block
+from attribution_core.method_spec import ProjectionSpec
 from attribution_core.projection.base import Projection
 from attribution_core.projection.dense import GaussianProjection, RademacherProjection
+from attribution_core.projection.factored import FactoredProjection
 from attribution_core.projection.sjlt import SparseProjection
-from attribution_core.spec import ProjectionSpec
 
-__all__ = ["Projection", "build_projection"]
+__all__ = ["FactoredProjection", "Projection", "build_projection"]
 
 _TYPES: dict[str, Callable[[int, int], Projection]] = {
     "sjlt": SparseProjection,
@@ -16,6 +18,8 @@ _TYPES: dict[str, Callable[[int, int], Projection]] = {
 }
 
 
-def build_projection(spec: ProjectionSpec) -> Projection:
-    """Return the projection a spec names."""
+def build_projection(spec: ProjectionSpec, blocks: Sequence[Block] = ()) -> Projection:
+    """Return the projection a spec names, of gradients of the given layers."""
+    if spec.type == "factored":
+        return FactoredProjection(spec.dim, spec.seed, blocks)
     return _TYPES[spec.type](spec.dim, spec.seed)

@@ -1,7 +1,7 @@
 """What every projection shares: counter-based random numbers and the sum over blocks of coordinates.
 
 Entry (i, j) of a projection is a pure function of (seed, i, j), so a projection is the same on every machine, for any
-batch size, and no matrix needs to be stored beside an index. `spec.PROJECTION_VERSION` is part of every fingerprint.
+batch size, and no matrix needs to be stored beside an index. `method_spec.PROJECTION_VERSION` is part of every fingerprint.
 """
 
 from abc import ABC, abstractmethod
@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+
+from attribution_core.gradients.factors import LayerGradient
 
 
 def hashed(seed: int, counters: np.ndarray) -> np.ndarray:
@@ -45,6 +47,16 @@ class Projection(ABC):
             flat = part.flatten(1)
             projected += self._project_range(flat, start)
             start += flat.shape[1]
+        return projected
+
+    def project_gradients(self, gradients: Sequence[LayerGradient]) -> Tensor:
+        """Project per-example gradients, one entry per block, to (batch, dim); a few are formed at a time."""
+        projected = gradients[0].inputs.new_zeros(len(gradients[0]), self.dim)
+        start = 0
+        for gradient in gradients:
+            for part, rows in gradient.materialised():
+                projected[part] += self._project_range(rows.flatten(1), start)
+            start += gradient.block.numel
         return projected
 
     @abstractmethod

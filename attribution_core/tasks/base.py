@@ -29,6 +29,14 @@ class Task(ABC):
     def measure(self, output: Tensor, batch: Batch, measurement: str) -> Tensor:
         """Return the measurement m; higher means that the model is more behind the output (`loss`: less)."""
 
+    def slope(self, output: Tensor, batch: Batch, measurement: str) -> Tensor | None:
+        """Return `∂ℓ/∂m` (batch,) where the loss is a function of the measurement alone, else None.
+
+        Loss gradients then are the measurement's, scaled; for margins this is also more exact, as a confident model's loss gradient
+        is the difference of nearly equal numbers.
+        """
+        return None
+
     @abstractmethod
     def log_odds(self, output: Tensor, batch: Batch) -> Tensor:
         """Return TRAK's model output `f = log p/(1-p)` of the target; the prediction itself for regression."""

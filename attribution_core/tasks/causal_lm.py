@@ -36,6 +36,11 @@ class CausalLanguageModeling(Task):
         loss = self.loss(output, batch)
         return loss if measurement == "loss" else -loss
 
+    def slope(self, output: Tensor, batch: Batch, measurement: str) -> Tensor | None:
+        """Return `∂ℓ/∂m`."""
+        sign = 1.0 if measurement == "loss" else -1.0
+        return torch.full((len(output),), sign, dtype=output.dtype, device=output.device)
+
     def log_odds(self, output: Tensor, batch: Batch) -> Tensor:
         """Return the mean over tokens of `log p/(1-p)`."""
         odds = log_odds_of(self._token_log_likelihood(output, batch))

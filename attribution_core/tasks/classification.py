@@ -36,6 +36,17 @@ class Classification(Task):
                 return -self._log_likelihood(output, targets)
         raise InvalidInputError(f"classification has no measurement {measurement}", "/measurement")
 
+    def slope(self, output: Tensor, batch: Batch, measurement: str) -> Tensor | None:
+        """Return `∂ℓ/∂m`: the loss is `log(1 + e^-margin)`; a logit alone does not decide it."""
+        match measurement:
+            case "margin":
+                return -self.residual(output, batch)
+            case "log_likelihood":
+                return -torch.ones_like(output[:, 0])
+            case "loss":
+                return torch.ones_like(output[:, 0])
+        return None
+
     def log_odds(self, output: Tensor, batch: Batch) -> Tensor:
         """Return the margin, as the logit minus the others' log-sum-exp: exact however confident the model is."""
         targets = required_targets(batch).unsqueeze(1)

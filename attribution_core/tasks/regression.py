@@ -33,6 +33,18 @@ class Regression(Task):
                 return self.loss(output, batch)
         raise InvalidInputError(f"regression has no measurement {measurement}", "/measurement")
 
+    def slope(self, output: Tensor, batch: Batch, measurement: str) -> Tensor | None:
+        """Return `∂ℓ/∂m`; a mean of several predictions does not decide the loss."""
+        columns = _columns(output)
+        match measurement:
+            case "loss":
+                return torch.ones_like(columns[:, 0])
+            case "negative_squared_error":
+                return torch.full_like(columns[:, 0], -0.5)
+            case "prediction" if columns.shape[1] == 1:
+                return -self.residual(output, batch)
+        return None
+
     def log_odds(self, output: Tensor, batch: Batch) -> Tensor:
         """Return the prediction: the natural parameter of the Gaussian."""
         return _columns(output).mean(1)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from attribution_core.curvature import CovarianceSums, Eigenbasis, EigenvalueSums, EkfacFactors
 from attribution_core.errors import SingularCurvatureError
-from attribution_core.gradients import GradientCapture
+from attribution_core.gradients import GradientCapture, Rotation
 
 NETWORKS = {
     "mlp": (lambda: nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)), lambda: torch.randn(30, 4)),
@@ -41,14 +41,12 @@ def fitted(name: str, chunks: int = 1) -> tuple[GradientCapture, EkfacFactors]:
     covariance = CovarianceSums(capture.blocks)
     for chunk in inputs.chunk(chunks):
         run = capture.run(lambda module, chunk=chunk: module(chunk))
-        for number, loss in enumerate(pseudo_losses(run.output)):
-            covariance.add(run.gradients(loss, keep=True), first=number == 0)
+        covariance.add([run.gradients(loss, keep=True) for loss in pseudo_losses(run.output)])
     vectors = {k: torch.from_numpy(v).double().numpy() for k, v in Eigenbasis.solve(covariance.arrays()).items()}
     eigenvalues = EigenvalueSums(Eigenbasis(capture.blocks, vectors))
     for chunk in inputs.chunk(chunks):
         run = capture.run(lambda module, chunk=chunk: module(chunk))
-        for loss in pseudo_losses(run.output):
-            eigenvalues.add(run.gradients(loss, keep=True))
+        eigenvalues.add([run.gradients(loss, keep=True) for loss in pseudo_losses(run.output)])
     sums = {name: value / len(inputs) for name, value in eigenvalues.arrays().items()}
     return capture, EkfacFactors.from_arrays(capture.blocks, {**vectors, **sums})
 
@@ -71,7 +69,8 @@ def dense_basis(factors: EkfacFactors, number: int) -> Tensor:
     block = factors.basis.blocks[number]
     parts = []
     for group in range(block.groups):
-        outputs, inputs = factors.basis.outputs[number], factors.basis.inputs[number]
+        rotation = factors.basis.rotations[number]
+        outputs, inputs = rotation.outputs, rotation.inputs
         q_out = torch.eye(block.d_out, dtype=torch.float64) if outputs is None else outputs[group]
         q_in = torch.eye(block.d_in, dtype=torch.float64) if inputs is None else inputs[group]
         parts.append(torch.kron(q_out.contiguous(), q_in.contiguous()))
@@ -107,15 +106,14 @@ def test_exact_where_the_factors_are_independent() -> None:
     capture = GradientCapture(nn.Linear(3, 2, bias=False).double())
     run = capture.run(lambda module: module(inputs))
     covariance, fisher = CovarianceSums(capture.blocks), torch.zeros(6, 6, dtype=torch.float64)
-    for number, gradient in enumerate(gradients):
-        found = run.gradients(run.output @ gradient, keep=True)
-        covariance.add(found, first=number == 0)
-        rows = found[0].materialise().flatten(1)
+    draws = [run.gradients(run.output @ gradient, keep=True) for gradient in gradients]
+    covariance.add(draws)
+    for draw in draws:
+        rows = draw[0].materialise().flatten(1)
         fisher += rows.T @ rows / 6
     basis = Eigenbasis(capture.blocks, Eigenbasis.solve(covariance.arrays()))
     eigenvalues = EigenvalueSums(basis)
-    for gradient in gradients:
-        eigenvalues.add(run.gradients(run.output @ gradient, keep=True))
+    eigenvalues.add(draws)
     factors = EkfacFactors(basis, [eigenvalues.values[0] / 6])
     vector = torch.randn(1, 1, 2, 3, dtype=torch.float64)
     damped = fisher + 0.1 * factors.eigenvalues[0].mean() * torch.eye(6, dtype=torch.float64)
@@ -128,8 +126,9 @@ def test_a_wrong_basis_gives_something_else() -> None:
     capture, factors = fitted("mlp")
     vectors = [torch.randn(1, *block.shape, dtype=torch.float64) for block in capture.blocks]
     right = factors.solve(vectors, 0.1)
-    wrong_inputs = [value.mT.contiguous() for value in factors.basis.inputs]
-    factors.basis.inputs = wrong_inputs
+    factors.basis.rotations = [
+        Rotation(rotation.inputs.mT.contiguous(), rotation.outputs) for rotation in factors.basis.rotations
+    ]
     assert not torch.allclose(factors.solve(vectors, 0.1)[0], right[0], rtol=1e-2)
 
 
@@ -153,10 +152,10 @@ def test_singular_curvature_needs_damping() -> None:
 
 
 def test_equal_sums_give_equal_bytes() -> None:
-    sums = {"inputs.0": np.cov(np.random.default_rng(0).normal(size=(6, 50)))[None]}
+    sums = {"inputs.0": np.cov(np.random.default_rng(0).normal(size=(6, 50)))[None], "positions": np.ones(1)}
     first, second = (
         Eigenbasis.solve(sums)["inputs.0"],
-        Eigenbasis.solve({"inputs.0": sums["inputs.0"].copy()})["inputs.0"],
+        Eigenbasis.solve({**sums, "inputs.0": sums["inputs.0"].copy()})["inputs.0"],
     )
     assert first.tobytes() == second.tobytes()
     assert (np.take_along_axis(first, np.abs(first).argmax(-2)[:, None], -2) > 0).all()

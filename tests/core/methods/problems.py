@@ -93,6 +93,7 @@ def problem(
             "checkpoints": references,
             "method": {"type": "grad_dot", "projection": SMALL},
             "measurement": measurement,
+            "store": {"layout": "vectors"},
             "shard_size": 16,
             "batch_size": 8,
         }

@@ -105,7 +105,7 @@ def test_scores_do_not_depend_on_shards_or_batches(ensemble: Problem, method: st
 @pytest.mark.parametrize("method", METHODS)
 def test_float16_rows_stay_close(problem: Problem, method: str) -> None:
     full = problem.fit("full", method=METHODS[method])
-    half = problem.fit("half", method=METHODS[method], store={"dtype": "float16"})
+    half = problem.fit("half", method=METHODS[method], store={"dtype": "float16", "layout": "vectors"})
     expected = full.scores(full.query(problem.queries(), None), ALL, rescore=False)
     found = half.scores(half.query(problem.queries(), None), ALL, rescore=False)
     assert relative_error(found, expected) < 3e-3

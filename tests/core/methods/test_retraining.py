@@ -104,7 +104,7 @@ def test_ekfac_predicts_exact_refits(penalised: tuple[Problem, np.ndarray, int])
     """With λ equal to the penalty of the training objective; the rest is the Kronecker factors' error."""
     given, exact, classes = penalised
     index = given.fit("ekfac", method={"type": "ekfac", "projection": LARGE})
-    mean = float(index.members[0].factors.eigenvalues[0].mean())  # type: ignore[attr-defined]
+    mean = float(index.members[0].curvature.eigenvalues[0].mean())  # type: ignore[attr-defined]
     correlation, slope = agreement(scores(index, given, classes, L2 / mean), exact)
     assert correlation > 0.94
     assert 0.8 < slope < 1.0  # a leave-one-out effect is larger than its linearisation by the leverage
@@ -115,7 +115,7 @@ def test_ekfac_predicts_exact_refits(penalised: tuple[Problem, np.ndarray, int])
 def test_groups_are_predicted_with_sign_and_scale(penalised: tuple[Problem, np.ndarray, int]) -> None:
     given, _, classes = penalised
     index = given.fit("ekfac", method={"type": "ekfac", "projection": LARGE})
-    mean = float(index.members[0].factors.eigenvalues[0].mean())  # type: ignore[attr-defined]
+    mean = float(index.members[0].curvature.eigenvalues[0].mean())  # type: ignore[attr-defined]
     batch = given.queries(6)
     batch = batch.__class__(batch.rows, batch.inputs, batch.targets % classes)
     groups = [np.random.default_rng(seed).choice(N, 20, replace=False) for seed in range(12)]

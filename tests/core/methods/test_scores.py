@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from attribution_core.errors import SingularCurvatureError
+from attribution_core.method_spec import ProjectionSpec
 from attribution_core.methods.grad_cos import unit_length
 from attribution_core.methods.loaded import LoadedIndex
 from attribution_core.projection import build_projection
-from attribution_core.spec import ProjectionSpec
 from attribution_core.tasks import build_task
 from tests.core.methods.problems import SMALL, Problem, gradients, relative_error, training_batch
 
@@ -206,7 +206,7 @@ def test_no_damping_where_the_curvature_is_singular_is_refused(problem: Problem,
     index = problem.fit("singular", method={"type": method, "projection": wide})
     if method == "ekfac":
         for member in index.members:
-            member.factors.eigenvalues[0].view(-1)[0] = 0
+            member.curvature.eigenvalues[0].view(-1)[0] = 0
     with pytest.raises(SingularCurvatureError) as caught:
         index.query(problem.queries(), 0.0)
     assert caught.value.pointer == "/damping"

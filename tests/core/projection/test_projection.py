@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from attribution_core.method_spec import ProjectionSpec
 from attribution_core.projection import build_projection
 from attribution_core.projection.base import hashed
 from attribution_core.projection.sjlt import SparseProjection
-from attribution_core.spec import ProjectionSpec
 
 TYPES = ("sjlt", "rademacher", "gaussian")
 

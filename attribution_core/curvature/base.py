@@ -1,0 +1,50 @@
+"""What an inverse curvature does to gradients."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from attribution_core.gradients import LayerGradient
+
+
+class Curvature(ABC):
+    """The curvature `H̄` of the mean loss; vectors are one tensor (…, groups, d_out, d_in) per block.
+
+    Attributes:
+        solves_cheaply: a solve takes no pass over training examples, so that every training example can have its own.
+    """
+
+    solves_cheaply: ClassVar[bool] = True
+
+    @abstractmethod
+    def solve(self, gradients: Sequence[Tensor], damping: float) -> list[Tensor]:
+        """Return `(H̄ + λ)⁻¹ v`; how λ follows from the damping is the curvature's own.
+
+        Raises:
+            SingularCurvatureError: if `H̄ + λ` cannot be inverted.
+        """
+
+    def paired(self, first: Sequence[LayerGradient], second: Sequence[LayerGradient], damping: float) -> Tensor:
+        """Return `uᵢᵀ (H̄ + λ)⁻¹ vᵢ` of each example's two gradients, (batch,)."""
+        solved = self.solve([gradient.materialise() for gradient in first], damping)
+        return paired(solved, second)
+
+
+class Identity(Curvature):
+    """No curvature at all: `H̄ + λ` is the identity whatever the damping."""
+
+    def solve(self, gradients: Sequence[Tensor], damping: float) -> list[Tensor]:
+        """Return the gradients as they are."""
+        return list(gradients)
+
+
+def paired(first: Sequence[Tensor], second: Sequence[LayerGradient]) -> Tensor:
+    """Return the inner product of each matrix of `first` with the same example of `second`, (batch,)."""
+    products = []
+    for matrices, gradient in zip(first, second, strict=True):
+        parts = [(matrices[part] * rows).flatten(1).sum(1) for part, rows in gradient.materialised()]
+        products.append(torch.cat(parts))
+    return torch.stack(products).sum(0)

@@ -1,0 +1,203 @@
+"""Curvatures that are solved anew for every query, by iterations over training examples."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from attribution_core.curvature import solvers
+from attribution_core.curvature.base import Curvature
+from attribution_core.curvature.ekfac import EkfacFactors
+from attribution_core.curvature.products import Batches, HessianProducts
+from attribution_core.curvature.rows import PseudoRows
+from attribution_core.curvature.vectors import Product, flattened, unflattened
+from attribution_core.data.batch import Batch
+from attribution_core.errors import SingularCurvatureError
+from attribution_core.gradients import Block, LayerGradient
+
+# Query gradients solved at once: bounds memory.
+_NUMBERS_AT_ONCE = 1 << 26
+
+
+class GaussNewton(Curvature):
+    """The Gauss-Newton matrix of kept pseudo-gradients, by conjugate gradients preconditioned with EK-FAC at the same damping.
+
+    Args:
+        rows: makes the pseudo-gradients, at the first solve.
+        preconditioner: also gives each layer's λ, and stands in where a solve per example would be too much (`paired`).
+    """
+
+    def __init__(
+        self, rows: Callable[[], PseudoRows], preconditioner: EkfacFactors, iterations: int, tolerance: float
+    ) -> None:
+        self._make = rows
+        self._preconditioner = preconditioner
+        self._iterations = iterations
+        self._tolerance = tolerance
+
+    @cached_property
+    def rows(self) -> PseudoRows:
+        """The pseudo-gradients."""
+        return self._make()
+
+    def solve(self, gradients: Sequence[Tensor], damping: float) -> list[Tensor]:
+        """Return `(H̄ + λ)⁻¹ v`, λ a multiple of each layer's mean eigenvalue.
+
+        Raises:
+            SingularCurvatureError: if the curvature is singular at this damping.
+        """
+        blocks, rates = self._preconditioner.basis.blocks, self._preconditioner.rates(damping)
+
+        def product(vectors: Tensor) -> Tensor:
+            parts = unflattened(vectors, blocks)
+            moved = self.rows.product(parts)
+            return flattened([a + rate * b for a, b, rate in zip(moved, parts, rates, strict=True)])
+
+        def precondition(vectors: Tensor) -> Tensor:
+            return flattened(self._preconditioner.solve(unflattened(vectors, blocks), damping))
+
+        return _in_parts(
+            gradients,
+            lambda part: solvers.conjugate_gradients(product, part, precondition, self._iterations, self._tolerance),
+        )
+
+    def paired(self, first: Sequence[LayerGradient], second: Sequence[LayerGradient], damping: float) -> Tensor:
+        """Return `uᵢᵀ (H̄ + λ)⁻¹ vᵢ` by EK-FAC."""
+        return self._preconditioner.paired(first, second, damping)
+
+
+class DataInf(Curvature):
+    """The mean over training examples of `(λ + g gᵀ)⁻¹`, layer by layer.
+
+    Args:
+        rows: makes the training gradients, at the first solve.
+    """
+
+    solves_cheaply: ClassVar[bool] = False
+
+    def __init__(self, rows: Callable[[], PseudoRows]) -> None:
+        self._make = rows
+
+    @cached_property
+    def rows(self) -> PseudoRows:
+        """The training gradients."""
+        return self._make()
+
+    def solve(self, gradients: Sequence[Tensor], damping: float) -> list[Tensor]:
+        """Return the mean of inverses times v, λ a multiple of each layer's mean squared gradient.
+
+        Raises:
+            SingularCurvatureError: if λ is 0.
+        """
+        rates = [damping * value for value in self.rows.mean_eigenvalues()]
+        if min(rates) <= 0:
+            raise SingularCurvatureError("DataInf needs a damping above 0", "/damping")
+        return self.rows.layerwise(gradients, rates)
+
+
+@dataclass
+class ConjugateGradient(Curvature):
+    """The Hessian over training examples, by conjugate gradients.
+
+    Attributes:
+        batches: yields the training examples used.
+    """
+
+    products: HessianProducts
+    batches: Batches
+    blocks: Sequence[Block]
+    iterations: int
+    tolerance: float
+
+    solves_cheaply: ClassVar[bool] = False
+
+    def solve(self, gradients: Sequence[Tensor], damping: float) -> list[Tensor]:
+        """Return `(H̄ + λ)⁻¹ v`, λ a multiple of the mean eigenvalue's magnitude.
+
+        Raises:
+            SingularCurvatureError: if the curvature is not positive definite at this damping.
+        """
+        product = self._product
+        rate = damping * abs(self._mean_eigenvalue)
+
+        def damped(vectors: Tensor) -> Tensor:
+            return product(vectors) + rate * vectors
+
+        return _in_parts(
+            gradients,
+            lambda part: solvers.conjugate_gradients(
+                damped, part, lambda vectors: vectors, self.iterations, self.tolerance
+            ),
+        )
+
+    @cached_property
+    def _mean_eigenvalue(self) -> float:
+        size = sum(block.numel for block in self.blocks)
+        like = next(self.products.capture.module.parameters())
+        return solvers.mean_eigenvalue(self._product, size, like)
+
+    @property
+    def _product(self) -> Product:
+        return product_over(self.products, self.batches, self.blocks)
+
+
+@dataclass
+class Lissa(Curvature):
+    """The Hessian over training examples, by a stochastic Neumann series.
+
+    Attributes:
+        batches: yields one mini-batch per term.
+        all_batches: yields the whole training set, to scale the series.
+    """
+
+    products: HessianProducts
+    batches: Batches
+    all_batches: Batches
+    blocks: Sequence[Block]
+
+    solves_cheaply: ClassVar[bool] = False
+
+    def solve(self, gradients: Sequence[Tensor], damping: float) -> list[Tensor]:
+        """Return `(H̄ + λ)⁻¹ v`, λ a multiple of the mean eigenvalue's magnitude.
+
+        Raises:
+            SingularCurvatureError: if the series diverges.
+        """
+        mean, largest = self._scales
+        rate = damping * abs(mean)
+        # Mini-batches bend more than the whole set does.
+        scale = 2 * largest + rate
+        terms = [self._term(batch) for batch in self.batches()]
+        return _in_parts(gradients, lambda part: solvers.lissa(terms, part, rate, scale))
+
+    @cached_property
+    def _scales(self) -> tuple[float, float]:
+        product = product_over(self.products, self.all_batches, self.blocks)
+        size = sum(block.numel for block in self.blocks)
+        like = next(self.products.capture.module.parameters())
+        return solvers.mean_eigenvalue(product, size, like), solvers.largest_eigenvalue(product, size, like)
+
+    def _term(self, batch: Batch) -> Product:
+        return product_over(self.products, lambda: [batch], self.blocks)
+
+
+def product_over(products: HessianProducts, batches: Batches, blocks: Sequence[Block]) -> Product:
+    """Return the product with the mean Hessian over some batches, on flat vectors."""
+    return lambda vectors: flattened(products.mean(batches(), unflattened(vectors, blocks)))
+
+
+def _in_parts(gradients: Sequence[Tensor], solve: Product) -> list[Tensor]:
+    """Solve for a few vectors at a time; vectors do not see each other."""
+    size = sum(gradient[0].numel() for gradient in gradients)
+    blocks = [gradient.shape[1:] for gradient in gradients]
+    rows = flattened(gradients)
+    solved = [solve(part) for part in rows.split(max(1, _NUMBERS_AT_ONCE // size))]
+    found: list[list[Tensor]] = [[] for _ in blocks]
+    for part in solved:
+        pieces = part.split([shape.numel() for shape in blocks], dim=1)
+        for number, piece in enumerate(pieces):
+            found[number].append(piece.reshape(len(part), *blocks[number]))
+    return [torch.cat(pieces) for pieces in found]

@@ -1,0 +1,96 @@
+"""Products with the Hessian, or its Gauss-Newton part, by differentiating twice; for any network whose layers can be laid out.
+
+All vectors of a batch share one forward and one backward pass; the second differentiation is vectorised over them.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from attribution_core.data.batch import Batch
+from attribution_core.gradients import GradientCapture
+from attribution_core.gradients.parameters import ParameterLayout
+from attribution_core.tasks import Task
+
+Batches = Callable[[], Iterable[Batch]]
+
+
+@dataclass(frozen=True)
+class HessianProducts:
+    """`H̄ v + l2·v` for the mean loss over some batches.
+
+    Attributes:
+        curvature: `hessian`, or `gauss_newton` (`JᵀDJ`, never negative).
+        l2: strength of the penalty `l2/2 ‖θ‖²`.
+    """
+
+    capture: GradientCapture
+    task: Task
+    curvature: Literal["hessian", "gauss_newton"]
+    l2: float
+
+    def mean(self, batches: Iterable[Batch], parts: Sequence[Tensor]) -> list[Tensor]:
+        """Return the product per block, for vectors (vectors, groups, d_out, d_in) per block."""
+        total, count = [self.l2 * part for part in parts], 0
+        summed = [torch.zeros_like(part) for part in parts]
+        for batch in batches:
+            for number, found in enumerate(self.summed(batch, parts)):
+                summed[number] += found
+            count += len(batch)
+        return [base + part / max(count, 1) for base, part in zip(total, summed, strict=True)]
+
+    def summed(self, batch: Batch, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Return `Σ_i H_i v` over one batch, without the penalty."""
+        layout = ParameterLayout(self.capture)
+        named = {name: value.clone().requires_grad_() for name, value in layout.parameters().items()}
+        leaves = list(named.values())
+        with torch.enable_grad():
+            output = functional_call(self.capture.module, named, *_call(batch))
+            vectors = layout.unpacked(parts)
+            given = [vectors[name].to(value.dtype) for name, value in named.items()]
+            found = (
+                self._hessian(output, batch, leaves, given)
+                if self.curvature == "hessian"
+                else self._gauss_newton(output, batch, leaves, given)
+            )
+        return layout.packed(dict(zip(named, found, strict=True)))
+
+    def _hessian(self, output: Tensor, batch: Batch, leaves: list[Tensor], given: list[Tensor]) -> list[Tensor]:
+        first = torch.autograd.grad(self.task.loss(output, batch).sum(), leaves, create_graph=True)
+        return _batched(first, leaves, given)
+
+    def _gauss_newton(self, output: Tensor, batch: Batch, leaves: list[Tensor], given: list[Tensor]) -> list[Tensor]:
+        # Jv by differentiating the product with a dummy cotangent, to which Jᵀu is linear.
+        dummy = torch.zeros_like(output, requires_grad=True)
+        pulled = torch.autograd.grad(output, leaves, dummy, create_graph=True)
+        (pushed,) = _batched(pulled, [dummy], given)  # (vectors, batch, …)
+        inner = output.detach().requires_grad_()
+        slope = torch.autograd.grad(self.task.loss(inner, batch).sum(), inner, create_graph=True)
+        (bent,) = _batched(slope, [inner], [pushed])
+        return _batched([output], leaves, [bent])
+
+
+def _batched(outputs: Sequence[Tensor], inputs: Sequence[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
+    """Return the vector-Jacobian products of `outputs` for every row of `given`; zero where nothing depends."""
+    used = [(value, rows) for value, rows in zip(outputs, given, strict=True) if value.requires_grad]
+    found = torch.autograd.grad(
+        [value for value, _ in used],
+        inputs,
+        [rows for _, rows in used],
+        retain_graph=True,
+        is_grads_batched=True,
+        allow_unused=True,
+    )
+    count = len(given[0])
+    return [
+        value.new_zeros(count, *value.shape) if gradient is None else gradient
+        for value, gradient in zip(inputs, found, strict=True)
+    ]
+
+
+def _call(batch: Batch) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    return (batch.inputs,), {} if batch.mask is None else {"mask": batch.mask}

@@ -1,0 +1,124 @@
+"""Solvers of `(H + λ) x = v` that only need products with H; all vectors of a batch are solved together, each on its own.
+
+Vectors are rows (batch, P).
+"""
+
+import torch
+from torch import Tensor
+
+from attribution_core.curvature.vectors import Product
+from attribution_core.errors import SingularCurvatureError
+
+
+def conjugate_gradients(
+    product: Product, vectors: Tensor, precondition: Product, iterations: int, tolerance: float
+) -> Tensor:
+    """Return `H⁻¹ v` for a positive definite H.
+
+    Args:
+        product: multiplies by H, damping included.
+        vectors: right-hand sides (batch, P).
+        precondition: multiplies by an approximation of `H⁻¹`.
+        iterations: steps at most.
+        tolerance: relative residual at which a vector is solved.
+
+    Raises:
+        SingularCurvatureError: if H has a direction of negative curvature.
+
+    Source: Hestenes & Stiefel 1952; Nocedal & Wright 2006, algorithm 5.3.
+    """
+    solution = torch.zeros_like(vectors)
+    residual = vectors.clone()
+    z = precondition(residual)
+    direction = z.clone()
+    alignment = _dot(residual, z)
+    target = tolerance * vectors.norm(dim=1, keepdim=True)
+    for _ in range(iterations):
+        if bool((residual.norm(dim=1, keepdim=True) <= target).all()):
+            break
+        moved = product(direction)
+        bend = _dot(direction, moved)
+        if bool((bend < 0).any()):
+            raise SingularCurvatureError("the curvature is not positive definite: use a larger damping", "/damping")
+        step = torch.where(bend > 0, alignment / bend.clamp(min=torch.finfo(bend.dtype).tiny), 0)
+        solution += step * direction
+        residual -= step * moved
+        z = precondition(residual)
+        following = _dot(residual, z)
+        direction = z + torch.where(alignment > 0, following / alignment, 0) * direction
+        alignment = following
+    return solution
+
+
+def lissa(products: list[Product], vectors: Tensor, damping: float, scale: float) -> Tensor:
+    """Return `(H + λ)⁻¹ v` by the truncated Neumann series, with one stochastic product per term.
+
+    `x ← v + x - (H_t + λ) x / σ`, and the answer is `x / σ`.
+
+    Args:
+        products: multiplies by `H_t`, one per term.
+        vectors: right-hand sides (batch, P).
+        damping: λ.
+        scale: σ, at least the largest eigenvalue of every `H_t + λ`.
+
+    Raises:
+        SingularCurvatureError: if the series diverges.
+
+    Source: Agarwal et al. 2017; Koh & Liang 2017, section 3.
+    """
+    total = vectors.clone()
+    for product in products:
+        total = vectors + total - (product(total) + damping * total) / scale
+    if not bool(total.isfinite().all()):
+        raise SingularCurvatureError("the series diverges: use a larger damping", "/damping")
+    return total / scale
+
+
+def arnoldi(product: Product, start: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues (r,), by falling magnitude, and eigenvectors (P, r) of H in the Krylov space of `start` (P,).
+
+    H is symmetric, so the projected matrix is symmetrised; every new vector is made orthogonal twice.
+
+    Source: Schioppa et al. 2022, algorithm 1.
+    """
+    basis = [start / start.norm()]
+    projected = start.new_zeros(iterations, iterations)
+    for step in range(iterations):
+        vector = product(basis[-1].unsqueeze(0))[0]
+        known = torch.stack(basis)  # (step + 1, P)
+        for _ in range(2):
+            coefficients = known @ vector
+            projected[: step + 1, step] += coefficients
+            vector = vector - coefficients @ known
+        length = vector.norm()
+        if step + 1 == iterations or length <= 1e-6 * projected[: step + 1, : step + 1].abs().max():
+            break
+        basis.append(vector / length)
+    size = len(basis)
+    square = projected[:size, :size]
+    values, vectors = torch.linalg.eigh((square + square.T).double() / 2)
+    order = values.abs().argsort(descending=True)
+    return values[order], torch.stack(basis).T.double() @ vectors[:, order]
+
+
+def largest_eigenvalue(product: Product, size: int, like: Tensor, steps: int = 12) -> float:
+    """Return the largest absolute eigenvalue of H by power iteration from a seeded start."""
+    generator = torch.Generator().manual_seed(0)
+    vector = torch.randn(1, size, generator=generator).to(like)
+    value = torch.zeros(())
+    for _ in range(steps):
+        vector = vector / vector.norm()
+        vector = product(vector)
+        value = vector.norm()
+    return float(value)
+
+
+def mean_eigenvalue(product: Product, size: int, like: Tensor, probes: int = 8) -> float:
+    """Return an estimate of `trace(H)/P` from seeded random signs. Source: Hutchinson 1989."""
+    generator = torch.Generator().manual_seed(1)
+    signs = (torch.randint(0, 2, (probes, size), generator=generator) * 2 - 1).to(like)
+    return float(_dot(signs, product(signs)).mean() / size)
+
+
+def _dot(first: Tensor, second: Tensor) -> Tensor:
+    return (first * second).sum(1, keepdim=True)

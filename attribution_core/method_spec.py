@@ -1,0 +1,271 @@
+"""Attribution methods as a caller asks for them; form only, free of torch."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from attribution_core.spec import Spec
+
+# Part of every fingerprint: stored features depend on how projections are generated.
+PROJECTION_VERSION = 1
+Notion = Literal["predictive", "corroborative", "game_theoretic"]
+Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Damping = Annotated[float, Field(ge=0, le=1e12)]
+_LAYER_DAMPING = "Default damping, as a multiple of each layer's mean eigenvalue."
+_DAMPING = "Default damping, as a multiple of the curvature's mean eigenvalue."
+
+
+class ProjectionSpec(Spec):
+    """A seeded random projection of gradients."""
+
+    type: Literal["sjlt", "rademacher", "gaussian", "factored"] = Field(
+        default="sjlt",
+        description="`factored` projects each layer's input and output gradient apart, so that no gradient is ever formed.",
+    )
+    dim: int = Field(default=1024, ge=8, le=65_536, description="Numbers kept per example and checkpoint.")
+    seed: Seed = 0
+
+
+class MethodBase(Spec):
+    """What every method says about itself."""
+
+    notion: ClassVar[Notion] = "predictive"
+    needs: ClassVar[tuple[str, ...]] = ("checkpoints",)
+    query_cost: ClassVar[Literal["inline", "job"]] = "inline"
+    reference: ClassVar[str] = ""
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Passes over the training set that a fit takes, in order."""
+        return ("features",)
+
+
+class GradientMethodBase(MethodBase):
+    """A method whose scores are inner products of gradients."""
+
+    projection: ProjectionSpec = ProjectionSpec()
+
+
+class FisherMethod(GradientMethodBase):
+    """A method whose curvature is the model's Fisher matrix."""
+
+    damping: Damping = Field(default=0.1, description=_LAYER_DAMPING)
+    fisher: Literal["auto", "exact", "sampled", "empirical"] = Field(
+        default="auto",
+        description="Labels enumerated, sampled from the model, or the data's; auto enumerates up to 32 classes.",
+    )
+    samples: int = Field(default=1, ge=1, le=64, description="Labels sampled per example.")
+    seed: Seed = 0
+
+
+class EkfacMethod(FisherMethod):
+    """Influence functions with eigenvalue-corrected Kronecker-factored curvature (true Fisher)."""
+
+    reference: ClassVar[str] = (
+        "George et al. 2018; Grosse et al. 2023, Studying LLM Generalization with Influence Functions"
+    )
+    type: Literal["ekfac"]
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Passes over the training set that a fit takes, in order."""
+        return ("covariance", "eigenvalues", "features")
+
+
+class KfacMethod(FisherMethod):
+    """Influence functions with Kronecker-factored curvature, without the eigenvalue correction."""
+
+    reference: ClassVar[str] = (
+        "Martens & Grosse 2015, Optimizing Neural Networks with Kronecker-factored Approximate Curvature"
+    )
+    type: Literal["kfac"]
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Passes over the training set that a fit takes, in order."""
+        return ("covariance", "features")
+
+
+class DiagonalMethod(FisherMethod):
+    """Influence functions with the Fisher matrix's diagonal."""
+
+    reference: ClassVar[str] = "Becker & LeCun 1988; Kirkpatrick et al. 2017"
+    type: Literal["diagonal"]
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Passes over the training set that a fit takes, in order."""
+        return ("eigenvalues", "features")
+
+
+class GaussNewtonMethod(FisherMethod):
+    """Influence functions with the true Gauss-Newton matrix, solved for each query by conjugate gradients preconditioned with EK-FAC."""
+
+    reference: ClassVar[str] = "Teso et al. 2021; Bae et al. 2022; Wang et al. 2025 (ASTRA)"
+    type: Literal["gauss_newton"]
+    iterations: int = Field(default=20, ge=1, le=1000, description="Conjugate gradient steps at most.")
+    tolerance: float = Field(default=1e-3, gt=0, lt=1, description="Relative residual at which a solve stops.")
+    curvature_examples: int | None = Field(
+        default=None,
+        ge=1,
+        description="Training examples whose curvature is used, evenly spread; as many as fit 1 GiB by default.",
+    )
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Passes over the training set that a fit takes, in order."""
+        return ("covariance", "eigenvalues", "features")
+
+
+class DataInfMethod(GradientMethodBase):
+    """Influence functions with each layer's empirical Fisher, the inverse of a mean replaced by the mean of inverses."""
+
+    reference: ClassVar[str] = "Kwon et al. 2024, DataInf"
+    type: Literal["datainf"]
+    damping: Damping = Field(default=0.1, description=_LAYER_DAMPING)
+    curvature_examples: int | None = Field(
+        default=None,
+        ge=1,
+        description="Training examples whose curvature is used, evenly spread; as many as fit 1 GiB by default.",
+    )
+
+
+class HessianMethod(GradientMethodBase):
+    """A method whose curvature is the mean loss's Hessian, or its Gauss-Newton part."""
+
+    damping: Damping = Field(default=0.1, description=_DAMPING)
+    curvature: Literal["hessian", "gauss_newton"] = "hessian"
+    l2: float = Field(
+        default=0.0,
+        ge=0,
+        le=1e6,
+        description="Strength of the L2 penalty `l2/2 ‖θ‖²` the model was trained with, added to the curvature.",
+    )
+
+
+class ExplicitMethod(HessianMethod):
+    """Influence functions with the whole curvature matrix, for models of at most 4,096 attributed parameters."""
+
+    reference: ClassVar[str] = "Koh & Liang 2017, Understanding Black-box Predictions via Influence Functions"
+    type: Literal["explicit"]
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Passes over the training set that a fit takes, in order."""
+        return ("hessian", "features")
+
+
+class CgMethod(HessianMethod):
+    """Influence functions by conjugate gradients on Hessian-vector products over the training set."""
+
+    reference: ClassVar[str] = "Martens 2010; Koh & Liang 2017, section 3"
+    type: Literal["cg"]
+    iterations: int = Field(default=50, ge=1, le=1000)
+    tolerance: float = Field(default=1e-4, gt=0, lt=1, description="Relative residual at which a solve stops.")
+    curvature_examples: int | None = Field(
+        default=None, ge=1, description="Training examples used, evenly spread; all by default."
+    )
+
+
+class LissaMethod(HessianMethod):
+    """Influence functions by a truncated Neumann series over mini-batches."""
+
+    reference: ClassVar[str] = (
+        "Agarwal et al. 2017, Second-Order Stochastic Optimization for Machine Learning in Linear Time"
+    )
+    type: Literal["lissa"]
+    depth: int = Field(default=200, ge=1, le=100_000, description="Terms of the series; one mini-batch each.")
+    batch: int = Field(default=256, ge=1, le=65_536, description="Examples per term.")
+    seed: Seed = 0
+
+
+class ArnoldiMethod(HessianMethod):
+    """Influence functions in the span of the curvature's leading eigenvectors, found by Arnoldi iteration."""
+
+    reference: ClassVar[str] = "Schioppa et al. 2022, Scaling Up Influence Functions"
+    type: Literal["arnoldi"]
+    iterations: int = Field(default=100, ge=2, le=2000, description="Dimension of the Krylov space.")
+    rank: int = Field(default=50, ge=1, le=2000, description="Eigenvectors kept.")
+    seed: Seed = 0
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Passes over the training set that a fit takes, in order."""
+        return ("krylov", "features")
+
+
+class LograMethod(GradientMethodBase):
+    """Influence functions in a space where each layer's input and output gradient were projected apart, with that space's Fisher matrix."""
+
+    reference: ClassVar[str] = "Choe et al. 2024, What is Your Data Worth to GPT?"
+    type: Literal["logra"]
+    projection: ProjectionSpec = ProjectionSpec(type="factored")
+    damping: Damping = Field(default=0.1, description=_LAYER_DAMPING)
+
+
+class TrakMethod(GradientMethodBase):
+    """TRAK: the linearised model's one-step update, in a random projection, averaged over checkpoints."""
+
+    reference: ClassVar[str] = "Park et al. 2023, TRAK: Attributing Model Behavior at Scale"
+    type: Literal["trak"]
+    damping: Damping = Field(default=0.1, description="Default damping, as a multiple of the mean eigenvalue.")
+    curvature: Literal["gradient", "gauss_newton", "fisher"] = Field(
+        default="gauss_newton",
+        description="`gradient`: the published kernel, whose scores have an arbitrary scale. `gauss_newton`: each row "
+        "weighted by p(1-p), which puts scores in units of the measurement. `fisher`: the Gauss-Newton matrix of all "
+        "classes (or sampled tokens), projected.",
+    )
+    soft_threshold: float | None = Field(
+        default=None, ge=0, le=1e12, description="Shrink scores towards 0 by this much, as published; off by default."
+    )
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Passes over the training set that a fit takes, in order."""
+        return ("kernel", "features") if self.curvature == "fisher" else ("features",)
+
+
+class GradDotMethod(GradientMethodBase):
+    """Inner product of the query's and the training example's gradients (one-checkpoint TracIn, identity curvature)."""
+
+    reference: ClassVar[str] = "Pruthi et al. 2020, Estimating Training Data Influence by Tracing Gradient Descent"
+    type: Literal["grad_dot"]
+
+
+class GradCosMethod(GradientMethodBase):
+    """Cosine of the query's and the training example's gradients."""
+
+    reference: ClassVar[str] = "Hammoudeh & Lowd 2022, Identifying a Training-Set Attack's Target"
+    type: Literal["grad_cos"]
+
+
+class RepresentationMethod(MethodBase):
+    """Similarity of penultimate representations: evidence, not causation."""
+
+    notion: ClassVar[Notion] = "corroborative"
+    reference: ClassVar[str] = "Hanawa et al. 2021, Evaluation of Similarity-based Explanations"
+    type: Literal["representation"]
+    similarity: Literal["cosine", "dot"] = "cosine"
+
+
+MethodSpec = Annotated[
+    TrakMethod
+    | EkfacMethod
+    | KfacMethod
+    | DiagonalMethod
+    | GaussNewtonMethod
+    | DataInfMethod
+    | ExplicitMethod
+    | CgMethod
+    | LissaMethod
+    | ArnoldiMethod
+    | LograMethod
+    | GradDotMethod
+    | GradCosMethod
+    | RepresentationMethod,
+    Field(discriminator="type"),
+]
+METHODS: dict[str, type[MethodBase]] = {
+    method.model_fields["type"].annotation.__args__[0]: method
+    for method in MethodSpec.__origin__.__args__  # type: ignore[attr-defined]
+}
