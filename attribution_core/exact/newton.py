@@ -8,6 +8,7 @@ from attribution_core.errors import InvalidInputError, SingularCurvatureError
 from attribution_core.exact.losses import Loss
 
 _SINGULAR = 1e-12
+_STILL = 1e-6
 
 
 class Eigen:
@@ -130,10 +131,13 @@ def minimise(
     for _ in range(max_steps):
         outputs = features @ theta.T
         gradient = (weights[:, None] * loss.slopes(outputs, targets)).T @ features + penalty * theta
-        if np.linalg.norm(gradient) <= tolerance * (scale + penalty * np.linalg.norm(theta)):
-            return theta
         curvature = hessian(features, loss.roots(outputs), weights)
         step = _newton_direction(curvature, gradient.ravel(), penalty).reshape(theta.shape)
+        length = np.linalg.norm(theta)
+        flat = np.linalg.norm(gradient) <= tolerance * (scale + penalty * length)
+        # Far out on separable classes the gradient vanishes too, but steps do not.
+        if flat and np.linalg.norm(step) <= _STILL * (1 + length):
+            return theta
         theta = _shortened(value, theta, step, float((step * gradient).sum()))
     raise InvalidInputError(
         f"no optimum within {max_steps} Newton steps: with separable classes there is none without a penalty"
