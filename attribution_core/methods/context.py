@@ -1,6 +1,7 @@
 """From specs and files to loaded checkpoints with a method on each; shared by fitting and answering."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from attribution_core.fingerprint import sha256_file
 from attribution_core.fit_spec import CheckpointRef, FitSpec
 from attribution_core.methods.base import CheckedCapture, Checkpoint, FeatureMethod
 from attribution_core.methods.ekfac import Ekfac
+from attribution_core.methods.exact import Exact
 from attribution_core.methods.grad_cos import GradCos
 from attribution_core.methods.grad_dot import GradDot
 from attribution_core.methods.representation import Representation
@@ -23,6 +25,7 @@ from attribution_core.projection import Projection, build_projection
 from attribution_core.spec import (
     DatasetSpec,
     EkfacMethod,
+    ExactMethod,
     GradCosMethod,
     GradDotMethod,
     ProjectionSpec,
@@ -109,6 +112,9 @@ class FitContext:
                 return GradCos(checkpoint, _projection(spec.projection, number))
             case RepresentationMethod():
                 return Representation(checkpoint, spec.similarity)
+            case ExactMethod():
+                everything = np.arange(self.spec.dataset.num_examples)
+                return Exact(checkpoint, spec, partial(self.source.batches, everything, self.batch_size(number)))
 
 
 def _check_weights(reference: CheckpointRef) -> None:

@@ -46,7 +46,7 @@ def directly(loaded: Loaded, name: str) -> LoadedIndex:
 
 def test_methods_are_described(loaded: Loaded) -> None:
     items = {item["type"]: item for item in loaded.service.get("/v1/methods")["items"]}
-    assert set(items) == {"trak", "ekfac", "grad_dot", "grad_cos", "representation"}
+    assert set(items) == {"trak", "ekfac", "grad_dot", "grad_cos", "representation", "exact"}
     assert items["representation"]["notion"] == "corroborative"
     assert items["trak"]["parameters"]["properties"]["projection"]
     assert all(item["reference"] and item["needs"] for item in items.values())
