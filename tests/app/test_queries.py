@@ -225,6 +225,7 @@ def test_impossible_questions_are_refused(steady: Loaded, kind: str, change: dic
         ({"checkpoints": []}, 422),
         ({"checkpoints": ["ckpt_nothing"]}, 422),
         ({"method": {"type": "magic"}}, 422),
+        ({"method": {"type": "exact"}}, 422),
         ({"method": {"type": "ekfac", "damping": -1}}, 422),
         ({"method": {"type": "ekfac", "projection": {"dim": 10**9}}}, 422),
         ({"measurement": "happiness"}, 422),
