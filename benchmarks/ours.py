@@ -53,7 +53,12 @@ def fit_spec(workload: Workload, dataset: DatasetRef, checkpoints: int, **chosen
 
 
 def run(
-    workload: Workload, method: dict[str, Any], store: dict[str, Any], checkpoints: int, dampings: list[float], out: Path
+    workload: Workload,
+    method: dict[str, Any],
+    store: dict[str, Any],
+    checkpoints: int,
+    dampings: list[float],
+    out: Path,
 ) -> dict[str, Any]:
     """Fit, score all pairs at every damping, write both, and return the cost."""
     data = prepare(workload)

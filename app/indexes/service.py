@@ -20,7 +20,7 @@ from app.storage.roots import resolve
 from app.web.pagination import Page, PageOf, cut
 from attribution_core.architectures.registry import ARCHITECTURES
 from attribution_core.fit_spec import CheckpointRef, DatasetRef, FitSpec, FitSummary
-from attribution_core.method_spec import METHODS
+from attribution_core.method_spec import METHODS, ExactMethod
 from attribution_core.spec import TokenizerSpec
 
 _DEFAULT_MEASUREMENT = {"classification": "margin", "regression": "prediction", "causal_lm": "log_likelihood"}
@@ -75,6 +75,9 @@ async def create(
     if index.measurement not in spec.task.measurements:
         known = ", ".join(spec.task.measurements)
         raise InvalidRequest(f"A {spec.task.type} model is measured by {known}.", pointer="/measurement")
+    if isinstance(spec.method, ExactMethod) and spec.architecture.name not in ExactMethod.architectures:
+        known = " and ".join(ExactMethod.architectures)
+        raise InvalidRequest(f"Exact attribution is for the architectures {known}.", pointer="/method/type")
     _check_layers(index, model)
     index.fingerprint = spec.fingerprint()
     session.add(index)

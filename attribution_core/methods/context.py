@@ -28,6 +28,7 @@ from attribution_core.method_spec import (
     DataInfMethod,
     DiagonalMethod,
     EkfacMethod,
+    ExactMethod,
     ExplicitMethod,
     FisherMethod,
     GaussNewtonMethod,
@@ -41,6 +42,7 @@ from attribution_core.method_spec import (
     TrakMethod,
 )
 from attribution_core.methods.base import CheckedCapture, Checkpoint, FeatureMethod, GradientMethod
+from attribution_core.methods.exact import Exact
 from attribution_core.methods.grad_cos import GradCos
 from attribution_core.methods.logra import Logra
 from attribution_core.methods.representation import Representation
@@ -157,6 +159,8 @@ class FitContext:
                 return Logra(checkpoint, projection, own or None)
             case GradCosMethod():
                 return GradCos(checkpoint, self._projection(spec, number))
+            case ExactMethod():
+                return Exact(checkpoint, spec, partial(self.batches, number))
         kept = self._projection(spec, number) if self.layout == "vectors" else None
         return GradientMethod(checkpoint, self._curvature(number, own), getattr(spec, "damping", 0.0), kept)
 

@@ -46,7 +46,7 @@ def directly(loaded: Loaded, name: str) -> LoadedIndex:
 
 def test_methods_are_described(loaded: Loaded) -> None:
     items = {item["type"]: item for item in loaded.service.get("/v1/methods")["items"]}
-    assert set(items) == {"trak", "ekfac", "grad_dot", "grad_cos", "representation"}
+    assert set(items) == {"trak", "ekfac", "grad_dot", "grad_cos", "representation", "exact"}
     assert items["representation"]["notion"] == "corroborative"
     assert items["trak"]["parameters"]["properties"]["projection"]
     assert all(item["reference"] and item["needs"] for item in items.values())
@@ -225,6 +225,7 @@ def test_impossible_questions_are_refused(steady: Loaded, kind: str, change: dic
         ({"checkpoints": []}, 422),
         ({"checkpoints": ["ckpt_nothing"]}, 422),
         ({"method": {"type": "magic"}}, 422),
+        ({"method": {"type": "exact"}}, 422),
         ({"method": {"type": "ekfac", "damping": -1}}, 422),
         ({"method": {"type": "ekfac", "projection": {"dim": 10**9}}}, 422),
         ({"measurement": "happiness"}, 422),

@@ -1,0 +1,139 @@
+"""Exact leave-one-out for models of one linear layer: `τ_i(z) = ∇m_zᵀ (θ* - θ_{-i})`.
+
+A row is the change of all parameters that having the example made, so nothing is approximated on the query side but the measurement's
+slope, and scores need no further damping. The mathematics is in `attribution_core.exact`.
+
+Every process that encodes rows reads the whole training set once: what a linear model knows of it fits in memory.
+"""
+
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from attribution_core.data.batch import Batch
+from attribution_core.errors import InvalidInputError
+from attribution_core.exact import GeneralizedLinear, LogisticRegression, RidgeRegression, optimality
+from attribution_core.method_spec import ExactMethod
+from attribution_core.methods.base import Checkpoint, FeatureMethod, QuerySide, TrainRows
+from attribution_core.tasks.base import required_targets
+from attribution_core.tasks.classification import Classification
+
+# The side of a dense matrix in float64 that is decomposed: 2 GB.
+_MAX_CURVATURE = 16_384
+
+
+class Exact(FeatureMethod):
+    """One checkpoint of a linear or logistic regression.
+
+    Args:
+        checkpoint: a model whose only parameters are one linear layer's.
+        spec: estimator and regulariser.
+        training: makes batches of the whole training set, in order.
+
+    Raises:
+        InvalidInputError: if the model is something else, or its curvature is too large to decompose.
+    """
+
+    exact_rows: ClassVar[bool] = True
+
+    def __init__(self, checkpoint: Checkpoint, spec: ExactMethod, training: Callable[[], Iterable[Batch]]) -> None:
+        super().__init__(checkpoint)
+        self.spec = spec
+        self._training = training
+        self._check_architecture()
+
+    @property
+    def dim(self) -> int:
+        """The number of parameters."""
+        return self.checkpoint.capture.num_parameters
+
+    def encode_train(self, batch: Batch) -> TrainRows:
+        """Return `θ* - θ_{-i}`, and its inner product with the gradient of the example's own measurement.
+
+        Raises:
+            InvalidInputError: if the weights are not at the optimum and have to be.
+            SingularCurvatureError: if one of the examples alone determines a parameter.
+        """
+        measured = self.encode_query(batch).rows
+        changes = self._model.parameter_changes(batch.rows.cpu().numpy(), self.spec.estimator)
+        rows = torch.from_numpy(changes).to(measured)
+        return TrainRows(rows, torch.ones_like(rows[:, 0]), (measured * rows).sum(1))
+
+    def encode_query(self, batch: Batch) -> QuerySide:
+        """Return `∇m_z`."""
+        run = self.checkpoint.run(batch)
+        measured = self.checkpoint.task.measure(run.output, batch, self.checkpoint.measurement)
+        (gradient,) = run.gradients(measured)
+        return QuerySide(run.output.detach(), gradient.materialise().flatten(1))
+
+    @cached_property
+    def _model(self) -> GeneralizedLinear:
+        features, targets = self._read()
+        kind = LogisticRegression if self._is_classification else RidgeRegression
+        model: GeneralizedLinear = kind(
+            features,
+            targets,
+            self._parameters(),
+            self.spec.l2 * len(features),
+            regulariser=self.spec.regulariser,
+            # Where neither data nor penalty have a say, training leaves a parameter as it was initialised.
+            pseudo_inverse=self.spec.l2 == 0,
+        )
+        if self.spec.optimum == "require":
+            _check_optimum(model)
+        # A refit ends at an optimum, so what it is compared with has to be one.
+        polish = self.spec.optimum == "polish" or self.spec.estimator == "newton"
+        return model.polished() if polish else model
+
+    @property
+    def _is_classification(self) -> bool:
+        return isinstance(self.checkpoint.task, Classification)
+
+    def _read(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return features (n, d), with ones if there is a bias, and targets as the loss takes them."""
+        features, targets = [], []
+        for batch in self._training():
+            run = self.checkpoint.run(batch)
+            (gradient,) = run.gradients(self.checkpoint.task.loss(run.output, batch))
+            features.append(gradient.inputs.flatten(1).double().cpu().numpy())
+            targets.append(required_targets(batch).cpu().numpy())
+        joined = np.concatenate(targets)
+        if not self._is_classification:
+            joined = joined.reshape(len(joined), -1).astype(np.float64)
+        return np.concatenate(features), joined
+
+    def _parameters(self) -> np.ndarray:
+        layer = next(part for part in self.checkpoint.module.modules() if isinstance(part, torch.nn.Linear))
+        columns = [layer.weight] if layer.bias is None else [layer.weight, layer.bias.unsqueeze(1)]
+        parameters: np.ndarray = torch.cat(columns, dim=1).detach().double().cpu().numpy()
+        return parameters
+
+    def _check_architecture(self) -> None:
+        holders = [
+            part for part in self.checkpoint.module.modules() if any(True for _ in part.parameters(recurse=False))
+        ]
+        blocks = self.checkpoint.capture.blocks
+        if len(holders) != 1 or not isinstance(holders[0], torch.nn.Linear) or len(blocks) != 1:
+            raise InvalidInputError("exact attribution is for models of one linear layer", "/method/type")
+        side = blocks[0].numel if self._is_classification else blocks[0].d_in
+        if side > _MAX_CURVATURE:
+            raise InvalidInputError(
+                f"the curvature of this model has {side} rows, and exact attribution takes up to {_MAX_CURVATURE}: "
+                "use ekfac",
+                "/method/type",
+            )
+
+
+def _check_optimum(model: GeneralizedLinear) -> None:
+    """Refuse weights that leave more undone than a tenth of one example's influence."""
+    found = optimality(model)
+    if not found.reached:
+        raise InvalidInputError(
+            f"the weights are not at the optimum of the mean loss + l2/2·‖θ‖²: it is about {found.in_examples:.2g} typical "
+            "examples' influences away. Give the l2 that the model was trained with, train it further, or set optimum to "
+            "polish (explain the optimum nearby) or assume",
+            "/method/optimum",
+        )
