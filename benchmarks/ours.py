@@ -27,7 +27,12 @@ from benchmarks.workloads import WORKLOADS, Workload, batch_of, prepare
 def dataset_of(workload: Workload, data: dict[str, np.ndarray], folder: Path) -> DatasetRef:
     """Import a workload's training set as the service would."""
     tokens = workload.task == "causal_lm"
-    spec = DatasetSpec(name="train", kind="tokens" if tokens else "tensor", target=None if tokens else "target")
+    spec = DatasetSpec(
+        name="train",
+        kind="tokens" if tokens else "tensor",
+        target=None if tokens else "target",
+        shape=None if tokens else list(data["train_inputs"].shape[1:]),
+    )
     (folder / "data").mkdir(parents=True, exist_ok=True)
     source = folder / "train.npz"
     targets = {} if tokens else {"target": data["train_targets"]}

@@ -98,7 +98,7 @@ def _parquet(path: Path, columns: Sequence[str]) -> Rows:
         start = 0
         try:
             for batch in file.iter_batches(BATCH_ROWS, columns=list(columns), use_threads=False):
-                yield start, {name: batch.column(name).to_pylist() for name in columns}
+                yield start, {name: _values(batch.column(name), name) for name in columns}
                 start += len(batch)
         except (pa.ArrowException, *_DAMAGE) as error:
             raise InvalidInputError(f"the parquet file cannot be read after row {start}: {error}") from None
@@ -126,6 +126,14 @@ def _jsonl(path: Path, columns: Sequence[str]) -> Rows:
             start, records = start + len(records), []
     if records:
         yield start, _columns_of(records, columns)
+
+
+def _values(column: pa.Array, name: str) -> list[Any]:
+    """Return a column as Python values; what they are must not depend on pandas being installed."""
+    if pa.types.is_temporal(column.type) and getattr(column.type, "unit", None) == "ns":
+        raise InvalidInputError(f"column {name} holds times in nanoseconds: use microseconds or text")
+    values: list[Any] = column.to_pylist()
+    return values
 
 
 def _record(line: bytes, number: int) -> dict[str, Any] | Unreadable:

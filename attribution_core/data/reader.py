@@ -7,11 +7,13 @@ import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
@@ -156,25 +158,34 @@ class DatasetReader:
         return Examples(
             rows=rows,
             ids=table["id"].to_pylist(),
-            inputs=[self._decoded(value) for value in table["input"].to_pylist()],
+            inputs=self._decoded_column(table["input"].combine_chunks()),
             targets=table["target"].to_pylist() if "target" in table.column_names else None,
             metadata=[dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
             if columns
             else [{} for _ in rows],
         )
 
-    def _decoded(self, value: Any) -> Any:
+    def _decoded_column(self, column: pa.Array) -> list[Any]:
         match self.spec.kind:
             case "image":
-                return decoded_png(value)
+                return [decoded_png(value) for value in column.to_pylist()]
             case "tensor":
-                return np.asarray(value, np.float32).reshape(self.spec.shape or [-1])
+                shape = self.spec.shape or [-1]
+                return [value.reshape(shape) for value in _lists(column, np.float32)]
             case "tabular":
-                return np.asarray(value, np.float32)
+                return _lists(column, np.float32)
             case "tokens":
-                return np.asarray(value, np.int32)
+                return _lists(column, np.int32)
             case _:
-                return value
+                values: list[Any] = column.to_pylist()
+                return values
+
+
+def _lists(column: pa.Array, dtype: type) -> list[np.ndarray]:
+    """Return a column of number lists as arrays, without a Python object per number."""
+    offsets = np.concatenate([[0], np.cumsum(pc.list_value_length(column).to_numpy(zero_copy_only=False))])
+    flat = column.flatten().to_numpy(zero_copy_only=False).astype(dtype)
+    return [flat[start:stop] for start, stop in pairwise(offsets.tolist())]
 
 
 def decoded_png(data: bytes) -> np.ndarray:

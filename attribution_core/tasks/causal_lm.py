@@ -71,7 +71,7 @@ class CausalLanguageModeling(Task):
             uniform = uniforms(seed, draw, batch.rows, probabilities.shape[1])
             tokens = sampled_labels(probabilities, uniform)
             likelihood = log_probabilities.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-            yield -self._reduced(likelihood, batch) / samples**0.5
+            yield -self._sum(likelihood, batch) / self._divisor(batch, likelihood) / samples**0.5
 
     def describe(self, output: Tensor, batch: Batch, measurement: str) -> list[dict[str, Any]]:
         """Return the measurement and the probability per token (geometric mean)."""
@@ -100,8 +100,18 @@ class CausalLanguageModeling(Task):
         return self._mean(per_token, batch) if self.reduction == "mean" else self._sum(per_token, batch)
 
     def _mean(self, per_token: Tensor, batch: Batch) -> Tensor:
-        count = per_token.shape[1] if batch.mask is None else batch.mask[:, 1:].sum(1)
-        return self._sum(per_token, batch) / count
+        return self._sum(per_token, batch) / self._count(per_token, batch)
+
+    def _divisor(self, batch: Batch, per_token: Tensor) -> Tensor:
+        """Tokens are drawn independently, so the outer product of a sum of T pseudo-gradients is T times that of a mean loss."""
+        count = self._count(per_token, batch)
+        return count.sqrt() if self.reduction == "mean" else torch.ones_like(count)
+
+    @staticmethod
+    def _count(per_token: Tensor, batch: Batch) -> Tensor:
+        if batch.mask is None:
+            return torch.full_like(per_token[:, 0], per_token.shape[1])
+        return batch.mask[:, 1:].sum(1).to(per_token.dtype)
 
     @staticmethod
     def _sum(per_token: Tensor, batch: Batch) -> Tensor:
