@@ -32,6 +32,10 @@ class Curvature(ABC):
         solved = self.solve([gradient.materialise() for gradient in first], damping)
         return paired(solved, second)
 
+    def quadratic(self, gradients: Sequence[LayerGradient], damping: float) -> Tensor:
+        """Return `uᵢᵀ (H̄ + λ)⁻¹ uᵢ` of each example's gradient, (batch,)."""
+        return self.paired(gradients, gradients, damping)
+
 
 class Identity(Curvature):
     """No curvature at all: `H̄ + λ` is the identity whatever the damping."""
@@ -39,6 +43,10 @@ class Identity(Curvature):
     def solve(self, gradients: Sequence[Tensor], damping: float) -> list[Tensor]:
         """Return the gradients as they are."""
         return list(gradients)
+
+    def quadratic(self, gradients: Sequence[LayerGradient], damping: float) -> Tensor:
+        """Return the squared length of each example's gradient, (batch,)."""
+        return torch.stack([_squares(gradient) for gradient in gradients]).sum(0)
 
 
 def paired(first: Sequence[Tensor], second: Sequence[LayerGradient]) -> Tensor:
@@ -48,3 +56,9 @@ def paired(first: Sequence[Tensor], second: Sequence[LayerGradient]) -> Tensor:
         parts = [(matrices[part] * rows).flatten(1).sum(1) for part, rows in gradient.materialised()]
         products.append(torch.cat(parts))
     return torch.stack(products).sum(0)
+
+
+def _squares(gradient: LayerGradient) -> Tensor:
+    if gradient.rank_one:
+        return (gradient.inputs.square().sum(-1) * gradient.outputs.square().sum(-1)).flatten(1).sum(1)
+    return torch.cat([rows.flatten(1).square().sum(1) for _, rows in gradient.materialised()])

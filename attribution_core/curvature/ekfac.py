@@ -170,6 +170,19 @@ class EkfacFactors(Curvature):
             products.append(torch.cat(parts))
         return torch.stack(products).sum(0)
 
+    def quadratic(self, gradients: Sequence[LayerGradient], damping: float) -> Tensor:
+        """Return `uᵢᵀ (H̄ + λ)⁻¹ uᵢ` of each example's gradient, (batch,)."""
+        products = []
+        for number, (gradient, rotation) in enumerate(zip(gradients, self.basis.rotations, strict=True)):
+            inverse = self.damped(number, damping).to(gradient.inputs.dtype).reciprocal()
+            if gradient.rank_one:
+                outputs, inputs = rotation.output_factor(gradient), rotation.input_factor(gradient)
+                products.append(((outputs.square() @ inverse) * inputs.square()).flatten(1).sum(1))
+            else:
+                rotated = (rows.square_() for _, rows in gradient.materialised(rotation))
+                products.append(torch.cat([rows.flatten(1) @ inverse.flatten() for rows in rotated]))
+        return torch.stack(products).sum(0)
+
     def rates(self, damping: float) -> list[float]:
         """Return λ of every block."""
         return [damping * float(eigenvalues.mean()) for eigenvalues in self.eigenvalues]

@@ -53,12 +53,14 @@ class Observed:
         batch: the examples.
         measured: `∇m`, one entry per block.
         training: `φ = -∇ℓ`.
+        slope: `∂ℓ/∂m` (batch,) where `φ` is the measured gradient times its negative, else None.
         draws: pseudo-gradients, where asked for.
     """
 
     batch: Batch
     measured: Sequence[LayerGradient]
     training: Sequence[LayerGradient]
+    slope: Tensor | None = None
     draws: Draws = ()
 
     def __len__(self) -> int:
@@ -87,8 +89,8 @@ def observe(run: Pass, task: Task, batch: Batch, measurement: str, fisher: Fishe
     measured = run.gradients(task.measure(run.output, batch, measurement), keep=slope is None)
     if slope is None:
         loss = task.loss(run.output, batch)
-        return Observed(batch, measured, scaled(run.gradients(loss), -loss.detach().new_ones(len(batch))), draws)
-    return Observed(batch, measured, scaled(measured, -slope.detach()), draws)
+        return Observed(batch, measured, scaled(run.gradients(loss), -loss.detach().new_ones(len(batch))), None, draws)
+    return Observed(batch, measured, scaled(measured, -slope.detach()), slope.detach(), draws)
 
 
 def scaled(gradients: Sequence[LayerGradient], weights: Tensor) -> list[LayerGradient]:

@@ -68,6 +68,10 @@ class GaussNewton(Curvature):
         """Return `uᵢᵀ (H̄ + λ)⁻¹ vᵢ` by EK-FAC."""
         return self._preconditioner.paired(first, second, damping)
 
+    def quadratic(self, gradients: Sequence[LayerGradient], damping: float) -> Tensor:
+        """Return `uᵢᵀ (H̄ + λ)⁻¹ uᵢ` by EK-FAC."""
+        return self._preconditioner.quadratic(gradients, damping)
+
 
 class DataInf(Curvature):
     """The mean over training examples of `(λ + g gᵀ)⁻¹`, layer by layer.

@@ -210,12 +210,17 @@ class GradientMethod(FeatureMethod):
         rows = observed.training[0].inputs.new_ones(len(observed))
         own = torch.full_like(rows, torch.nan)
         if self.curvature.solves_cheaply:
-            own = self.curvature.paired(observed.measured, observed.training, self.default_damping)
+            own = self._own_influence(observed)
         return TrainRows(
             rows=self._project_gradients(observed.training),
             weights=rows,
             self_influence=own / self.checkpoint.num_examples,
         )
+
+    def _own_influence(self, observed: Observed) -> Tensor:
+        if observed.slope is None:
+            return self.curvature.paired(observed.measured, observed.training, self.default_damping)
+        return -observed.slope * self.curvature.quadratic(observed.measured, self.default_damping)
 
     def encode_query(self, batch: Batch) -> QuerySide:
         """Return `∇m_z` per block; rows follow when it is preconditioned."""
@@ -235,7 +240,11 @@ class GradientMethod(FeatureMethod):
 
     def exact_scores(self, query: QuerySide, batch: Batch) -> Tensor:
         """Return `⟨query, φ_i⟩` without projection."""
-        return inner(query, self.observe(batch).training)
+        return self.scores_of(query, self.observe(batch).training)
+
+    def scores_of(self, query: QuerySide, training: Sequence[LayerGradient]) -> Tensor:
+        """Return scores (queries, batch) from training gradients."""
+        return inner(query, training)
 
     def group_effect(self, query: QuerySide, batch: Batch) -> Tensor:
         """Return `⟨query, Σ φ_i⟩`."""

@@ -34,7 +34,7 @@ from attribution_core.methods.base import FeatureMethod, GradientMethod, QuerySi
 from attribution_core.methods.context import FitContext
 from attribution_core.methods.loaded import LoadedIndex
 from attribution_core.methods.logra import Logra, fisher_of
-from attribution_core.methods.recall import measured_recall
+from attribution_core.methods.recall import measured_recall, recall_rows
 from attribution_core.methods.trak import Trak
 from attribution_core.progress import Progress
 from attribution_core.search.faiss_index import FILE_NAME as SEARCH_FILE
@@ -44,9 +44,10 @@ from attribution_core.spec import RegressionTask
 
 Arrays = dict[str, np.ndarray]
 # Gradients that one pass keeps in memory for the next.
-KEPT_BYTES = 1 << 30
+KEPT_BYTES = 256 << 20
 _MATRIX_SHARDS = 8
 _GRADIENT = "gradient."
+_EXACT = "exact"
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class FitPipeline:
         self._reductions: dict[str, Arrays] = {}
         self._methods: dict[int, FeatureMethod] = {}
         self._kept: dict[int, list[Observed]] = {}
+        self._recall_sides: dict[GradientMethod, QuerySide] = {}
 
     def stages(self) -> list[Stage]:
         """Return the stages in order."""
@@ -160,7 +162,7 @@ class FitPipeline:
         described = {"fingerprint": self.spec.fingerprint(), "coverage": coverage}
         write_description(into, {**described, "recall": None})
         index = LoadedIndex(into, self.spec, self.context)
-        recall = measured_recall(index, progress)
+        recall = measured_recall(index, self._exact_scores(feature_files))
         write_description(into, {**described, "recall": recall})
         size = sum(path.stat().st_size for path in into.rglob("*") if path.is_file())
         return FitSummary(self.spec.fingerprint(), len(index.store), index.dim, size, recall, coverage)
@@ -282,10 +284,29 @@ class FitPipeline:
         found = method.encode_observed(observed)
         _check_finite(found, observed.batch)
         if self.context.layout == "vectors":
-            return found.arrays()
+            side = self._recall_side(method)
+            return found.arrays() | {_EXACT: method.scores_of(side, observed.training).T.cpu().numpy()}
         stored = encoded(observed.training, self.spec.store.dtype)
         _check_scales(stored, observed.batch)
         return found.arrays() | {f"{_GRADIENT}{name}": value for name, value in stored.items()}
+
+    def _recall_side(self, method: GradientMethod) -> QuerySide:
+        """Return the preconditioned queries by which recall is measured, made once per checkpoint."""
+        if method not in self._recall_sides:
+            queries = self.context.source.batch(recall_rows(self.spec.dataset.num_examples))
+            self._recall_sides[method] = method.precondition(method.encode_query(queries), method.default_damping)
+        return self._recall_sides[method]
+
+    def _exact_scores(self, files: Sequence[Path]) -> np.ndarray | None:
+        """Return the exact scores (queries, n) of the queries by which recall is measured, averaged over checkpoints."""
+        ranges = len(files) // len(self.spec.checkpoints)
+        joined = []
+        for number in range(ranges):
+            shards = [read_arrays(path) for path in files[number::ranges]]
+            if _EXACT not in shards[0]:
+                return None
+            joined.append(np.mean([shard[_EXACT] for shard in shards], axis=0))
+        return np.concatenate(joined).T
 
     def _feature_kernel(self, number: int, files: Sequence[Path]) -> Arrays:
         method, shards = self.spec.method, (read_arrays(path) for path in files)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attribution_core.curvature import Identity
 from attribution_core.curvature.fisher import Observed
-from attribution_core.data.batch import Batch
+from attribution_core.gradients import LayerGradient
 from attribution_core.methods.base import Checkpoint, GradientMethod, QuerySide, TrainRows
 from attribution_core.projection import Projection
 
@@ -38,10 +38,10 @@ class GradCos(GradientMethod):
         unit = unit_length(query.gradients)
         return QuerySide(query.output, self.projection.project(unit), unit)
 
-    def exact_scores(self, query: QuerySide, batch: Batch) -> Tensor:
+    def scores_of(self, query: QuerySide, training: Sequence[LayerGradient]) -> Tensor:
         """Return the cosines without projection."""
         assert query.gradients is not None
-        unit = unit_length([gradient.materialise() for gradient in self.observe(batch).training])
+        unit = unit_length([gradient.materialise() for gradient in training])
         return torch.stack([a.flatten(1) @ b.flatten(1).T for a, b in zip(query.gradients, unit, strict=True)]).sum(0)
 
 

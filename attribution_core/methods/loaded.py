@@ -17,7 +17,7 @@ from attribution_core.features.store import FeatureStore
 from attribution_core.fit_spec import FitSpec
 from attribution_core.method_spec import TrakMethod
 from attribution_core.methods.artifact import FACTORS_FILE, FEATURES_FOLDER, GRADIENTS_FOLDER, read_description
-from attribution_core.methods.base import FeatureMethod, QuerySide, inner, summed
+from attribution_core.methods.base import FeatureMethod, GradientMethod, QuerySide, summed
 from attribution_core.methods.context import FitContext
 from attribution_core.progress import NoProgress, Progress
 from attribution_core.search.faiss_index import FILE_NAME as SEARCH_FILE
@@ -258,8 +258,14 @@ class LoadedIndex:
         scores = np.zeros((len(query), len(rows)), np.float32)
         for number, side in enumerate(query.sides):
             for places, gradients in self.gradients.read(number, rows):
-                scores[:, places] += inner(side, gradients).cpu().numpy() / len(self.members)
+                part = self._compared(number).scores_of(side, gradients)
+                scores[:, places] += part.cpu().numpy() / len(self.members)
         return scores
+
+    def _compared(self, number: int) -> GradientMethod:
+        member = self.members[number]
+        assert isinstance(member, GradientMethod)
+        return member
 
     def _kept_effect(self, query: Query, rows: np.ndarray) -> np.ndarray:
         assert self.gradients is not None
