@@ -93,6 +93,7 @@ def arnoldi(product: Product, start: Tensor, iterations: int) -> tuple[Tensor, T
         length = vector.norm()
         if step + 1 == iterations or length <= 1e-6 * projected[: step + 1, : step + 1].abs().max():
             break
+        projected[step + 1, step] = length
         basis.append(vector / length)
     size = len(basis)
     square = projected[:size, :size]

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from attribution_core.fit_spec import CheckpointRef, DatasetRef, FitSpec
+from attribution_core.method_spec import METHODS
 from attribution_core.methods.loaded import LoadedIndex
 from attribution_core.spec import DatasetSpec
 from tests.conftest import MLP, Loaded, load_digits
@@ -46,7 +47,7 @@ def directly(loaded: Loaded, name: str) -> LoadedIndex:
 
 def test_methods_are_described(loaded: Loaded) -> None:
     items = {item["type"]: item for item in loaded.service.get("/v1/methods")["items"]}
-    assert set(items) == {"trak", "ekfac", "grad_dot", "grad_cos", "representation", "exact"}
+    assert set(items) == set(METHODS)
     assert items["representation"]["notion"] == "corroborative"
     assert items["trak"]["parameters"]["properties"]["projection"]
     assert all(item["reference"] and item["needs"] for item in items.values())
