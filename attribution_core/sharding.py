@@ -1,4 +1,51 @@
-"""Deterministic division of a training set into shards."""
+"""Work divided into stages of shards, each a pure function of the work and of the stages before it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from attribution_core.progress import Progress
+
+
+class Piece(Protocol):
+    """One shard of a stage.
+
+    Attributes:
+        ordinal: its number within the stage.
+        units: how much of the job's progress it is.
+    """
+
+    @property
+    def ordinal(self) -> int:
+        """Its number within the stage."""
+
+    @property
+    def units(self) -> int:
+        """How much of the job's progress it is."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Shards that can be computed in any order and placement."""
+
+    name: str
+    shards: Sequence[Piece]
+
+
+class Pipeline(Protocol):
+    """What a sharded job computes."""
+
+    def stages(self) -> list[Stage]:
+        """Return the stages in order."""
+
+    def run_shard(self, stage: str, ordinal: int, progress: Progress) -> dict[str, np.ndarray]:
+        """Compute one shard; progress counts its units."""
+
+    def reduce(self, stage: str, shard_files: Sequence[Path]) -> dict[str, np.ndarray]:
+        """Combine a stage's shard files, given in order of their ordinals."""
 
 
 def shard_ranges(total: int, size: int) -> list[tuple[int, int]]:

@@ -39,7 +39,7 @@ from attribution_core.methods.trak import Trak
 from attribution_core.progress import Progress
 from attribution_core.search.faiss_index import FILE_NAME as SEARCH_FILE
 from attribution_core.search.faiss_index import VectorIndex
-from attribution_core.sharding import shard_ranges
+from attribution_core.sharding import Stage, shard_ranges
 from attribution_core.spec import RegressionTask
 
 Arrays = dict[str, np.ndarray]
@@ -59,13 +59,10 @@ class Shard:
     start: int
     stop: int
 
-
-@dataclass(frozen=True)
-class Stage:
-    """One pass over the training set."""
-
-    name: str
-    shards: tuple[Shard, ...]
+    @property
+    def units(self) -> int:
+        """Training examples in it."""
+        return self.stop - self.start
 
 
 class FitPipeline:
