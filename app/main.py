@@ -18,6 +18,7 @@ from app.indexes.endpoints import router as indexes
 from app.jobs.endpoints import router as jobs
 from app.models.endpoints import router as models
 from app.queries.endpoints import router as queries
+from app.replay.endpoints import router as replay
 from app.settings import Settings
 from app.storage.artifacts import ArtifactStore
 from app.web import problems
@@ -64,7 +65,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     problems.install(app)
     root = APIRouter(prefix="/v1")
-    for router in (datasets, models, indexes, queries, jobs, auth):
+    for router in (datasets, models, indexes, queries, replay, jobs, auth):
         root.include_router(router)
     app.include_router(root)
     app.include_router(health)

@@ -17,6 +17,8 @@ from attribution_core.datamodel import predicted_change, removed_rows
 from attribution_core.errors import InvalidInputError
 from attribution_core.methods.loaded import Attribution, Found, LoadedIndex, Query
 from attribution_core.spec import ArchitectureSpec, DatasetSpec, Filter, Selector
+from attribution_core.training.spec import MODELS_PER_GROUP, TrainSpec
+from attribution_core.training.trainer import Run, Trainer
 
 Json = dict[str, Any]
 _FILTER: TypeAdapter[Filter] = TypeAdapter(Filter)
@@ -36,6 +38,8 @@ class Operations:
                 return describe_model(payload)
             case "describe_plugins":
                 return {"plugins": describe_plugins()}
+            case "training_seconds":
+                return training_seconds(payload)
             case "attribute":
                 return self.attribute([payload])[0]
             case "predict":
@@ -118,6 +122,16 @@ def describe_model(payload: Json) -> Json:
     parameters = skeleton(ArchitectureSpec.model_validate(payload["architecture"]))
     count = sum(int(np.prod(entry["shape"])) for entry in parameters.values() if not entry.get("tied_to"))
     return {"parameters": parameters, "num_parameters": count}
+
+
+def training_seconds(payload: Json) -> Json:
+    """Return the wall time of one step of one model, when as many are trained at once as a bank's groups hold."""
+    spec = TrainSpec.model_validate(payload["train"])
+    trainer = Trainer(spec)
+    everything = np.ones(spec.dataset.num_examples, bool)
+    runs = [Run(everything, seed) for seed in range(min(MODELS_PER_GROUP, trainer.models_at_once()))]
+    steps = len(spec.recipe.learning_rates(spec.dataset.num_examples))
+    return {"seconds_per_step": trainer.estimate_seconds(runs) / (steps * len(runs))}
 
 
 def selected(index: LoadedIndex, selector: Selector, pointer: str = "/subsets") -> np.ndarray:

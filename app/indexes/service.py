@@ -189,6 +189,29 @@ async def fit_spec(session: AsyncSession, reference: str, settings: Settings, ar
     return _spec(index, model, dataset, checkpoints, settings, artifacts)
 
 
+def dataset_ref(dataset: Dataset, artifacts: ArtifactStore, like: Dataset | None = None) -> DatasetRef:
+    """Return where an imported data set is; with `like`, its values are prepared as that training set's are."""
+    assert dataset.artifact is not None
+    spec = datasets.spec_of(dataset)
+    if like is not None:
+        spec = spec.model_copy(update={key: like.spec[key] for key in ("normalize", "max_length")})
+    return DatasetRef(
+        id=dataset.id,
+        folder=artifacts.open(dataset.artifact),
+        spec=spec,
+        sha256=dataset.sha256 or "",
+        num_examples=dataset.num_examples or 0,
+    )
+
+
+async def set_quality(
+    session: AsyncSession, index_id: str, quality: dict[str, Any], calibration: dict[str, Any] | None
+) -> None:
+    """Attach what an evaluation measured to an index."""
+    index = await find(session, index_id, lock=True)
+    index.quality, index.calibration = quality, calibration
+
+
 async def finish_fit(
     session: AsyncSession, index_id: str, summary: FitSummary, published: Published, timings: dict[str, float]
 ) -> None:
@@ -232,7 +255,6 @@ def _spec(
     settings: Settings,
     artifacts: ArtifactStore,
 ) -> FitSpec:
-    assert dataset.artifact is not None
     tokenizer = TokenizerSpec.model_validate(model.tokenizer) if model.tokenizer else None
     source = tokenizer.source if tokenizer else None
     return FitSpec.model_validate(
@@ -241,13 +263,7 @@ def _spec(
             "task": model.task,
             "tokenizer": model.tokenizer,
             "tokenizer_path": resolve(settings.roots, source, "/model") if source else None,
-            "dataset": DatasetRef(
-                id=dataset.id,
-                folder=artifacts.open(dataset.artifact),
-                spec=datasets.spec_of(dataset),
-                sha256=dataset.sha256 or "",
-                num_examples=dataset.num_examples or 0,
-            ),
+            "dataset": dataset_ref(dataset, artifacts),
             "checkpoints": [
                 CheckpointRef(id=c.id, path=artifacts.open(c.artifact) / models.WEIGHTS_FILE, sha256=c.sha256)
                 for c in checkpoints

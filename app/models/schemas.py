@@ -5,6 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from attribution_core.training.recipe import Recipe
 from attribution_core.spec import ArchitectureSpec, Name, Spec, TaskSpec, TokenizerSpec
 
 MODEL_EXAMPLE: dict[str, Any] = {
@@ -23,7 +24,7 @@ class ModelCreate(Spec):
     architecture: ArchitectureSpec
     task: TaskSpec
     tokenizer: TokenizerSpec | None = Field(default=None, description="Needed for text.")
-    recipe: dict[str, Any] | None = Field(default=None, description="How it was trained; kept as it is for now.")
+    recipe: Recipe | None = Field(default=None, description="How it is trained, exactly enough to train it again.")
     metadata: dict[str, Any] | None = Field(default=None, description="Anything of yours.")
 
 

@@ -19,6 +19,7 @@ from app.storage.artifacts import ArtifactStore
 from app.storage.roots import resolve
 from app.web.pagination import Page, PageOf, cut
 from attribution_core.architectures.registry import ARCHITECTURES, describe_architectures, parse_arguments
+from attribution_core.training.recipe import CheckpointInitialisation, Recipe
 from attribution_core.weights import WeightsSummary, check_weights
 
 WEIGHTS_FILE = "weights.safetensors"
@@ -40,13 +41,14 @@ async def create(session: AsyncSession, engine: EngineClient, settings: Settings
     _check(request, settings)
     await session.close()  # nothing is read yet; the engine may take its time
     described = await engine.call("describe_model", {"architecture": request.architecture.model_dump(mode="json")})
+    await _check_initialisation(session, request.recipe, described["parameters"])
     model = Model(
         id=new_id("mdl"),
         name=request.name,
         architecture=request.architecture.model_dump(mode="json"),
         task=request.task.model_dump(mode="json"),
         tokenizer=request.tokenizer.model_dump(mode="json") if request.tokenizer else None,
-        recipe=request.recipe,
+        recipe=request.recipe.model_dump(mode="json") if request.recipe else None,
         user_metadata=request.metadata,
         parameters=described["parameters"],
         num_parameters=described["num_parameters"],
@@ -92,8 +94,10 @@ async def delete(session: AsyncSession, reference: str, artifacts: ArtifactStore
     except IntegrityError:
         raise InUse("An index was fitted to this model; delete the index first.") from None
 
+    banks = bank_folder(model.id)
+
     def remove() -> None:
-        for name in names:
+        for name in (*names, banks):
             artifacts.delete(name)
 
     return remove
@@ -102,33 +106,74 @@ async def delete(session: AsyncSession, reference: str, artifacts: ArtifactStore
 async def add_checkpoint(
     session: AsyncSession, artifacts: ArtifactStore, model: Model, meta: CheckpointMeta, file: Path
 ) -> Checkpoint:
-    """Check a weights file against its model and publish it.
+    """Check a weights file that was uploaded against its model and publish it.
 
     Raises:
         InvalidRequest: with every problem of the file.
         Conflict: if the model has a checkpoint of that run and step.
     """
-    checkpoint_id, name = new_id("ckpt"), model.name
-    summary: WeightsSummary = await asyncio.to_thread(check_weights, file, model.parameters)
+    checkpoint_id = new_id("ckpt")
+    summary = await asyncio.to_thread(check_weights, file, model.parameters)
+    checkpoint = await register_checkpoint(session, model.id, meta, checkpoint_id, summary)
+    await asyncio.to_thread(publish_checkpoint, artifacts, checkpoint_id, file)
+    return checkpoint
+
+
+async def register_checkpoint(
+    session: AsyncSession, model_id: str, meta: CheckpointMeta, checkpoint_id: str, summary: WeightsSummary
+) -> Checkpoint:
+    """Add the row of a checkpoint whose weights were checked.
+
+    Raises:
+        Conflict: if the model has a checkpoint of that run and step.
+    """
     checkpoint = Checkpoint(
         id=checkpoint_id,
-        model_id=model.id,
+        model_id=model_id,
         **meta.model_dump(),
         sha256=summary.sha256,
         bytes=summary.bytes,
         dtype=summary.dtype,
-        artifact=f"checkpoints/{checkpoint_id}",
+        artifact=_artifact_of(checkpoint_id),
     )
     session.add(checkpoint)
     try:
         await session.flush()
     except IntegrityError:
         raise Conflict(
-            f"Model {name!r} has a checkpoint of run {meta.run!r} at step {meta.step}.", pointer="/meta"
+            f"The model has a checkpoint of run {meta.run!r} at step {meta.step}.", pointer="/meta"
         ) from None
     await session.refresh(checkpoint)
-    await asyncio.to_thread(_publish, artifacts, checkpoint, file)
     return checkpoint
+
+
+def publish_checkpoint(artifacts: ArtifactStore, checkpoint_id: str, file: Path) -> None:
+    """Move a weights file to where a checkpoint's are."""
+    folder = artifacts.workspace(checkpoint_id)
+    file.rename(folder / WEIGHTS_FILE)
+    artifacts.publish(folder, _artifact_of(checkpoint_id))
+
+
+async def runs(session: AsyncSession, model_id: str) -> set[str]:
+    """Return the runs that a model has checkpoints of."""
+    return await repository.runs(session, model_id)
+
+
+async def any_checkpoint(session: AsyncSession, checkpoint_id: str) -> Checkpoint:
+    """Return a checkpoint of whatever model.
+
+    Raises:
+        NotFound: if there is none.
+    """
+    checkpoint = await repository.any_checkpoint(session, checkpoint_id)
+    if checkpoint is None:
+        raise NotFound(f"There is no checkpoint {checkpoint_id[:64]!r}.")
+    return checkpoint
+
+
+def bank_folder(model_id: str) -> str:
+    """Return where the banks of a model's retrainings are."""
+    return f"banks/{model_id}"
 
 
 async def list_checkpoints(session: AsyncSession, model: Model, page: Page) -> PageOf[CheckpointOut]:
@@ -214,7 +259,17 @@ def _check(request: ModelCreate, settings: Settings) -> None:
         resolve(settings.roots, request.tokenizer.source, "/tokenizer/source")
 
 
-def _publish(artifacts: ArtifactStore, checkpoint: Checkpoint, file: Path) -> None:
-    folder = artifacts.workspace(checkpoint.id)
-    file.rename(folder / WEIGHTS_FILE)
-    artifacts.publish(folder, checkpoint.artifact)
+async def _check_initialisation(session: AsyncSession, recipe: Recipe | None, parameters: dict[str, Any]) -> None:
+    """Refuse a recipe that starts from a checkpoint of another architecture."""
+    if recipe is None or not isinstance(recipe.initialisation, CheckpointInitialisation):
+        return
+    pointer = "/recipe/initialisation/checkpoint"
+    checkpoint = await repository.any_checkpoint(session, recipe.initialisation.checkpoint)
+    if checkpoint is None:
+        raise InvalidRequest(f"There is no checkpoint {recipe.initialisation.checkpoint!r}.", pointer=pointer)
+    if (await find(session, checkpoint.model_id)).parameters != parameters:
+        raise InvalidRequest("The checkpoint is of another architecture.", pointer=pointer)
+
+
+def _artifact_of(checkpoint_id: str) -> str:
+    return f"checkpoints/{checkpoint_id}"

@@ -3,8 +3,23 @@
 from app.db.tables.api_key import ApiKey
 from app.db.tables.dataset import Dataset
 from app.db.tables.idempotency import Idempotency
-from app.db.tables.index import Index
+from app.db.tables.index import Index, IndexPrior
 from app.db.tables.job import Job, JobEvent, Shard
 from app.db.tables.model import Checkpoint, Model
+from app.db.tables.replay import Bank, BankGroup, Replay
 
-__all__ = ["ApiKey", "Checkpoint", "Dataset", "Idempotency", "Index", "Job", "JobEvent", "Model", "Shard"]
+__all__ = [
+    "ApiKey",
+    "Bank",
+    "BankGroup",
+    "Checkpoint",
+    "Dataset",
+    "Idempotency",
+    "Index",
+    "IndexPrior",
+    "Job",
+    "JobEvent",
+    "Model",
+    "Replay",
+    "Shard",
+]

@@ -26,6 +26,7 @@ class Index(Created, Base):
     shard_size: Mapped[int]
     status: Mapped[str]
     fingerprint: Mapped[str]
+    bank_id: Mapped[str | None] = mapped_column(ForeignKey("bank.id"))
     artifact: Mapped[str | None]
     coverage: Mapped[dict[str, Any] | None]
     bytes: Mapped[int | None]
@@ -33,5 +34,15 @@ class Index(Created, Base):
     recall: Mapped[float | None]
     timings: Mapped[dict[str, Any] | None]
     quality: Mapped[dict[str, Any] | None]
+    calibration: Mapped[dict[str, Any] | None]
     job_id: Mapped[str | None]
     error: Mapped[dict[str, Any] | None]
+
+
+class IndexPrior(Base):
+    """An index that another one is built on, and is therefore kept."""
+
+    __tablename__ = "index_prior"
+
+    index_id: Mapped[str] = mapped_column(ForeignKey("attribution_index.id", ondelete="CASCADE"), primary_key=True)
+    prior_id: Mapped[str] = mapped_column(ForeignKey("attribution_index.id"), primary_key=True, index=True)

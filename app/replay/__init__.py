@@ -1,0 +1,1 @@
+"""Retraining for real: trainings from recipes, banks of retrained models, evaluations and verifications."""

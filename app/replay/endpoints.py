@@ -1,0 +1,227 @@
+"""Trainings, evaluations, verifications and banks."""
+
+from fastapi import APIRouter, Request, Response
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.errors import (
+    Conflict,
+    CorruptArtifact,
+    EngineBusy,
+    EngineUnavailable,
+    IdempotencyInFlight,
+    InUse,
+    NotFound,
+    NotReady,
+    PayloadTooLarge,
+    RecipeMissing,
+    problems,
+)
+from app.jobs.schemas import JobOut
+from app.jobs.service import shown as shown_job
+from app.replay import service
+from app.replay.schemas import (
+    BankOut,
+    EvaluationCreate,
+    EvaluationOut,
+    TrainingCreate,
+    TrainingOut,
+    VerificationCreate,
+    VerificationOut,
+)
+from app.web.boundary import TransactionalRoute
+from app.web.deps import IdempotencyKey, PageDep, PreferWait, ResourcesDep, SessionDep, answer_when_finished, require
+from app.web.effects import after_commit
+from app.web.pagination import PageOf
+
+router = APIRouter(tags=["replay"], route_class=TransactionalRoute)
+_REFUSALS = problems(
+    NotFound,
+    NotReady,
+    RecipeMissing,
+    Conflict,
+    IdempotencyInFlight,
+    PayloadTooLarge,
+    EngineBusy,
+    EngineUnavailable,
+    CorruptArtifact,
+)
+
+
+@router.post(
+    "/models/{model}/trainings",
+    summary="Train a model",
+    status_code=202,
+    response_model=JobOut,
+    dependencies=[require("write")],
+    responses={200: {"model": TrainingOut, "description": "The training, with `Prefer: wait`."}, **_REFUSALS},
+)
+async def create_training(
+    request: Request,
+    response: Response,
+    session: SessionDep,
+    resources: ResourcesDep,
+    model: str,
+    training: TrainingCreate,
+    _key: IdempotencyKey = None,
+    _prefer: PreferWait = None,
+) -> JobOut:
+    """Train a model from its recipe with several seeds; the checkpoints appear together when all are whole.
+
+    The same recipe, data and seed give the same weights, to the bit on one device.
+    """
+    created, job = await service.create_training(session, resources, model, training)
+    response.headers["Location"] = f"/v1/jobs/{job.id}"
+
+    async def finished(later: AsyncSession) -> TrainingOut:
+        return service.shown_training(await service.find(later, "training", created.id))
+
+    answer_when_finished(request, finished)
+    return shown_job(job)
+
+
+@router.get(
+    "/models/{model}/trainings", summary="List trainings", dependencies=[require("read")], responses=problems(NotFound)
+)
+async def list_trainings(session: SessionDep, page: PageDep, model: str) -> PageOf[TrainingOut]:
+    """Return a model's trainings, newest first."""
+    return await service.trainings(session, model, page)
+
+
+@router.get(
+    "/models/{model}/trainings/{training}",
+    summary="Get a training",
+    dependencies=[require("read")],
+    responses=problems(NotFound),
+)
+async def get_training(session: SessionDep, model: str, training: str) -> TrainingOut:
+    """Return one training with the checkpoints it gave, and which seeds diverged."""
+    return service.shown_training(await service.find_training(session, model, training))
+
+
+@router.post(
+    "/indexes/{index}/evaluations",
+    summary="Measure an index",
+    status_code=202,
+    response_model=JobOut,
+    dependencies=[require("write")],
+    responses={200: {"model": EvaluationOut, "description": "The evaluation, with `Prefer: wait`."}, **_REFUSALS},
+)
+async def create_evaluation(
+    request: Request,
+    response: Response,
+    session: SessionDep,
+    resources: ResourcesDep,
+    index: str,
+    evaluation: EvaluationCreate,
+    _key: IdempotencyKey = None,
+    _prefer: PreferWait = None,
+) -> JobOut:
+    """Measure an index's predictions against real retraining; the result becomes its `quality` and is in each answer.
+
+    Retrainings belong to the model's recipe, the data set and the protocol: another index's evaluation finds them done.
+    """
+    created, job = await service.create_evaluation(session, resources, index, evaluation)
+    response.headers["Location"] = f"/v1/jobs/{job.id}"
+
+    async def finished(later: AsyncSession) -> EvaluationOut:
+        return service.shown_evaluation(await service.find(later, "evaluation", created.id))
+
+    answer_when_finished(request, finished)
+    return shown_job(job)
+
+
+@router.get(
+    "/indexes/{index}/evaluations",
+    summary="List evaluations",
+    dependencies=[require("read")],
+    responses=problems(NotFound),
+)
+async def list_evaluations(session: SessionDep, page: PageDep, index: str) -> PageOf[EvaluationOut]:
+    """Return an index's evaluations, newest first."""
+    return await service.evaluations(session, index, page)
+
+
+@router.get(
+    "/indexes/{index}/evaluations/{evaluation}",
+    summary="Get an evaluation",
+    dependencies=[require("read")],
+    responses=problems(NotFound),
+)
+async def get_evaluation(session: SessionDep, index: str, evaluation: str) -> EvaluationOut:
+    """Return one evaluation: what was asked and what was measured, with its protocol."""
+    return service.shown_evaluation(await service.find_of_index(session, "evaluation", index, evaluation))
+
+
+@router.post(
+    "/indexes/{index}/verifications",
+    summary="Verify predictions",
+    status_code=202,
+    response_model=JobOut,
+    dependencies=[require("write")],
+    responses={200: {"model": VerificationOut, "description": "The verification, with `Prefer: wait`."}, **_REFUSALS},
+)
+async def create_verification(
+    request: Request,
+    response: Response,
+    session: SessionDep,
+    resources: ResourcesDep,
+    index: str,
+    verification: VerificationCreate,
+    _key: IdempotencyKey = None,
+    _prefer: PreferWait = None,
+) -> JobOut:
+    """Retrain without chosen examples over several seeds; the predicted change stands beside the realised one and its noise."""
+    created, job = await service.create_verification(session, resources, index, verification)
+    response.headers["Location"] = f"/v1/jobs/{job.id}"
+
+    async def finished(later: AsyncSession) -> VerificationOut:
+        return service.shown_verification(await service.find(later, "verification", created.id))
+
+    answer_when_finished(request, finished)
+    return shown_job(job)
+
+
+@router.get(
+    "/indexes/{index}/verifications",
+    summary="List verifications",
+    dependencies=[require("read")],
+    responses=problems(NotFound),
+)
+async def list_verifications(session: SessionDep, page: PageDep, index: str) -> PageOf[VerificationOut]:
+    """Return an index's verifications, newest first."""
+    return await service.verifications(session, index, page)
+
+
+@router.get(
+    "/indexes/{index}/verifications/{verification}",
+    summary="Get a verification",
+    dependencies=[require("read")],
+    responses=problems(NotFound),
+)
+async def get_verification(session: SessionDep, index: str, verification: str) -> VerificationOut:
+    """Return one verification: predicted beside realised changes, per query and subset."""
+    return service.shown_verification(await service.find_of_index(session, "verification", index, verification))
+
+
+@router.get("/banks", summary="List banks", dependencies=[require("read")], responses=problems())
+async def list_banks(session: SessionDep, page: PageDep) -> PageOf[BankOut]:
+    """Return banks of retrainings, newest first."""
+    return await service.banks(session, page)
+
+
+@router.get("/banks/{bank}", summary="Get a bank", dependencies=[require("read")], responses=problems(NotFound))
+async def get_bank(session: SessionDep, bank: str) -> BankOut:
+    """Return a bank: its protocol, how many retrainings it holds and how many diverged."""
+    return await service.bank(session, bank)
+
+
+@router.delete(
+    "/banks/{bank}",
+    summary="Delete a bank",
+    status_code=204,
+    dependencies=[require("write")],
+    responses=problems(NotFound, InUse),
+)
+async def delete_bank(request: Request, session: SessionDep, resources: ResourcesDep, bank: str) -> None:
+    """Delete a bank's retrainings and their files, unless an index is built on it. What was measured with it stays."""
+    after_commit(request, await service.delete_bank(session, bank, resources.artifacts))

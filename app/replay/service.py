@@ -1,0 +1,542 @@
+"""Submitting replays, what a worker needs to know of them, and what it reports."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.datasets import service as datasets
+from app.db.ids import new_id
+from app.db.tables import Bank, Dataset, Index, Job, Model, Replay
+from app.errors import Conflict, InUse, InvalidRequest, NotFound, RecipeMissing
+from app.indexes import service as indexes
+from app.jobs import service as jobs
+from app.jobs.schemas import JobKind
+from app.models import service as models
+from app.models.schemas import CheckpointMeta
+from app.replay import repository
+from app.replay.schemas import (
+    BankOut,
+    EvaluationCreate,
+    EvaluationOut,
+    QuerySet,
+    TrainedRun,
+    TrainingCreate,
+    TrainingOut,
+    VerificationCreate,
+    VerificationOut,
+)
+from app.settings import Settings
+from app.storage.artifacts import ArtifactStore
+from app.storage.roots import resolve
+from app.web.pagination import Page, PageOf, cut
+from app.web.resources import Resources
+from attribution_core.evaluate.spec import BankRef, EvaluationSpec
+from attribution_core.fit_spec import CheckpointRef, DatasetRef
+from attribution_core.spec import TokenizerSpec
+from attribution_core.training.recipe import CheckpointInitialisation, Recipe
+from attribution_core.training.spec import Protocol, TrainSpec
+from attribution_core.weights import WeightsSummary
+
+Json = dict[str, Any]
+GROUP_FILE = "group.safetensors"
+_PREFIXES = {"training": "trn", "evaluation": "eval", "verification": "ver"}
+
+
+async def create_training(
+    session: AsyncSession, resources: Resources, reference: str, request: TrainingCreate
+) -> tuple[Replay, Job]:
+    """Submit a training from a model's recipe.
+
+    Raises:
+        RecipeMissing: if the model has none.
+        InvalidRequest: if the data set does not fit the model, or it would take too long.
+        Conflict: if the model has checkpoints of such a run.
+    """
+    model = await models.find(session, reference)
+    dataset = await datasets.find_ready(session, request.dataset)
+    recipe = recipe_of(model)
+    indexes.check_fits(model, dataset)
+    names = {f"{request.run}-{seed}" for seed in request.seeds}
+    taken = sorted(names & await models.runs(session, model.id))
+    if taken:
+        raise Conflict(f"Model {model.name!r} has checkpoints of run {taken[0]!r}; name another `run`.", pointer="/run")
+    spec = await train_spec(session, model, dataset, resources.settings, resources.artifacts)
+    await _check_hours(resources, spec, recipe, (dataset.num_examples or 0) * len(request.seeds), request.max_hours)
+    return await _submitted(session, "training", request.model_dump(mode="json"), model, dataset, None)
+
+
+async def create_evaluation(
+    session: AsyncSession, resources: Resources, reference: str, request: EvaluationCreate
+) -> tuple[Replay, Job]:
+    """Submit an evaluation of an index; its banks are found or made here.
+
+    Raises:
+        RecipeMissing: if the index's model has none.
+        InvalidRequest: if the queries do not fit, or retraining would take too long.
+    """
+    index, model, training, spec = await _replayable(session, resources, reference)
+    queries = await datasets.find_ready(session, request.queries.dataset)
+    indexes.check_fits(model, queries, "/queries/dataset")
+    rows = _rows_of(request.queries, queries)
+    body = request.model_dump(mode="json", by_alias=True)
+    body["queries"] = {"dataset": queries.id, "rows": rows}
+    examples = 0.0
+    for protocol in protocols(request):
+        bank = await find_bank(session, model, training, spec, protocol)
+        missing = await missing_groups(session, bank, protocol, model.num_parameters)
+        share = protocol.alpha if protocol.semantics == "resample" else 1.0
+        per_group = protocol.subsets_per_group(model.num_parameters) * protocol.seeds
+        examples += len(missing) * per_group * share * (training.num_examples or 0)
+    extra = (request.loo.examples * request.loo.seeds + request.loo.seeds) if request.loo else 0
+    if request.removal:
+        extra += request.removal.retrainings()
+    examples += extra * (training.num_examples or 0)
+    await _check_hours(resources, spec, recipe_of(model), examples, request.max_hours)
+    return await _submitted(session, "evaluation", body, model, training, index)
+
+
+async def create_verification(
+    session: AsyncSession, resources: Resources, reference: str, request: VerificationCreate
+) -> tuple[Replay, Job]:
+    """Submit a verification of an index's predictions.
+
+    Raises:
+        RecipeMissing: if the index's model has none.
+        InvalidRequest: if queries or subsets do not fit, or retraining would take too long.
+    """
+    index, model, training, spec = await _replayable(session, resources, reference)
+    count = 0
+    for number, selection in enumerate(request.queries):
+        count += len(selection.rows or [0])
+        if selection.dataset is not None:
+            dataset = await datasets.find_ready(session, selection.dataset)
+            indexes.check_fits(model, dataset, f"/queries/{number}/dataset")
+            outside = [row for row in selection.rows or [] if row >= (dataset.num_examples or 0)]
+            if outside:
+                raise InvalidRequest(
+                    f"Data set {dataset.name!r} has {dataset.num_examples} rows.", pointer=f"/queries/{number}/rows"
+                )
+    limits = resources.settings.limits
+    if count > limits.max_queries:
+        raise InvalidRequest(f"A request may have {limits.max_queries} queries, not {count}.", pointer="/queries")
+    per_query = [
+        selector.top_positive or selector.top_negative
+        for subset in request.subsets
+        if (selector := subset.remove or subset.keep) is not None
+    ]
+    sets = 1 + sum(count if relative else 1 for relative in per_query)
+    examples = sets * len(request.seeds) * (training.num_examples or 0)
+    await _check_hours(resources, spec, recipe_of(model), examples, request.max_hours)
+    body = request.model_dump(mode="json", by_alias=True)
+    return await _submitted(session, "verification", body, model, training, index)
+
+
+def recipe_of(model: Model) -> Recipe:
+    """Return a model's recipe.
+
+    Raises:
+        RecipeMissing: if it has none.
+    """
+    if model.recipe is None:
+        raise RecipeMissing(
+            f"Model {model.name!r} was registered without a `recipe`: optimizer, learning_rate, schedule, weight_decay, epochs "
+            "and batch_size. Register a model with one; its weights can be uploaded as its checkpoints, or trained from it.",
+            pointer="/recipe",
+        )
+    return Recipe.model_validate(model.recipe)
+
+
+async def train_spec(
+    session: AsyncSession, model: Model, dataset: Dataset, settings: Settings, artifacts: ArtifactStore
+) -> TrainSpec:
+    """Return everything a training depends on but its seed."""
+    assert dataset.artifact is not None
+    recipe = recipe_of(model)
+    initial = None
+    if isinstance(recipe.initialisation, CheckpointInitialisation):
+        found = await models.any_checkpoint(session, recipe.initialisation.checkpoint)
+        initial = CheckpointRef(id=found.id, path=artifacts.open(found.artifact) / models.WEIGHTS_FILE, sha256=found.sha256)
+    tokenizer = TokenizerSpec.model_validate(model.tokenizer) if model.tokenizer else None
+    source = tokenizer.source if tokenizer else None
+    return TrainSpec.model_validate(
+        {
+            "architecture": model.architecture,
+            "task": model.task,
+            "tokenizer": model.tokenizer,
+            "tokenizer_path": resolve(settings.roots, source, "/model") if source else None,
+            "dataset": indexes.dataset_ref(dataset, artifacts),
+            "recipe": model.recipe,
+            "initial": initial,
+        }
+    )
+
+
+def protocols(request: EvaluationCreate) -> list[Protocol]:
+    """Return the banks an evaluation needs, its main one first."""
+    main = request.protocol
+    deterministic = [
+        Protocol(alpha=alpha, subsets=main.subsets, semantics="mask", seeds=1, first_seed=main.first_seed)
+        for alpha in request.deterministic
+    ]
+    return [main, *deterministic]
+
+
+async def find_bank(
+    session: AsyncSession, model: Model, dataset: Dataset, spec: TrainSpec, protocol: Protocol
+) -> Bank:
+    """Return the bank of a protocol, made if there is none."""
+    stored = protocol.model_dump(mode="json", exclude={"subsets"})
+    values = {"id": new_id("bank"), "model_id": model.id, "dataset_id": dataset.id, "protocol": stored}
+    return await repository.bank_of_key(session, protocol.bank_key(spec), values)
+
+
+async def missing_groups(session: AsyncSession, bank: Bank, protocol: Protocol, num_parameters: int) -> list[int]:
+    """Return the groups of a protocol that were not retrained yet."""
+    known = await repository.groups(session, bank.id)
+    return [number for number in range(protocol.num_groups(num_parameters)) if number not in known]
+
+
+async def training_plan(
+    session: AsyncSession, replay_id: str, settings: Settings, artifacts: ArtifactStore
+) -> tuple[TrainSpec, TrainingCreate, Json]:
+    """Return what a training job trains, and the skeleton that its checkpoints must fit.
+
+    Raises:
+        NotFound: if it was deleted meanwhile.
+    """
+    replay = await find(session, "training", replay_id)
+    model = await models.find(session, replay.model_id)
+    dataset = await datasets.find_ready(session, replay.dataset_id or "")
+    spec = await train_spec(session, model, dataset, settings, artifacts)
+    return spec, TrainingCreate.model_validate(replay.request), model.parameters
+
+
+async def evaluation_plan(
+    session: AsyncSession, replay_id: str, settings: Settings, artifacts: ArtifactStore
+) -> tuple[EvaluationSpec, list[str]]:
+    """Return what an evaluation job measures, and the ids of its banks.
+
+    Raises:
+        NotFound: if it was deleted meanwhile.
+    """
+    replay = await find(session, "evaluation", replay_id)
+    request = EvaluationCreate.model_validate(replay.request)
+    index = await indexes.find_ready(session, replay.index_id or "")
+    model = await models.find(session, replay.model_id)
+    training = await datasets.find_ready(session, index.dataset_id)
+    queries = await datasets.find_ready(session, request.queries.dataset)
+    spec = await train_spec(session, model, training, settings, artifacts)
+    banks: list[BankRef] = []
+    ids: list[str] = []
+    for protocol in protocols(request):
+        bank = await find_bank(session, model, training, spec, protocol)
+        known = await repository.groups(session, bank.id)
+        wanted = range(protocol.num_groups(model.num_parameters))
+        files = {number: artifacts.open(known[number]) / GROUP_FILE for number in wanted if number in known}
+        banks.append(BankRef(protocol=protocol, groups=files))
+        ids.append(bank.id)
+    return EvaluationSpec(
+        folder=artifacts.open(index.artifact or ""),
+        fit=await indexes.fit_spec(session, index.id, settings, artifacts),
+        train=spec,
+        queries=indexes.dataset_ref(queries, artifacts, like=training),
+        rows=request.queries.rows or [],
+        banks=banks,
+        loo=request.loo,
+        removal=request.removal,
+        mislabelled=request.mislabelled,
+        source=request.source,
+        tune=request.tune,
+    ), ids
+
+
+async def verification_request(session: AsyncSession, replay_id: str) -> tuple[Replay, VerificationCreate]:
+    """Return what a verification job was asked."""
+    replay = await find(session, "verification", replay_id)
+    return replay, VerificationCreate.model_validate(replay.request)
+
+
+async def finish_training(
+    session: AsyncSession,
+    replay_id: str,
+    trained: Sequence[tuple[CheckpointMeta, str, WeightsSummary]],
+    diverged: Sequence[int],
+) -> None:
+    """Register the checkpoints of a training, given with their ids.
+
+    Raises:
+        Conflict: if checkpoints of such a run were uploaded meanwhile.
+    """
+    replay = await find(session, "training", replay_id, lock=True)
+    request = TrainingCreate.model_validate(replay.request)
+    runs = {
+        seed: TrainedRun(seed=seed, run=f"{request.run}-{seed}", checkpoints=[], diverged=seed in diverged)
+        for seed in request.seeds
+    }
+    for meta, checkpoint_id, summary in trained:
+        await models.register_checkpoint(session, replay.model_id, meta, checkpoint_id, summary)
+        runs[meta.seed or 0].checkpoints.append(checkpoint_id)
+    replay.status, replay.error = "succeeded", None
+    replay.result = {"runs": [run.model_dump() for run in runs.values()]}
+
+
+async def add_groups(session: AsyncSession, bank_id: str, groups: Sequence[Json]) -> None:
+    """Record retrained groups of a bank.
+
+    Raises:
+        NotFound: if the bank was deleted meanwhile.
+    """
+    if groups and await repository.lock_bank(session, bank_id) is None:
+        raise NotFound(f"The bank {bank_id} was deleted.")
+    for group in groups:
+        await repository.add_group(session, {"bank_id": bank_id, **group})
+
+
+async def finish_evaluation(session: AsyncSession, replay_id: str, quality: Json, calibration: Json | None) -> None:
+    """Make an evaluation's result its index's quality."""
+    replay = await find(session, "evaluation", replay_id, lock=True)
+    replay.status, replay.error, replay.result = "succeeded", None, quality
+    quality = {**quality, "evaluation": replay.id}
+    await indexes.set_quality(session, replay.index_id or "", quality, calibration)
+
+
+async def finish_verification(session: AsyncSession, replay_id: str, result: Json) -> None:
+    """Keep a verification's result."""
+    replay = await find(session, "verification", replay_id, lock=True)
+    replay.status, replay.error, replay.result = "succeeded", None, result
+
+
+async def find(session: AsyncSession, kind: str, replay_id: str, *, lock: bool = False) -> Replay:
+    """Return a replay of a kind.
+
+    Raises:
+        NotFound: if there is none.
+    """
+    replay = await repository.find(session, kind, replay_id, lock=lock)
+    if replay is None:
+        raise NotFound(f"There is no {kind} {replay_id[:64]!r}.")
+    return replay
+
+
+async def find_of_index(session: AsyncSession, kind: str, index: str, replay_id: str) -> Replay:
+    """Return a replay of an index.
+
+    Raises:
+        NotFound: if the index has none of that id.
+    """
+    found, replay = await indexes.find(session, index), await find(session, kind, replay_id)
+    if replay.index_id != found.id:
+        raise NotFound(f"Index {found.name!r} has no {kind} {replay_id[:64]!r}.")
+    return replay
+
+
+async def find_training(session: AsyncSession, model: str, replay_id: str) -> Replay:
+    """Return a training of a model.
+
+    Raises:
+        NotFound: if the model has none of that id.
+    """
+    found, replay = await models.find(session, model), await find(session, "training", replay_id)
+    if replay.model_id != found.id:
+        raise NotFound(f"Model {found.name!r} has no training {replay_id[:64]!r}.")
+    return replay
+
+
+async def trainings(session: AsyncSession, model: str, page: Page) -> PageOf[TrainingOut]:
+    """Return one page of a model's trainings, newest first."""
+    found = await models.find(session, model)
+    route = f"trainings:{found.id}"
+    rows, following = cut(await repository.page(session, "training", page, route, model_id=found.id), page, route)
+    return PageOf[TrainingOut](items=[shown_training(row) for row in rows], next=following)
+
+
+async def evaluations(session: AsyncSession, index: str, page: Page) -> PageOf[EvaluationOut]:
+    """Return one page of an index's evaluations, newest first."""
+    found = await indexes.find(session, index)
+    route = f"evaluations:{found.id}"
+    rows, following = cut(await repository.page(session, "evaluation", page, route, index_id=found.id), page, route)
+    return PageOf[EvaluationOut](items=[shown_evaluation(row) for row in rows], next=following)
+
+
+async def verifications(session: AsyncSession, index: str, page: Page) -> PageOf[VerificationOut]:
+    """Return one page of an index's verifications, newest first."""
+    found = await indexes.find(session, index)
+    route = f"verifications:{found.id}"
+    rows, following = cut(await repository.page(session, "verification", page, route, index_id=found.id), page, route)
+    return PageOf[VerificationOut](items=[shown_verification(row) for row in rows], next=following)
+
+
+async def banks(session: AsyncSession, page: Page) -> PageOf[BankOut]:
+    """Return one page of banks, newest first."""
+    rows, following = cut(await repository.banks(session, page), page, "banks")
+    totals = await repository.totals(session, [row.id for row in rows])
+    return PageOf[BankOut](items=[_shown_bank(row, totals.get(row.id, (0, 0, 0))) for row in rows], next=following)
+
+
+async def bank(session: AsyncSession, bank_id: str) -> BankOut:
+    """Return a bank.
+
+    Raises:
+        NotFound: if there is none.
+    """
+    found = await repository.bank(session, bank_id)
+    if found is None:
+        raise NotFound(f"There is no bank {bank_id[:64]!r}.")
+    totals = await repository.totals(session, [found.id])
+    return _shown_bank(found, totals.get(found.id, (0, 0, 0)))
+
+
+async def delete_bank(session: AsyncSession, bank_id: str, artifacts: ArtifactStore) -> Callable[[], None]:
+    """Delete a bank; returns what removes its files once that is committed.
+
+    Raises:
+        NotFound: if there is none.
+        InUse: if an index is built on it.
+    """
+    found = await repository.bank(session, bank_id)
+    if found is None:
+        raise NotFound(f"There is no bank {bank_id[:64]!r}.")
+    folder = bank_folder(found)
+    await session.delete(found)
+    try:
+        await session.flush()
+    except IntegrityError:
+        raise InUse("An index is built on this bank; delete the index first.") from None
+    return lambda: artifacts.delete(folder)
+
+
+def bank_folder(bank: Bank) -> str:
+    """Return where a bank's groups are, below its model's folder: deleting a model deletes that."""
+    return f"{models.bank_folder(bank.model_id)}/{bank.id}"
+
+
+def shown_training(replay: Replay) -> TrainingOut:
+    """Return a training as clients see it."""
+    runs = None if replay.result is None else [TrainedRun(**run) for run in replay.result["runs"]]
+    asked = TrainingCreate.model_validate(replay.request)
+    return TrainingOut(
+        model=replay.model_id, dataset=replay.dataset_id, seeds=asked.seeds, save_every=asked.save_every, runs=runs, **_common(replay)
+    )
+
+
+def shown_evaluation(replay: Replay) -> EvaluationOut:
+    """Return an evaluation as clients see it."""
+    return EvaluationOut(index=replay.index_id or "", request=replay.request, quality=replay.result, **_common(replay))
+
+
+def shown_verification(replay: Replay) -> VerificationOut:
+    """Return a verification as clients see it."""
+    result = replay.result or {"retrainings": None, "diverged": None, "results": None}
+    return VerificationOut(index=replay.index_id or "", request=replay.request, **result, **_common(replay))
+
+
+async def fail_replay(session: AsyncSession, replay_id: str, error: Json) -> None:
+    """Record why a replay failed; it may have been deleted meanwhile."""
+    await _set_status(session, replay_id, "failed", error)
+
+
+async def begin_replay(session: AsyncSession, replay_id: str) -> None:
+    """Record that a replay is tried again."""
+    await _set_status(session, replay_id, "running", None)
+
+
+async def _set_status(session: AsyncSession, replay_id: str, status: str, error: Json | None) -> None:
+    for kind in _PREFIXES:
+        replay = await repository.find(session, kind, replay_id, lock=True)
+        if replay is not None:
+            replay.status, replay.error = status, error
+
+
+async def _replayable(session: AsyncSession, resources: Resources, reference: str) -> tuple[Index, Model, Dataset, TrainSpec]:
+    index = await indexes.find_ready(session, reference)
+    model = await models.find(session, index.model_id)
+    training = await datasets.find_ready(session, index.dataset_id)
+    spec = await train_spec(session, model, training, resources.settings, resources.artifacts)
+    return index, model, training, spec
+
+
+async def _submitted(
+    session: AsyncSession, kind: JobKind, body: Json, model: Model, dataset: Dataset, index: Index | None
+) -> tuple[Replay, Job]:
+    replay = Replay(
+        id=new_id(_PREFIXES[kind]),
+        kind=kind,
+        model_id=model.id,
+        dataset_id=dataset.id,
+        index_id=index.id if index else None,
+        request=body,
+        status="running",
+    )
+    session.add(replay)
+    await session.flush()
+    job = await jobs.submit(session, kind, kind, replay.id, unit="steps")
+    replay.job_id = job.id
+    await session.flush()
+    await session.refresh(replay)
+    return replay, job
+
+
+async def _check_hours(
+    resources: Resources, spec: TrainSpec, recipe: Recipe, examples: float, asked: float | None
+) -> None:
+    """Refuse retraining that would take too long, before it starts.
+
+    Args:
+        examples: training examples of all retrainings together; each is seen once an epoch.
+        asked: hours that the request allows.
+
+    Raises:
+        InvalidRequest: with the estimate.
+    """
+    steps = examples * recipe.epochs / recipe.batch_size
+    if steps == 0:
+        return
+    payload = {"train": spec.model_dump(mode="json", by_alias=True)}
+    per_step = (await resources.engine.call("training_seconds", payload))["seconds_per_step"]
+    hours, allowed = per_step * steps / 3600, min(asked or np.inf, resources.settings.limits.max_replay_hours)
+    if hours > allowed:
+        raise InvalidRequest(
+            f"The retrainings would take about {hours:.2g} hours, and {allowed:g} are allowed: ask for fewer subsets or seeds, "
+            "or raise max_hours up to the operator's limit.",
+            pointer="/max_hours",
+        )
+
+
+def _rows_of(asked: QuerySet, dataset: Dataset) -> list[int]:
+    total = dataset.num_examples or 0
+    if asked.rows is None:
+        return [int(row) for row in np.unique(np.linspace(0, total - 1, min(asked.count, total)).round().astype(int))]
+    if max(asked.rows) >= total or len(set(asked.rows)) != len(asked.rows):
+        raise InvalidRequest(f"Rows must differ and be below {total}.", pointer="/queries/rows")
+    return asked.rows
+
+
+def _common(replay: Replay) -> Json:
+    return {
+        "id": replay.id,
+        "status": replay.status,
+        "job": replay.job_id,
+        "error": replay.error,
+        "created_at": replay.created_at,
+    }
+
+
+def _shown_bank(bank: Bank, totals: tuple[int, int, int]) -> BankOut:
+    retrainings, diverged, size = totals
+    return BankOut(
+        id=bank.id,
+        model=bank.model_id,
+        dataset=bank.dataset_id,
+        protocol=bank.protocol,
+        retrainings=retrainings,
+        diverged=diverged,
+        bytes=size,
+        created_at=bank.created_at,
+    )
+
+
+for _kind in _PREFIXES:
+    jobs.RESOURCES[_kind] = jobs.Resource(begin_replay, fail_replay)

@@ -1,0 +1,192 @@
+"""Trainings, evaluations and verifications over HTTP, by real retraining of a small model on real digits."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.conftest import MLP, Loaded
+
+RECIPE: dict[str, Any] = {
+    "optimizer": {"type": "sgd", "momentum": 0.9},
+    "learning_rate": 0.05,
+    "weight_decay": 1e-3,
+    "epochs": 4,
+    "batch_size": 50,
+}
+PROTOCOL = {"alpha": 0.5, "subsets": 32, "seeds": 1}
+
+
+@pytest.fixture(scope="module")
+def trained(loaded: Loaded) -> Loaded:
+    """The shared service with a model that was trained from its recipe, and an index of it."""
+    service = loaded.service
+    body = {"name": "replayed", "architecture": MLP, "task": {"type": "classification"}, "recipe": RECIPE}
+    assert service.post("/v1/models", body, 201)["recipe"]["epochs"] == 4
+    job = service.post("/v1/models/replayed/trainings", {"dataset": "digits", "seeds": [0, 1]}, 202)
+    assert service.finished(job)["state"] == "succeeded"
+    fit = {"name": "replayed-ekfac", "model": "replayed", "dataset": "digits", "method": {"type": "ekfac"}}
+    assert service.finished(service.post("/v1/indexes", fit, 202))["state"] == "succeeded"
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def evaluated(trained: Loaded) -> dict[str, Any]:
+    """The finished evaluation of the index."""
+    body = {
+        "queries": {"dataset": "test", "count": 30},
+        "protocol": PROTOCOL,
+        "deterministic": [0.9],
+        "loo": {"examples": 4, "seeds": 2},
+        "removal": {"top": [10], "queries": 2, "seeds": 1},
+        "mislabelled": {"field": "row", "op": "lt", "value": 20},
+        "source": "source",
+        "tune": {"dampings": [0.01, 0.1, 1.0]},
+    }
+    job = trained.service.post("/v1/indexes/replayed-ekfac/evaluations", body, 202)
+    assert trained.service.finished(job)["state"] == "succeeded"
+    found: dict[str, Any] = trained.service.get("/v1/indexes/replayed-ekfac/evaluations")["items"][0]
+    return found
+
+
+def test_a_model_is_trained_from_its_recipe(trained: Loaded) -> None:
+    (training,) = trained.service.get("/v1/models/replayed/trainings")["items"]
+    assert training["status"] == "succeeded"
+    assert [run["run"] for run in training["runs"]] == ["seed-0", "seed-1"]
+    assert trained.service.get(f"/v1/models/replayed/trainings/{training['id']}") == training
+    checkpoints = trained.service.get("/v1/models/replayed/checkpoints")["items"]
+    assert {checkpoint["step"] for checkpoint in checkpoints} == {48}
+    assert all(checkpoint["final"] for checkpoint in checkpoints)
+    assert len({checkpoint["sha256"] for checkpoint in checkpoints}) == 2
+    answer = trained.service.post(
+        "/v1/indexes/replayed-ekfac/attributions", {"queries": [{"dataset": "test", "rows": list(range(30))}]}
+    )
+    right = [result["output"]["value"] > 0 for result in answer["results"]]
+    assert np.mean(right) > 0.7, "a trained model is right about most digits"
+
+
+def test_trajectories_have_their_learning_rates(trained: Loaded) -> None:
+    body = {"dataset": "digits", "seeds": [0], "save_every": 20, "run": "path"}
+    job = trained.service.post("/v1/models/replayed/trainings", body, 202)
+    assert trained.service.finished(job)["state"] == "succeeded"
+    items = trained.service.get("/v1/models/replayed/checkpoints")["items"]
+    path = sorted((item for item in items if item["run"] == "path-0"), key=lambda item: item["step"])
+    assert [(item["step"], item["final"]) for item in path] == [(20, False), (40, False), (48, True)]
+    assert all(item["learning_rate"] == pytest.approx(0.05) for item in path)
+    same = next(item for item in items if item["run"] == "seed-0")
+    assert path[-1]["sha256"] == same["sha256"], "the same seed trains to the same bits"
+
+
+def test_a_second_training_of_the_same_runs_is_refused(trained: Loaded) -> None:
+    answer = trained.service.http.post("/v1/models/replayed/trainings", json={"dataset": "digits", "seeds": [1]})
+    assert answer.status_code == 409
+    assert answer.json()["errors"][0]["pointer"] == "/run"
+
+
+def test_a_model_without_a_recipe_says_what_is_missing(steady: Loaded) -> None:
+    for path, body in (
+        ("models/mlp/trainings", {"dataset": "digits"}),
+        ("indexes/steady/evaluations", {"queries": {"dataset": "test"}}),
+        ("indexes/steady/verifications", {"queries": [{"dataset": "test", "rows": [0]}], "subsets": [{"remove": {"rows": [1]}}]}),
+    ):
+        answer = steady.service.http.post(f"/v1/{path}", json=body)
+        assert answer.status_code == 409, path
+        assert answer.json()["type"] == "/problems/recipe-missing"
+        assert "learning_rate" in answer.json()["detail"]
+
+
+def test_an_evaluation_measures_against_real_retraining(trained: Loaded, evaluated: dict[str, Any]) -> None:
+    quality = evaluated["quality"]
+    low, high = quality["interval"]
+    assert low < quality["lds"] < high
+    assert quality["lds"] > 0.15, "EK-FAC predicts retraining of a small MLP"
+    assert abs(quality["control"]["lds"]) < 0.15
+    assert quality["protocol"]["subsets"] == 32
+    assert quality["retrainings"] >= 32
+    assert quality["diverged"] == 0
+    assert quality["deterministic"][0]["protocol"]["semantics"] == "mask"
+    assert -1 <= quality["loo"]["correlation"] <= 1
+    assert quality["removal"]["curves"]
+    assert 0 <= quality["mislabel"]["auc"] <= 1
+    assert quality["mixture"]
+    assert quality["tuned"]["damping"] in (0.01, 0.1, 1.0)
+    index = trained.service.get("/v1/indexes/replayed-ekfac")
+    assert index["quality"]["lds"] == quality["lds"]
+    assert trained.service.get("/v1/indexes/replayed-ekfac/quality")["quality"]["evaluation"] == evaluated["id"]
+
+
+def test_answers_carry_quality_and_calibrated_intervals(trained: Loaded, evaluated: dict[str, Any]) -> None:
+    half = {"remove": {"rows": list(range(0, 600, 2))}}
+    few = {"remove": {"rows": [1, 2, 3]}}
+    body = {"queries": [{"dataset": "test", "rows": [3, 8]}], "subsets": [half, few], "interval": 0.9}
+    answer = trained.service.post("/v1/indexes/replayed-ekfac/counterfactuals", body)
+    assert answer["quality"]["lds"] == evaluated["quality"]["lds"]
+    assert answer["damping"] == evaluated["quality"]["tuned"]["damping"]
+    for result in answer["results"]:
+        inside, outside = result["predictions"]
+        assert inside["calibrated"]
+        low, high = inside["interval"]
+        assert low <= inside["change"] <= high
+        assert not outside["calibrated"], "three of 600 is far from the halves that were retrained"
+
+
+def test_a_second_index_shares_the_bank(trained: Loaded, evaluated: dict[str, Any]) -> None:
+    before = trained.service.get("/v1/banks")["items"]
+    fit = {"name": "replayed-dot", "model": "replayed", "dataset": "digits", "method": {"type": "grad_dot"}}
+    assert trained.service.finished(trained.service.post("/v1/indexes", fit, 202))["state"] == "succeeded"
+    body = {"queries": {"dataset": "test", "count": 30}, "protocol": PROTOCOL}
+    job = trained.service.post("/v1/indexes/replayed-dot/evaluations", body, 202)
+    ended = trained.service.finished(job)
+    assert ended["state"] == "succeeded"
+    assert ended["progress"]["total"] == 0, "nothing was trained again"
+    after = trained.service.get("/v1/banks")["items"]
+    assert [(bank["id"], bank["retrainings"]) for bank in after] == [(b["id"], b["retrainings"]) for b in before]
+
+
+def test_a_verification_lays_predictions_beside_retraining(trained: Loaded) -> None:
+    body = {
+        "queries": [{"dataset": "test", "rows": [3, 8]}],
+        "subsets": [{"remove": {"top_positive": 60}}, {"keep": {"where": {"field": "row", "op": "lt", "value": 400}}}],
+        "seeds": [0, 1],
+    }
+    answer = trained.service.http.post(
+        "/v1/indexes/replayed-ekfac/verifications", json=body, headers={"Prefer": "wait=60"}
+    )
+    assert answer.status_code == 200, answer.text
+    found = answer.json()
+    assert found["retrainings"] == 2 * (1 + 2 + 1)
+    for result in found["results"]:
+        helpful, kept = result["predictions"]
+        assert (helpful["removed"], kept["removed"]) == (60, 200)
+        assert len(helpful["realised_by_seed"]) == 2
+        assert helpful["predicted_change"] < 0
+        assert helpful["realised_change"] < 0, "without its helpful examples the margin falls"
+        assert helpful["seed_noise"] >= 0
+    listed = trained.service.get("/v1/indexes/replayed-ekfac/verifications")["items"]
+    assert trained.service.get(f"/v1/indexes/replayed-ekfac/verifications/{found['id']}") == listed[0]
+
+
+def test_too_much_retraining_is_refused_with_its_hours(trained: Loaded) -> None:
+    body = {"queries": {"dataset": "test"}, "protocol": {"subsets": 100_000, "seeds": 100}, "max_hours": 0.01}
+    answer = trained.service.http.post("/v1/indexes/replayed-ekfac/evaluations", json=body)
+    assert answer.status_code == 422
+    assert "hours" in answer.json()["detail"]
+    assert answer.json()["errors"][0]["pointer"] == "/max_hours"
+
+
+def test_diverging_retrainings_are_counted_and_left_out(trained: Loaded) -> None:
+    service = trained.service
+    wild = {**RECIPE, "learning_rate": 1e6}
+    service.post("/v1/models", {"name": "wild", "architecture": MLP, "task": {"type": "classification"}, "recipe": wild}, 201)
+    job = service.finished(service.post("/v1/models/wild/trainings", {"dataset": "digits", "seeds": [0]}, 202))
+    assert job["state"] == "failed"
+    assert "diverged" in job["error"]["detail"]
+
+
+def test_banks_are_listed_and_deleted(trained: Loaded, evaluated: dict[str, Any]) -> None:
+    listed = trained.service.get("/v1/banks")["items"]
+    deterministic = next(bank for bank in listed if bank["protocol"]["semantics"] == "mask")
+    assert deterministic["bytes"] > 0
+    assert trained.service.get(f"/v1/banks/{deterministic['id']}") == deterministic
+    assert trained.service.http.delete(f"/v1/banks/{deterministic['id']}").status_code == 204
+    assert trained.service.http.get(f"/v1/banks/{deterministic['id']}").status_code == 404
