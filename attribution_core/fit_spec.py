@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from attribution_core.errors import CorruptArtifactError, FingerprintMismatchError
 from attribution_core.fingerprint import sha256_file, sha256_of
 from attribution_core.method_spec import PROJECTION_VERSION, MethodSpec
 from attribution_core.spec import ArchitectureSpec, DatasetSpec, SearchSpec, Spec, StoreSpec, TaskSpec, TokenizerSpec
@@ -18,6 +19,20 @@ class CheckpointRef(Spec):
     path: Path
     sha256: str
 
+    def verify(self) -> None:
+        """Read the file and compare.
+
+        Raises:
+            CorruptArtifactError: if it is missing.
+            FingerprintMismatchError: if it holds other weights.
+        """
+        try:
+            found = sha256_file(self.path)
+        except OSError as error:
+            raise CorruptArtifactError(f"checkpoint {self.id} cannot be read: {error.strerror}") from error
+        if found != self.sha256:
+            raise FingerprintMismatchError(f"the weights of checkpoint {self.id} are not those it was registered with")
+
 
 class DatasetRef(Spec):
     """Where an imported data set is and what it must be."""
@@ -27,6 +42,10 @@ class DatasetRef(Spec):
     spec: DatasetSpec
     sha256: str
     num_examples: int = Field(ge=1)
+
+    def reading(self) -> dict[str, Any]:
+        """Return what decides how the stored examples are turned into inputs."""
+        return self.spec.model_dump(mode="json", include={"kind", "shape", "normalize", "max_length"})
 
 
 class FitSpec(Spec):
@@ -69,10 +88,9 @@ class FitSpec(Spec):
                 "format",
             },
         )
-        data = self.dataset.spec.model_dump(mode="json", include={"kind", "shape", "normalize", "max_length"})
         weights = [checkpoint.sha256 for checkpoint in self.checkpoints]
         tokenizer = sha256_file(self.tokenizer_path) if self.tokenizer_path else None
-        return sha256_of([decides, data, self.dataset.sha256, weights, tokenizer, PROJECTION_VERSION])
+        return sha256_of([decides, self.dataset.reading(), self.dataset.sha256, weights, tokenizer, PROJECTION_VERSION])
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,9 @@ from attribution_core.data.batch import Batch
 from attribution_core.data.collate import ExampleSource
 from attribution_core.data.reader import DatasetReader
 from attribution_core.data.tokenizers import load_tokenizer
-from attribution_core.errors import CorruptArtifactError, FingerprintMismatchError, InvalidInputError
+from attribution_core.errors import FingerprintMismatchError, InvalidInputError
 from attribution_core.features.factors import numbers_kept
-from attribution_core.fingerprint import sha256_file
-from attribution_core.fit_spec import CheckpointRef, FitSpec
+from attribution_core.fit_spec import FitSpec
 from attribution_core.method_spec import (
     ArnoldiMethod,
     CgMethod,
@@ -101,7 +100,7 @@ class FitContext:
         """
         if number not in self._checkpoints:
             reference = self.spec.checkpoints[number]
-            _check_weights(reference)
+            reference.verify()
             module = load_model(self.spec.architecture, reference.path, self.device)
             self._checkpoints[number] = Checkpoint(
                 module=module,
@@ -240,12 +239,3 @@ class FitContext:
         """Return a projection of its own for each checkpoint: their errors then average out over an ensemble."""
         spec = method.projection.model_copy(update={"seed": method.projection.seed + (number << 32)})
         return build_projection(spec, self.checkpoint(number).capture.blocks)
-
-
-def _check_weights(reference: CheckpointRef) -> None:
-    try:
-        found = sha256_file(reference.path)
-    except OSError as error:
-        raise CorruptArtifactError(f"checkpoint {reference.id} cannot be read: {error.strerror}") from error
-    if found != reference.sha256:
-        raise FingerprintMismatchError(f"the weights of checkpoint {reference.id} are not those it was registered with")
