@@ -141,6 +141,12 @@ class GradientCapture:
             raise UnsupportedLayerError("the forward pass used none of the attributed layers")
         return Pass(_full(output), self.blocks, uses)
 
+    def output(self, forward: Callable[[nn.Module], Tensor]) -> Tensor:
+        """Return what `run` would output, without keeping anything."""
+        with self.lowered():
+            output: Tensor = _full(forward(self.module))
+        return output
+
     def lowered(self) -> AbstractContextManager[Any]:
         """Compute in the precision asked for."""
         device = next(self.module.parameters()).device.type
