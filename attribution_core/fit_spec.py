@@ -9,7 +9,16 @@ from pydantic import Field
 from attribution_core.errors import CorruptArtifactError, FingerprintMismatchError
 from attribution_core.fingerprint import sha256_file, sha256_of
 from attribution_core.method_spec import PROJECTION_VERSION, MethodSpec
-from attribution_core.spec import ArchitectureSpec, DatasetSpec, SearchSpec, Spec, StoreSpec, TaskSpec, TokenizerSpec
+from attribution_core.spec import (
+    ArchitectureSpec,
+    DatasetSpec,
+    Precision,
+    SearchSpec,
+    Spec,
+    StoreSpec,
+    TaskSpec,
+    TokenizerSpec,
+)
 
 
 class CheckpointRef(Spec):
@@ -52,7 +61,8 @@ class FitSpec(Spec):
     """Everything a fit depends on; JSON in, JSON out.
 
     Attributes:
-        layers: names of the attributed layers, all by default.
+        layers: names or patterns (`layer_names`) of the attributed layers, all by default.
+        precision: of forward and backward passes; gradients, curvatures and scores are float32 in any case.
         shard_size: training examples per shard; changes no score beyond rounding.
         batch_size: examples per pass; by memory if None.
     """
@@ -66,6 +76,7 @@ class FitSpec(Spec):
     method: MethodSpec
     measurement: str
     layers: list[str] | None = None
+    precision: Precision = "float32"
     store: StoreSpec = StoreSpec()
     search: SearchSpec = SearchSpec()
     shard_size: int = Field(default=512, ge=1)
@@ -83,6 +94,7 @@ class FitSpec(Spec):
                 "method",
                 "measurement",
                 "layers",
+                "precision",
                 "store",
                 "search",
                 "format",

@@ -13,6 +13,7 @@ from torch.func import functional_call
 
 from attribution_core.data.batch import Batch
 from attribution_core.gradients import GradientCapture
+from attribution_core.gradients.attention import in_steps
 from attribution_core.gradients.parameters import ParameterLayout
 from attribution_core.tasks import Task
 
@@ -48,7 +49,8 @@ class HessianProducts:
         layout = ParameterLayout(self.capture)
         named = {name: value.clone().requires_grad_() for name, value in layout.parameters().items()}
         leaves = list(named.values())
-        with torch.enable_grad():
+        # Fused attention cannot be differentiated twice.
+        with torch.enable_grad(), in_steps(self.capture.module):
             output = functional_call(self.capture.module, named, *_call(batch))
             vectors = layout.unpacked(parts)
             given = [vectors[name].to(value.dtype) for name, value in named.items()]

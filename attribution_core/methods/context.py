@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 
 from attribution_core.checkpoints import load_model
 from attribution_core.curvature import Curvature, EkfacFactors, Identity
@@ -58,6 +59,7 @@ _BATCH_BYTES = 64 << 20
 _CURVATURE_BYTES = 1 << 30
 _MAX_BATCH = 512
 _PROBED = 8
+_LOWERED = {"float32": None, "bfloat16": torch.bfloat16}
 
 
 class FitContext:
@@ -107,7 +109,7 @@ class FitContext:
                 task=self.task,
                 measurement=self.spec.measurement,
                 num_examples=self.spec.dataset.num_examples,
-                capture=CheckedCapture(module, self.spec.layers),
+                capture=CheckedCapture(module, self.spec.layers, _LOWERED[self.spec.precision]),
             )
         return self._checkpoints[number]
 
