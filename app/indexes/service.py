@@ -80,6 +80,7 @@ async def create(
     if isinstance(spec.method, ExactMethod) and spec.architecture.name not in ExactMethod.architectures:
         known = " and ".join(ExactMethod.architectures)
         raise InvalidRequest(f"Exact attribution is for the architectures {known}.", pointer="/method/type")
+    spec.check_trajectory()
     _check_layers(index, model)
     index.fingerprint = spec.fingerprint()
     session.add(index)
@@ -251,7 +252,14 @@ def _spec(
                 num_examples=dataset.num_examples or 0,
             ),
             "checkpoints": [
-                CheckpointRef(id=c.id, path=artifacts.open(c.artifact) / models.WEIGHTS_FILE, sha256=c.sha256)
+                CheckpointRef(
+                    id=c.id,
+                    path=artifacts.open(c.artifact) / models.WEIGHTS_FILE,
+                    sha256=c.sha256,
+                    run=c.run,
+                    step=c.step,
+                    learning_rate=c.learning_rate,
+                )
                 for c in checkpoints
             ],
             "method": index.method,

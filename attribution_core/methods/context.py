@@ -10,6 +10,7 @@ import torch
 
 from attribution_core.checkpoints import load_model
 from attribution_core.curvature import Curvature, EkfacFactors, Identity
+from attribution_core.curvature.base import Multiple
 from attribution_core.curvature.dense import Spectral
 from attribution_core.curvature.fisher import Fisher, Observed, observe
 from attribution_core.curvature.iterative import ConjugateGradient, DataInf, GaussNewton, Lissa
@@ -31,6 +32,7 @@ from attribution_core.method_spec import (
     ExactMethod,
     ExplicitMethod,
     FisherMethod,
+    GasMethod,
     GaussNewtonMethod,
     GradCosMethod,
     GradientMethodBase,
@@ -39,6 +41,7 @@ from attribution_core.method_spec import (
     LissaMethod,
     LograMethod,
     RepresentationMethod,
+    TracinMethod,
     TrakMethod,
 )
 from attribution_core.methods.base import CheckedCapture, Checkpoint, FeatureMethod, GradientMethod
@@ -66,7 +69,7 @@ class FitContext:
     """Loads what a `FitSpec` names, once, and builds methods on its checkpoints.
 
     Raises:
-        InvalidInputError: if the task has no such measurement.
+        InvalidInputError: if the task has no such measurement, or the checkpoints do not say what the method needs.
         FingerprintMismatchError: if the data set is not the one named.
     """
 
@@ -79,6 +82,7 @@ class FitContext:
             raise InvalidInputError(
                 f"{spec.task.type} has no measurement {spec.measurement!r}; it has {known}", "/measurement"
             )
+        spec.check_trajectory()
         self.source = self.source_of(spec.dataset.folder, spec.dataset.spec)
         if self.source.reader.num_examples != spec.dataset.num_examples:
             raise FingerprintMismatchError(
@@ -132,7 +136,7 @@ class FitContext:
         """
         asked, method = self.spec.store.layout, self.spec.method
         possible = isinstance(method, GradientMethodBase) and not isinstance(
-            method, TrakMethod | LograMethod | GradCosMethod
+            method, TrakMethod | LograMethod | GradCosMethod | GasMethod
         )
         if asked == "factors" and not possible:
             raise InvalidInputError(f"{method.type} keeps vectors, not factors", "/store/layout")
@@ -160,6 +164,8 @@ class FitContext:
                 return Logra(checkpoint, projection, own or None)
             case GradCosMethod():
                 return GradCos(checkpoint, self._projection(spec, number))
+            case GasMethod():
+                return GradCos(checkpoint, self._projection(spec, number), self._share(number))
             case ExactMethod():
                 return Exact(checkpoint, spec, partial(self.batches, number))
         kept = self._projection(spec, number) if self.layout == "vectors" else None
@@ -196,7 +202,16 @@ class FitContext:
                 return ConjugateGradient(self.products(number), batches, blocks, spec.iterations, spec.tolerance)
             case LissaMethod():
                 return Lissa(self.products(number), partial(self._drawn, spec), partial(self.batches, number), blocks)
+            case TracinMethod():
+                # A score of one step on one example's loss, where the other methods' is of the mean loss.
+                return Multiple(self._share(number) * self.spec.dataset.num_examples)
         return Identity()
+
+    def _share(self, number: int) -> float:
+        """Return a checkpoint's weight in a mean over all checkpoints that is the sum `Σ η_t` over each run's, averaged over runs."""
+        learning_rate = self.spec.checkpoints[number].learning_rate
+        assert learning_rate is not None
+        return learning_rate * len(self.spec.checkpoints) / len(self.spec.runs())
 
     def _pseudo_rows(self, number: int, fisher: Fisher, examples: int | None) -> PseudoRows:
         """Return the pseudo-gradients of evenly spread training examples, as many as fit the memory set aside."""
