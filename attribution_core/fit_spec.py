@@ -139,7 +139,8 @@ class FitSpec(Spec):
             missing = [name for name in method.checkpoint_needs if getattr(checkpoint, name) is None]
             if missing:
                 raise InvalidInputError(
-                    f"{method.type} needs the {missing[0]} of every checkpoint, and {checkpoint.id} has none", "/checkpoints"
+                    f"{method.type} needs the {missing[0]} of every checkpoint, and {checkpoint.id} has none",
+                    "/checkpoints",
                 )
 
     def _identity(self, checkpoint: CheckpointRef) -> object:
