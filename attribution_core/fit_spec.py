@@ -6,17 +6,50 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from attribution_core.errors import CorruptArtifactError, FingerprintMismatchError, InvalidInputError
 from attribution_core.fingerprint import sha256_file, sha256_of
 from attribution_core.method_spec import PROJECTION_VERSION, MethodSpec
-from attribution_core.spec import ArchitectureSpec, DatasetSpec, SearchSpec, Spec, StoreSpec, TaskSpec, TokenizerSpec
+from attribution_core.spec import (
+    ArchitectureSpec,
+    DatasetSpec,
+    Precision,
+    SearchSpec,
+    Spec,
+    StoreSpec,
+    TaskSpec,
+    TokenizerSpec,
+)
 
 
 class CheckpointRef(Spec):
-    """Where a checkpoint's weights are and what they must be."""
+    """Where a checkpoint's weights are and what they must be.
+
+    Attributes:
+        run: the training it was taken from.
+        step: optimizer steps before it.
+        learning_rate: of the last of them.
+    """
 
     id: str
     path: Path
     sha256: str
+    run: str = ""
+    step: int | None = Field(default=None, ge=0)
+    learning_rate: float | None = Field(default=None, ge=0)
+
+    def verify(self) -> None:
+        """Read the file and compare.
+
+        Raises:
+            CorruptArtifactError: if it is missing.
+            FingerprintMismatchError: if it holds other weights.
+        """
+        try:
+            found = sha256_file(self.path)
+        except OSError as error:
+            raise CorruptArtifactError(f"checkpoint {self.id} cannot be read: {error.strerror}") from error
+        if found != self.sha256:
+            raise FingerprintMismatchError(f"the weights of checkpoint {self.id} are not those it was registered with")
 
 
 class DatasetRef(Spec):
@@ -28,12 +61,17 @@ class DatasetRef(Spec):
     sha256: str
     num_examples: int = Field(ge=1)
 
+    def reading(self) -> dict[str, Any]:
+        """Return what decides how the stored examples are turned into inputs."""
+        return self.spec.model_dump(mode="json", include={"kind", "shape", "normalize", "max_length"})
+
 
 class FitSpec(Spec):
     """Everything a fit depends on; JSON in, JSON out.
 
     Attributes:
-        layers: names of the attributed layers, all by default.
+        layers: names or patterns (`layer_names`) of the attributed layers, all by default.
+        precision: of forward and backward passes; gradients, curvatures and scores are float32 in any case.
         shard_size: training examples per shard; changes no score beyond rounding.
         batch_size: examples per pass; by memory if None.
     """
@@ -47,6 +85,7 @@ class FitSpec(Spec):
     method: MethodSpec
     measurement: str
     layers: list[str] | None = None
+    precision: Precision = "float32"
     store: StoreSpec = StoreSpec()
     search: SearchSpec = SearchSpec()
     shard_size: int = Field(default=512, ge=1)
@@ -64,15 +103,51 @@ class FitSpec(Spec):
                 "method",
                 "measurement",
                 "layers",
+                "precision",
                 "store",
                 "search",
                 "format",
             },
         )
-        data = self.dataset.spec.model_dump(mode="json", include={"kind", "shape", "normalize", "max_length"})
-        weights = [checkpoint.sha256 for checkpoint in self.checkpoints]
+        weights = [self._identity(checkpoint) for checkpoint in self.checkpoints]
         tokenizer = sha256_file(self.tokenizer_path) if self.tokenizer_path else None
-        return sha256_of([decides, data, self.dataset.sha256, weights, tokenizer, PROJECTION_VERSION])
+        return sha256_of([decides, self.dataset.reading(), self.dataset.sha256, weights, tokenizer, PROJECTION_VERSION])
+
+    def runs(self) -> list[list[int]]:
+        """Return the numbers of each training's checkpoints in the order of their steps."""
+        runs: dict[str, list[int]] = {}
+        for number, checkpoint in enumerate(self.checkpoints):
+            runs.setdefault(checkpoint.run, []).append(number)
+        return [sorted(numbers, key=lambda number: self.checkpoints[number].step or 0) for numbers in runs.values()]
+
+    def answering(self) -> list[int]:
+        """Return the checkpoints whose mean output is the index's: all, or the ends of the trainings that a method follows."""
+        if self.method.follows_training:
+            return [run[-1] for run in self.runs()]
+        return list(range(len(self.checkpoints)))
+
+    def check_trajectory(self) -> None:
+        """Refuse checkpoints that do not say what the method needs to know of the training they come from.
+
+        Raises:
+            InvalidInputError: naming a checkpoint.
+        """
+        method = self.method
+        if not method.follows_training:
+            return
+        for checkpoint in self.checkpoints:
+            missing = [name for name in method.checkpoint_needs if getattr(checkpoint, name) is None]
+            if missing:
+                raise InvalidInputError(
+                    f"{method.type} needs the {missing[0]} of every checkpoint, and {checkpoint.id} has none",
+                    "/checkpoints",
+                )
+
+    def _identity(self, checkpoint: CheckpointRef) -> object:
+        """Return what of a checkpoint decides scores."""
+        if not self.method.follows_training:
+            return checkpoint.sha256
+        return [checkpoint.sha256, checkpoint.run, checkpoint.step, checkpoint.learning_rate]
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,12 @@ class MethodBase(Spec):
     needs: ClassVar[tuple[str, ...]] = ("checkpoints",)
     query_cost: ClassVar[Literal["inline", "job"]] = "inline"
     reference: ClassVar[str] = ""
+    checkpoint_needs: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def follows_training(self) -> bool:
+        """Whether checkpoints are moments of trainings rather than an ensemble."""
+        return bool(self.checkpoint_needs)
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -239,6 +245,31 @@ class GradCosMethod(GradientMethodBase):
     type: Literal["grad_cos"]
 
 
+class TracinMethod(GradientMethodBase):
+    """TracInCP: inner products of gradients, each checkpoint's times its learning rate, summed over the training.
+
+    A score is the sum over checkpoints of the measurement's first-order change when the example alone makes one step. Several runs are
+    averaged.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("checkpoints with learning rates",)
+    reference: ClassVar[str] = "Pruthi et al. 2020, Estimating Training Data Influence by Tracing Gradient Descent"
+    checkpoint_needs: ClassVar[tuple[str, ...]] = ("learning_rate",)
+    type: Literal["tracin"]
+
+
+class GasMethod(GradientMethodBase):
+    """Gradient aggregated similarity: cosines of gradients, each checkpoint's times its learning rate, summed over the training.
+
+    Several runs are averaged. Scores have no unit of the measurement.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("checkpoints with learning rates",)
+    reference: ClassVar[str] = "Hammoudeh & Lowd 2022, Identifying a Training-Set Attack's Target"
+    checkpoint_needs: ClassVar[tuple[str, ...]] = ("learning_rate",)
+    type: Literal["gas"]
+
+
 class RepresentationMethod(MethodBase):
     """Similarity of penultimate representations: evidence, not causation."""
 
@@ -291,6 +322,8 @@ MethodSpec = Annotated[
     | LograMethod
     | GradDotMethod
     | GradCosMethod
+    | TracinMethod
+    | GasMethod
     | RepresentationMethod
     | ExactMethod,
     Field(discriminator="type"),

@@ -129,6 +129,9 @@ class CausalLanguageModelingTask(Spec):
 TaskSpec = Annotated[ClassificationTask | RegressionTask | CausalLanguageModelingTask, Field(discriminator="type")]
 
 
+Precision = Literal["float32", "bfloat16"]
+
+
 class StoreSpec(Spec):
     """How training gradients are kept."""
 

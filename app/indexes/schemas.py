@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from attribution_core.method_spec import MethodSpec
-from attribution_core.spec import Name, SearchSpec, Spec, StoreSpec
+from attribution_core.spec import Name, Precision, SearchSpec, Spec, StoreSpec
 
 Reference = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 INDEX_REQUEST: dict[str, Any] = {
@@ -37,7 +37,16 @@ class IndexCreate(Spec):
     layers: (
         Annotated[list[Annotated[str, StringConstraints(max_length=256)]], Field(min_length=1, max_length=10_000)]
         | None
-    ) = Field(default=None, description="Layers to attribute; all with a gradient rule by default.")
+    ) = Field(
+        default=None,
+        description="Layers to attribute, all by default: names, or patterns with `*`, `?` and `[…]`. One that starts with `!` leaves "
+        "layers out.",
+    )
+    precision: Precision = Field(
+        default="float32",
+        description="Of forward and backward passes. `bfloat16` halves their memory and, on processors that know it, their time; gradients "
+        "are kept and compared in float32.",
+    )
     store: StoreSpec = StoreSpec()
     search: SearchSpec = SearchSpec()
 
@@ -55,9 +64,12 @@ class IndexOut(BaseModel):
     notion: str
     measurement: str
     layers: list[str] | None
+    precision: Precision
     store: dict[str, Any]
     search: dict[str, Any]
-    fingerprint: str = Field(description="Hash of weights, architecture, data, layers, method, projection and dtype.")
+    fingerprint: str = Field(
+        description="Hash of weights, architecture, data, layers, method, projection, dtype and precision."
+    )
     coverage: dict[str, Any] | None = Field(
         description="Percentage of parameters attributed; layers covered and skipped."
     )

@@ -20,6 +20,7 @@ from app.storage.roots import resolve
 from app.web.pagination import Page, PageOf, cut
 from attribution_core.architectures.registry import ARCHITECTURES
 from attribution_core.fit_spec import CheckpointRef, DatasetRef, FitSpec, FitSummary
+from attribution_core.layer_names import unmatched_layers
 from attribution_core.method_spec import METHODS, ExactMethod
 from attribution_core.spec import TokenizerSpec
 
@@ -64,6 +65,7 @@ async def create(
         method=request.method.model_dump(mode="json"),
         measurement=request.measurement or _DEFAULT_MEASUREMENT[model.task["type"]],
         layers=request.layers,
+        precision=request.precision,
         store=request.store.model_dump(mode="json"),
         search=request.search.model_dump(mode="json"),
         shard_size=settings.worker.shard_size,
@@ -78,6 +80,7 @@ async def create(
     if isinstance(spec.method, ExactMethod) and spec.architecture.name not in ExactMethod.architectures:
         known = " and ".join(ExactMethod.architectures)
         raise InvalidRequest(f"Exact attribution is for the architectures {known}.", pointer="/method/type")
+    spec.check_trajectory()
     _check_layers(index, model)
     index.fingerprint = spec.fingerprint()
     session.add(index)
@@ -265,12 +268,20 @@ def _spec(
             "tokenizer_path": resolve(settings.roots, source, "/model") if source else None,
             "dataset": dataset_ref(dataset, artifacts),
             "checkpoints": [
-                CheckpointRef(id=c.id, path=artifacts.open(c.artifact) / models.WEIGHTS_FILE, sha256=c.sha256)
+                CheckpointRef(
+                    id=c.id,
+                    path=artifacts.open(c.artifact) / models.WEIGHTS_FILE,
+                    sha256=c.sha256,
+                    run=c.run,
+                    step=c.step,
+                    learning_rate=c.learning_rate,
+                )
                 for c in checkpoints
             ],
             "method": index.method,
             "measurement": index.measurement,
             "layers": index.layers,
+            "precision": index.precision,
             "store": index.store,
             "search": index.search,
             "shard_size": index.shard_size,
@@ -280,7 +291,7 @@ def _spec(
 
 def _check_layers(index: Index, model: Model) -> None:
     known = {name.rpartition(".")[0] for name in model.parameters}
-    unknown = [name for name in index.layers or [] if name not in known]
+    unknown = unmatched_layers(index.layers or [], known)
     if unknown:
         raise InvalidRequest(
             f"The model has no layer {unknown[0][:64]!r}; it has {', '.join(sorted(known))[:500]}.", pointer="/layers"

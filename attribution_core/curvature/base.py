@@ -49,6 +49,21 @@ class Identity(Curvature):
         return torch.stack([_squares(gradient) for gradient in gradients]).sum(0)
 
 
+class Multiple(Identity):
+    """A curvature whose inverse is a number, whatever the damping."""
+
+    def __init__(self, inverse: float) -> None:
+        self.inverse = inverse
+
+    def solve(self, gradients: Sequence[Tensor], damping: float) -> list[Tensor]:
+        """Return the gradients times the number."""
+        return [gradient * self.inverse for gradient in gradients]
+
+    def quadratic(self, gradients: Sequence[LayerGradient], damping: float) -> Tensor:
+        """Return the squared length of each example's gradient times the number, (batch,)."""
+        return self.inverse * super().quadratic(gradients, damping)
+
+
 def paired(first: Sequence[Tensor], second: Sequence[LayerGradient]) -> Tensor:
     """Return the inner product of each matrix of `first` with the same example of `second`, (batch,)."""
     products = []

@@ -5,17 +5,26 @@ outputs gives every layer's output gradient for the whole batch, and examples st
 depends on its own rows only.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from attribution_core.errors import InvalidInputError, UnsupportedLayerError
+from attribution_core.gradients.attention import ATTENTION, Make, in_steps
 from attribution_core.gradients.factors import Block, LayerGradient
 from attribution_core.gradients.layers import rule_for
+from attribution_core.gradients.norms import mixes_examples
+from attribution_core.gradients.plan import Placed, planned
+from attribution_core.gradients.rule import Arguments, Part
+from attribution_core.layer_names import chosen_layers, is_exact, unmatched_layers
+
+_SEQUENCES = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
 @dataclass(frozen=True)
@@ -35,11 +44,26 @@ class Coverage:
 
 @dataclass(frozen=True)
 class _Use:
-    module: nn.Module
-    block: int
-    inputs: Tensor
-    version: int
+    """One call of a module, or one step of it.
+
+    Attributes:
+        places: the numbers of the blocks that its parameters are in, and which columns of `a` are theirs.
+        versions: of the arguments' tensors, as they were.
+    """
+
+    places: Sequence[tuple[int, Part]]
+    make: Make
+    arguments: Arguments
+    versions: tuple[int, ...]
     output: Tensor
+
+    def factors(self, gradient: Tensor | None) -> tuple[Tensor, Tensor]:
+        given = torch.zeros_like(self.output) if gradient is None else gradient
+        return self.make(tuple(_full(value) for value in self.arguments), _full(given))
+
+    @property
+    def spoiled(self) -> bool:
+        return _versions(self.arguments) != self.versions
 
 
 @dataclass(frozen=True)
@@ -61,13 +85,13 @@ class Pass:
         gradients = torch.autograd.grad(objective.sum(), outputs, retain_graph=keep, allow_unused=True)
         factors: dict[int, list[tuple[Tensor, Tensor]]] = {number: [] for number in range(len(self.blocks))}
         for use, gradient in zip(self.uses, gradients, strict=True):
-            if use.inputs._version != use.version:
-                raise UnsupportedLayerError(f"the input of layer {self.blocks[use.block].name} is changed in place")
-            rule = rule_for(use.module)
-            assert rule is not None
-            found = torch.zeros_like(use.output) if gradient is None else gradient
-            factors[use.block].append(rule.factors(use.module, use.inputs, found))
-        return [_joined(block, factors[number], len(self.output)) for number, block in enumerate(self.blocks)]
+            if use.spoiled:
+                name = self.blocks[use.places[0][0]].name
+                raise UnsupportedLayerError(f"the input of layer {name} is changed in place")
+            a, g = use.factors(gradient)
+            for number, part in use.places:
+                factors[number].append((a[..., part.start : part.start + part.d_in], g))
+        return [_joined(block, factors[number]) for number, block in enumerate(self.blocks)]
 
 
 class GradientCapture:
@@ -77,23 +101,22 @@ class GradientCapture:
 
     Args:
         module: the network; it is called as it is, hooks are attached only while it runs.
-        layers: names of the layers to attribute; all supported ones by default.
+        layers: names or patterns (`layer_names`) of the layers to attribute; all by default.
+        precision: of the forward and backward pass; gradients come out in the parameters' own precision.
 
     Raises:
         InvalidInputError: if a named layer does not exist or cannot be attributed, or none is left.
         UnsupportedLayerError: if batch normalisation is in train mode.
     """
 
-    def __init__(self, module: nn.Module, layers: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, module: nn.Module, layers: Sequence[str] | None = None, precision: torch.dtype | None = None
+    ) -> None:
         self.module = module
-        self._block_of: dict[nn.Module, int] = {}
-        self.blocks: list[Block] = []
+        self.precision = precision
+        self._sequence_first = _sequence_first(module)
+        self._places: Mapping[tuple[nn.Module, int], list[tuple[int, Part]]]
         self.coverage = self._plan(layers)
-
-    @property
-    def modules(self) -> dict[nn.Module, int]:
-        """The number of each attributed module's block."""
-        return dict(self._block_of)
 
     @property
     def num_parameters(self) -> int:
@@ -107,94 +130,158 @@ class GradientCapture:
             forward: calls the module.
             size: examples in the batch. A layer that sees one row for all of them (position embeddings often do) then gives
                 each example a copy, without which their gradients could not be told apart.
+
+        Raises:
+            UnsupportedLayerError: if a layer's use leaves its gradients undefined or examples mixed.
         """
         uses: list[_Use] = []
-        with self._hooked(uses, size), torch.enable_grad():
+        with self._hooked(uses, size), torch.enable_grad(), self.lowered():
             output = forward(self.module)
         if not uses:
             raise UnsupportedLayerError("the forward pass used none of the attributed layers")
-        return Pass(output, self.blocks, uses)
+        return Pass(_full(output), self.blocks, uses)
+
+    def output(self, forward: Callable[[nn.Module], Tensor]) -> Tensor:
+        """Return what `run` would output, without keeping anything."""
+        with self.lowered():
+            output: Tensor = _full(forward(self.module))
+        return output
+
+    def lowered(self) -> AbstractContextManager[Any]:
+        """Compute in the precision asked for."""
+        device = next(self.module.parameters()).device.type
+        return torch.autocast(device, self.precision or torch.bfloat16, enabled=self.precision is not None)
 
     @contextmanager
     def _hooked(self, uses: list[_Use], size: int | None) -> Iterator[None]:
-        def keep(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
-            inputs = arguments[0].detach()
+        def note(module: nn.Module, part: int, make: Make, arguments: Arguments, output: Tensor) -> Tensor:
+            places = self._places.get((module, part))
+            if places is None:
+                return output
             if size is not None and len(output) == 1 != size:
-                inputs, output = (value.expand(size, *value.shape[1:]) for value in (inputs, output))
+                arguments, output = _spread(arguments, size), output.expand(size, *output.shape[1:])
+            if size is not None and (output.dim() == 0 or len(output) != size):
+                raise UnsupportedLayerError(
+                    f"layer {self.blocks[places[0][0]].name} returns shape {list(output.shape)} for {size} examples: its first dimension "
+                    "must be the batch; leave it out of `layers`"
+                )
+            kept = tuple(value.detach() if isinstance(value, Tensor) else value for value in arguments)
             if not output.requires_grad:
                 output = output.detach().requires_grad_()
-            uses.append(_Use(module, self._block_of[module], inputs, inputs._version, output))
+            uses.append(_Use(places, make, kept, _versions(kept), output))
             return output.clone()  # what follows may work in place
 
-        handles = [module.register_forward_hook(keep) for module in self._block_of]
-        try:
+        def hook(module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any], output: Any) -> Tensor:
+            rule = self._rules[module]
+            if not isinstance(output, Tensor):
+                raise UnsupportedLayerError(
+                    f"{type(module).__name__} returns a {type(output).__name__}, not one tensor; leave it out of `layers`"
+                )
+            arguments = _bound(module, positional, named)
+            turned = module in self._sequence_first and output.dim() > 2
+            if turned:
+                arguments, output = tuple(_turned(value) for value in arguments), output.transpose(0, 1)
+            seen = (*arguments, output.detach()) if rule.sees_output else arguments
+            noted = note(module, 0, partial(rule.factors, module), seen, output)
+            return noted.transpose(0, 1) if turned else noted
+
+        modules = {module for module, rule in self._rules.items() if rule is not ATTENTION}
+        with ExitStack() as undo:
+            for module in modules:
+                undo.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+            undo.enter_context(in_steps(self.module, note))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _plan(self, layers: Sequence[str] | None) -> Coverage:
+        for name, module in self.module.named_modules():
+            if mixes_examples(module):
+                raise UnsupportedLayerError(f"layer {name} normalises over the batch: put the model in eval mode")
         named = {
             name: module
             for name, module in self.module.named_modules()
             if next(module.parameters(recurse=False), None) is not None
         }
-        _check_names(layers, named)
-        covered: list[str] = []
+        chosen = _chosen(layers, named)
+        covered: list[tuple[str, nn.Module]] = []
         skipped: list[dict[str, Any]] = []
-        by_weight: dict[int, int] = {}
         for name, module in named.items():
-            reason = self._reason_to_skip(name, module, layers)
+            reason = rule_for(module).refusal(module) if name in chosen else "not asked for"
             if reason is None:
-                self._add(name, module, by_weight)
-                covered.append(name)
+                covered.append((name, module))
             else:
                 size = sum(parameter.numel() for parameter in module.parameters(recurse=False))
                 skipped.append({"name": name, "reason": reason, "parameters": size})
         if not covered:
             raise InvalidInputError("no layer of this model can be attributed", "/layers")
+        self._rules = {module: rule_for(module) for _, module in covered}
+        self.blocks, self.placed, self._places = planned(covered)
         total = sum(parameter.numel() for parameter in self.module.parameters())
-        return Coverage(round(100 * self.num_parameters / total, 4), tuple(covered), tuple(skipped))
+        return Coverage(round(100 * self.num_parameters / total, 4), tuple(name for name, _ in covered), tuple(skipped))
 
-    def _reason_to_skip(self, name: str, module: nn.Module, layers: Sequence[str] | None) -> str | None:
-        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) and module.training:
-            raise UnsupportedLayerError(f"layer {name} normalises over the batch: put the model in eval mode")
-        if layers is not None and name not in layers:
-            return "not asked for"
-        if rule_for(module) is None:
-            return f"no rule for {type(module).__name__}"
-        if any(getattr(module, attribute, None) for attribute in ("max_norm", "scale_grad_by_freq")):
-            return "the layer changes its weights or gradients as it is used"
-        return None
-
-    def _add(self, name: str, module: nn.Module, by_weight: dict[int, int]) -> None:
-        rule = rule_for(module)
-        assert rule is not None
-        weight = id(next(module.parameters(recurse=False)))
-        groups, d_out, d_in = rule.shape(module)
-        embedding = isinstance(module, nn.Embedding)
-        shared = by_weight.get(weight)
-        if shared is None:
-            by_weight[weight] = len(self.blocks)
-            self.blocks.append(Block(name, groups, d_out, d_in, not embedding, embedding))
-        elif (groups, d_out, d_in) == self.blocks[shared].shape:
-            first = self.blocks[shared]
-            self.blocks[shared] = Block(f"{first.name}+{name}", groups, d_out, d_in, False, False)
-        else:
-            raise UnsupportedLayerError(f"layer {name} shares a weight but not a bias with {self.blocks[shared].name}")
-        self._block_of[module] = by_weight[weight]
+    blocks: list[Block]
+    placed: list[Placed]
 
 
-def _check_names(layers: Sequence[str] | None, named: dict[str, nn.Module]) -> None:
-    unknown = sorted(set(layers or ()) - set(named))
+def _chosen(layers: Sequence[str] | None, named: dict[str, nn.Module]) -> set[str]:
+    if layers is None:
+        return set(named)
+    unknown = sorted(unmatched_layers(layers, named))
     if unknown:
         raise InvalidInputError(f"the model has no layer {', '.join(unknown)}; it has {', '.join(named)}", "/layers")
-    without_rule = [name for name in layers or () if rule_for(named[name]) is None]
-    if without_rule:
-        raise InvalidInputError(f"layer {', '.join(without_rule)} cannot be attributed: no gradient rule", "/layers")
+    for name in filter(is_exact, layers):
+        reason = rule_for(named[name]).refusal(named[name])
+        if reason is not None:
+            raise InvalidInputError(f"layer {name} cannot be attributed: {reason}", "/layers")
+    return chosen_layers(layers, named)
 
 
-def _joined(block: Block, factors: list[tuple[Tensor, Tensor]], batch: int) -> LayerGradient:
+def _sequence_first(module: nn.Module) -> set[nn.Module]:
+    """Return the modules inside torch's own transformer layers that put positions before examples."""
+    found: set[nn.Module] = set()
+    for parent in module.modules():
+        layer = parent.layers[0] if isinstance(parent, nn.TransformerEncoder | nn.TransformerDecoder) else parent
+        if isinstance(layer, _SEQUENCES) and not layer.self_attn.batch_first:
+            inside = {
+                part
+                for attention in parent.modules()
+                if isinstance(attention, nn.MultiheadAttention)
+                for part in attention.modules()
+            }
+            found |= set(parent.modules()) - inside  # attention is watched with the batch in front
+    return found
+
+
+def _bound(module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> Arguments:
+    """Return the arguments of a call in the order of the module's forward, with its defaults."""
+    bound = inspect.signature(module.forward).bind(*positional, **named)
+    bound.apply_defaults()
+    if bound.kwargs:
+        raise UnsupportedLayerError(f"{type(module).__name__} takes arguments by name only; leave it out of `layers`")
+    return bound.args
+
+
+def _spread(arguments: Arguments, size: int) -> Arguments:
+    """Give every example a copy of what was given once for all."""
+    return tuple(
+        value.expand(size, *value.shape[1:]) if isinstance(value, Tensor) and value.dim() and len(value) == 1 else value
+        for value in arguments
+    )
+
+
+def _turned(value: Any) -> Any:
+    return value.transpose(0, 1) if isinstance(value, Tensor) and value.dim() > 1 else value
+
+
+def _full(value: Any) -> Any:
+    """Return half-precision numbers in single precision."""
+    return value.float() if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16) else value
+
+
+def _versions(arguments: Arguments) -> tuple[int, ...]:
+    return tuple(value._version for value in arguments if isinstance(value, Tensor))
+
+
+def _joined(block: Block, factors: list[tuple[Tensor, Tensor]]) -> LayerGradient:
     """Join the uses of one block along the positions, so that their gradients add up."""
     parts = [LayerGradient(block, inputs, outputs) for inputs, outputs in factors]
     if len(parts) == 1:

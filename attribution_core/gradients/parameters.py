@@ -1,77 +1,47 @@
-"""Between a layer's block of (groups, d_out, d_in) matrices and the parameters of the module itself."""
+"""Between blocks of (groups, d_out, d_in) matrices and the parameters of the modules themselves."""
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
+from torch import Tensor
 
-from attribution_core.errors import UnsupportedLayerError
 from attribution_core.gradients.capture import GradientCapture
-
-_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d)
+from attribution_core.gradients.rule import Columns
 
 
 class ParameterLayout:
-    """The attributed parameters of a capture, by name, and where each lies in its block.
-
-    Raises:
-        UnsupportedLayerError: if a layer's parameters cannot be laid out.
-    """
+    """The attributed parameters of a capture, by name, and where each lies in its block; as the layers' rules say."""
 
     def __init__(self, capture: GradientCapture) -> None:
-        names = {module: name for name, module in capture.module.named_modules()}
         self.blocks = capture.blocks
-        self._modules: dict[int, nn.Module] = {}
-        for module, number in capture.modules.items():
-            if type(module) not in (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_NORMS):
-                raise UnsupportedLayerError(
-                    f"{type(module).__name__} has no layout of parameters: leave {names[module]} out"
-                )
-            self._modules.setdefault(number, module)
-        self._names = {number: names[module] for number, module in self._modules.items()}
+        self._placed = capture.placed
 
     def parameters(self) -> dict[str, Tensor]:
         """Return the attributed parameters by their full name."""
-        return {
-            f"{self._names[number]}.{name}": value.detach()
-            for number, module in self._modules.items()
-            for name, value in module.named_parameters(recurse=False)
-        }
+        return {name: value.detach() for _, name, _, value in self._columns()}
 
     def unpacked(self, matrices: Sequence[Tensor]) -> dict[str, Tensor]:
         """Return block matrices (batch, groups, d_out, d_in) as tensors (batch, *shape) by parameter name."""
-        found: dict[str, Tensor] = {}
-        for number, module in self._modules.items():
-            start = 0
-            for name, value in module.named_parameters(recurse=False):
-                width = _columns(module, name, value, self.blocks[number].d_in)
-                part = matrices[number][..., start : start + width]
-                found[f"{self._names[number]}.{name}"] = part.reshape(len(part), *value.shape)
-                start += width
-        return found
+        found: dict[str, list[Tensor]] = defaultdict(list)
+        starts = [0] * len(self.blocks)
+        for number, name, columns, value in self._columns():
+            part = matrices[number][..., starts[number] : starts[number] + columns.width]
+            found[name].append(columns.unpack(part, columns.of(value).shape))  # rows come in order
+            starts[number] += columns.width
+        return {name: parts[0] if len(parts) == 1 else torch.cat(parts, dim=1) for name, parts in found.items()}
 
     def packed(self, named: Mapping[str, Tensor]) -> list[Tensor]:
         """Undo `unpacked`."""
-        matrices = []
-        for number, block in enumerate(self.blocks):
-            module, columns = self._modules[number], []
-            for name, value in module.named_parameters(recurse=False):
-                width = _columns(module, name, value, block.d_in)
-                given = named[f"{self._names[number]}.{name}"]
-                columns.append(given.reshape(len(given), block.groups, block.d_out, width))
-            matrices.append(torch.cat(columns, dim=-1))
-        return matrices
+        found: list[list[Tensor]] = [[] for _ in self.blocks]
+        for number, name, columns, _ in self._columns():
+            block, given = self.blocks[number], named[name]
+            rows = given if columns.rows is None else given[:, slice(*columns.rows)]
+            found[number].append(columns.pack(rows, block.groups, block.d_out))
+        return [torch.cat(parts, dim=-1) for parts in found]
 
-
-def _columns(module: nn.Module, name: str, value: Tensor, d_in: int) -> int:
-    """Return how many columns of a block a parameter takes; a bias is always one."""
-    if name == "bias" or isinstance(module, _NORMS):
-        return 1
-    return (
-        d_in
-        if isinstance(module, nn.Embedding)
-        else value[0].numel()
-        if isinstance(module, _ConvNd)
-        else value.shape[1]
-    )
+    def _columns(self) -> Iterator[tuple[int, str, Columns, Tensor]]:
+        """Yield every block's columns: its number, the parameter's full name, the columns and the parameter."""
+        for number, placed in enumerate(self._placed):
+            for columns in placed.part.columns:
+                yield number, placed.parameter(columns), columns, getattr(placed.module, columns.parameter)

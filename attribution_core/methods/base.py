@@ -88,7 +88,7 @@ class Checkpoint:
             InvalidInputError: if the examples or their targets do not fit the model.
         """
         with refusing_inputs():
-            output = batch.forward(self.module)
+            output = self.capture.output(batch.forward)
         self.task.check(output, batch)
         return output
 

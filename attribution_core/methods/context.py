@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 
 from attribution_core.checkpoints import load_model
 from attribution_core.curvature import Curvature, EkfacFactors, Identity
+from attribution_core.curvature.base import Multiple
 from attribution_core.curvature.dense import Spectral
 from attribution_core.curvature.fisher import Fisher, Observed, observe
 from attribution_core.curvature.iterative import ConjugateGradient, DataInf, GaussNewton, Lissa
@@ -18,10 +20,9 @@ from attribution_core.data.batch import Batch
 from attribution_core.data.collate import ExampleSource
 from attribution_core.data.reader import DatasetReader
 from attribution_core.data.tokenizers import load_tokenizer
-from attribution_core.errors import CorruptArtifactError, FingerprintMismatchError, InvalidInputError
+from attribution_core.errors import FingerprintMismatchError, InvalidInputError
 from attribution_core.features.factors import numbers_kept
-from attribution_core.fingerprint import sha256_file
-from attribution_core.fit_spec import CheckpointRef, FitSpec
+from attribution_core.fit_spec import FitSpec
 from attribution_core.method_spec import (
     ArnoldiMethod,
     CgMethod,
@@ -31,6 +32,7 @@ from attribution_core.method_spec import (
     ExactMethod,
     ExplicitMethod,
     FisherMethod,
+    GasMethod,
     GaussNewtonMethod,
     GradCosMethod,
     GradientMethodBase,
@@ -39,6 +41,7 @@ from attribution_core.method_spec import (
     LissaMethod,
     LograMethod,
     RepresentationMethod,
+    TracinMethod,
     TrakMethod,
 )
 from attribution_core.methods.base import CheckedCapture, Checkpoint, FeatureMethod, GradientMethod
@@ -59,13 +62,14 @@ _BATCH_BYTES = 64 << 20
 _CURVATURE_BYTES = 1 << 30
 _MAX_BATCH = 512
 _PROBED = 8
+_LOWERED = {"float32": None, "bfloat16": torch.bfloat16}
 
 
 class FitContext:
     """Loads what a `FitSpec` names, once, and builds methods on its checkpoints.
 
     Raises:
-        InvalidInputError: if the task has no such measurement.
+        InvalidInputError: if the task has no such measurement, or the checkpoints do not say what the method needs.
         FingerprintMismatchError: if the data set is not the one named.
     """
 
@@ -78,6 +82,7 @@ class FitContext:
             raise InvalidInputError(
                 f"{spec.task.type} has no measurement {spec.measurement!r}; it has {known}", "/measurement"
             )
+        spec.check_trajectory()
         self.source = self.source_of(spec.dataset.folder, spec.dataset.spec)
         if self.source.reader.num_examples != spec.dataset.num_examples:
             raise FingerprintMismatchError(
@@ -101,14 +106,14 @@ class FitContext:
         """
         if number not in self._checkpoints:
             reference = self.spec.checkpoints[number]
-            _check_weights(reference)
+            reference.verify()
             module = load_model(self.spec.architecture, reference.path, self.device)
             self._checkpoints[number] = Checkpoint(
                 module=module,
                 task=self.task,
                 measurement=self.spec.measurement,
                 num_examples=self.spec.dataset.num_examples,
-                capture=CheckedCapture(module, self.spec.layers),
+                capture=CheckedCapture(module, self.spec.layers, _LOWERED[self.spec.precision]),
             )
         return self._checkpoints[number]
 
@@ -131,7 +136,7 @@ class FitContext:
         """
         asked, method = self.spec.store.layout, self.spec.method
         possible = isinstance(method, GradientMethodBase) and not isinstance(
-            method, TrakMethod | LograMethod | GradCosMethod
+            method, TrakMethod | LograMethod | GradCosMethod | GasMethod
         )
         if asked == "factors" and not possible:
             raise InvalidInputError(f"{method.type} keeps vectors, not factors", "/store/layout")
@@ -159,6 +164,8 @@ class FitContext:
                 return Logra(checkpoint, projection, own or None)
             case GradCosMethod():
                 return GradCos(checkpoint, self._projection(spec, number))
+            case GasMethod():
+                return GradCos(checkpoint, self._projection(spec, number), self._share(number))
             case ExactMethod():
                 return Exact(checkpoint, spec, partial(self.batches, number))
         kept = self._projection(spec, number) if self.layout == "vectors" else None
@@ -195,7 +202,16 @@ class FitContext:
                 return ConjugateGradient(self.products(number), batches, blocks, spec.iterations, spec.tolerance)
             case LissaMethod():
                 return Lissa(self.products(number), partial(self._drawn, spec), partial(self.batches, number), blocks)
+            case TracinMethod():
+                # A score of one step on one example's loss, where the other methods' is of the mean loss.
+                return Multiple(self._share(number) * self.spec.dataset.num_examples)
         return Identity()
+
+    def _share(self, number: int) -> float:
+        """Return a checkpoint's weight in a mean over all checkpoints that is the sum `Σ η_t` over each run's, averaged over runs."""
+        learning_rate = self.spec.checkpoints[number].learning_rate
+        assert learning_rate is not None
+        return learning_rate * len(self.spec.checkpoints) / len(self.spec.runs())
 
     def _pseudo_rows(self, number: int, fisher: Fisher, examples: int | None) -> PseudoRows:
         """Return the pseudo-gradients of evenly spread training examples, as many as fit the memory set aside."""
@@ -240,12 +256,3 @@ class FitContext:
         """Return a projection of its own for each checkpoint: their errors then average out over an ensemble."""
         spec = method.projection.model_copy(update={"seed": method.projection.seed + (number << 32)})
         return build_projection(spec, self.checkpoint(number).capture.blocks)
-
-
-def _check_weights(reference: CheckpointRef) -> None:
-    try:
-        found = sha256_file(reference.path)
-    except OSError as error:
-        raise CorruptArtifactError(f"checkpoint {reference.id} cannot be read: {error.strerror}") from error
-    if found != reference.sha256:
-        raise FingerprintMismatchError(f"the weights of checkpoint {reference.id} are not those it was registered with")

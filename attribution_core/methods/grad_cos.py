@@ -1,6 +1,6 @@
-"""Cosine of gradients: `cos(∇m_z, φ_i)`, without unit.
+"""Cosine of gradients: `cos(∇m_z, φ_i)`, without unit; weighted by learning rates and summed over checkpoints it is GAS.
 
-Source: Hammoudeh & Lowd 2022 (GAS), with one checkpoint.
+Source: Hammoudeh & Lowd 2022.
 """
 
 from collections.abc import Sequence
@@ -16,12 +16,17 @@ from attribution_core.projection import Projection
 
 
 class GradCos(GradientMethod):
-    """Rows and queries have unit length before projection; a gradient of zero stays zero."""
+    """Rows and queries have unit length before projection; a gradient of zero stays zero.
+
+    Args:
+        weight: what cosines are multiplied with, on the query side.
+    """
 
     linear = False
 
-    def __init__(self, checkpoint: Checkpoint, projection: Projection) -> None:
+    def __init__(self, checkpoint: Checkpoint, projection: Projection, weight: float = 1.0) -> None:
         super().__init__(checkpoint, Identity(), 0.0, projection)
+        self.weight = weight
 
     def encode_observed(self, observed: Observed) -> TrainRows:
         """Return projected unit `φ_i`, and the cosine of each with the gradient of its own measurement."""
@@ -29,17 +34,17 @@ class GradCos(GradientMethod):
         unit = unit_length([gradient.materialise() for gradient in observed.training])
         own = unit_length([gradient.materialise() for gradient in observed.measured])
         rows = self.projection.project(unit)
-        return TrainRows(rows, torch.ones_like(rows[:, 0]), _paired(own, unit))
+        return TrainRows(rows, torch.ones_like(rows[:, 0]), self.weight * _paired(own, unit))
 
     def precondition(self, query: QuerySide, damping: float) -> QuerySide:
-        """Normalise the query's gradient."""
+        """Normalise the query's gradient, and weight it."""
         assert query.gradients is not None
         assert self.projection is not None
-        unit = unit_length(query.gradients)
-        return QuerySide(query.output, self.projection.project(unit), unit)
+        weighted = [self.weight * unit for unit in unit_length(query.gradients)]
+        return QuerySide(query.output, self.projection.project(weighted), weighted)
 
     def scores_of(self, query: QuerySide, training: Sequence[LayerGradient]) -> Tensor:
-        """Return the cosines without projection."""
+        """Return the weighted cosines without projection."""
         assert query.gradients is not None
         unit = unit_length([gradient.materialise() for gradient in training])
         return torch.stack([a.flatten(1) @ b.flatten(1).T for a, b in zip(query.gradients, unit, strict=True)]).sum(0)

@@ -142,12 +142,13 @@ class LoadedIndex:
         unusable = (~rows.isfinite().all(dim=1)).nonzero().flatten()
         if len(unusable):
             raise InvalidInputError(f"the model gives no finite gradient for query {int(unusable[0])}")
-        outputs = self._described([side.output for side in sides], batch)
+        outputs = self._described([sides[number].output for number in self.spec.answering()], batch)
         return Query(outputs, sides, rows.detach().float().cpu().numpy())
 
     def outputs(self, batch: Batch) -> list[dict[str, Any]]:
         """Return what the model outputs for a batch, without any attribution."""
-        return self._described([member.checkpoint.output(batch) for member in self.members], batch)
+        answering = [self.context.checkpoint(number) for number in self.spec.answering()]
+        return self._described([checkpoint.output(batch) for checkpoint in answering], batch)
 
     def attribute(self, query: Query, top_k: int, allowed: np.ndarray | None, *, rescore: bool) -> list[Attribution]:
         """Return the top_k allowed training examples of both signs for every query.

@@ -21,6 +21,7 @@ class Index(Created, Base):
     method: Mapped[dict[str, Any]]
     measurement: Mapped[str]
     layers: Mapped[list[Any] | None]
+    precision: Mapped[str]
     store: Mapped[dict[str, Any]]
     search: Mapped[dict[str, Any]]
     shard_size: Mapped[int]

@@ -1,160 +1,40 @@
 """Every layer rule against a plain autograd loop, in float64."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 from attribution_core.errors import InvalidInputError, UnsupportedLayerError
 from attribution_core.gradients import GradientCapture
-
-
-def conv(**options: object) -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(4, 6, 3, **options), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 3)
-    )
-
-
-class Twice(nn.Module):
-    """Uses one layer twice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shared = nn.Linear(5, 5)
-        self.head = nn.Linear(5, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.shared(torch.tanh(self.shared(x))))
-
-
-class Tied(nn.Module):
-    """An embedding whose weight is also the output layer's."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(11, 6)
-        self.norm = nn.LayerNorm(6)
-        self.head = nn.Linear(6, 11, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.norm(torch.tanh(self.embed(tokens))))
-
-
-class Residual(nn.Module):
-    """Adds in place to a layer's output."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.norm, self.second = nn.Linear(5, 5), nn.RMSNorm(5), nn.Linear(5, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(self.first(x))
-        y += x
-        return self.second(y)
-
-
-def images() -> Tensor:
-    return torch.randn(5, 4, 7, 8)
-
-
-def tokens() -> Tensor:
-    return torch.randint(0, 11, (5, 6))
-
-
-CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
-    "linear": (lambda: nn.Linear(5, 3), lambda: torch.randn(5, 5)),
-    "linear on sequences": (
-        lambda: nn.Sequential(nn.Linear(5, 4, bias=False), nn.GELU(), nn.Linear(4, 3)),
-        lambda: torch.randn(5, 7, 5),
-    ),
-    "conv": (conv, images),
-    "conv strided, dilated": (lambda: conv(stride=2, dilation=2, padding=(1, 2), bias=False), images),
-    "conv same": (lambda: conv(padding="same"), images),
-    "conv reflect": (lambda: conv(padding=2, padding_mode="reflect"), images),
-    "conv circular": (lambda: conv(padding=1, padding_mode="circular", stride=(1, 2)), images),
-    "conv grouped": (lambda: conv(groups=2, padding=1), images),
-    "conv depthwise": (lambda: nn.Sequential(nn.Conv2d(4, 8, 3, groups=4), nn.Flatten(), nn.Linear(240, 2)), images),
-    "embedding": (lambda: nn.Sequential(nn.Embedding(11, 6, padding_idx=3), nn.Linear(6, 2)), tokens),
-    "layer norm": (
-        lambda: nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.Linear(6, 2)),
-        lambda: torch.randn(5, 3, 5),
-    ),
-    "group norm": (
-        lambda: nn.Sequential(nn.Conv2d(4, 6, 3), nn.GroupNorm(3, 6), nn.Flatten(), nn.Linear(180, 2)),
-        images,
-    ),
-    "batch norm": (
-        lambda: nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(180, 2)),
-        images,
-    ),
-    "batch norm 1d": (
-        lambda: nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Linear(6, 2)),
-        lambda: torch.randn(5, 5),
-    ),
-    "a layer used twice": (Twice, lambda: torch.randn(5, 5)),
-    "tied weights": (Tied, tokens),
-    "in-place residual": (Residual, lambda: torch.randn(5, 5)),
-}
-
-
-def objective(output: Tensor) -> Tensor:
-    return torch.sin(output).flatten(1).cumsum(1).square().sum(1)
-
-
-def prepared(name: str) -> tuple[nn.Module, Tensor]:
-    torch.manual_seed(0)
-    build, inputs = CASES[name]
-    module = build().double().eval()
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=0.5)
-    if isinstance(
-        batch_norm := next((m for m in module.modules() if isinstance(m, nn.BatchNorm2d)), None), nn.BatchNorm2d
-    ):
-        nn.init.normal_(batch_norm.running_mean)
-        nn.init.uniform_(batch_norm.running_var, 0.5, 2)
-    values = inputs()
-    return module, values.double() if values.is_floating_point() else values
-
-
-def autograd_loop(module: nn.Module, capture: GradientCapture, inputs: Tensor) -> list[Tensor]:
-    """Per-example gradients by one backward pass each, in the blocks' layout."""
-    modules = dict(module.named_modules())
-    rows = []
-    for example in inputs:
-        module.zero_grad()
-        objective(module(example.unsqueeze(0))).sum().backward()
-        rows.append([_as_block(modules[block.name.split("+")[0]], block.shape) for block in capture.blocks])
-    return [torch.stack(parts) for parts in zip(*rows, strict=True)]
-
-
-def _as_block(module: nn.Module, shape: tuple[int, int, int]) -> Tensor:
-    if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
-        weight = module.weight.grad.reshape(shape[0], shape[1], -1)
-        bias = getattr(module, "bias", None)
-        return weight if bias is None else torch.cat([weight, bias.grad.reshape(shape[0], shape[1], 1)], dim=2)
-    return torch.stack([p.grad.flatten() for p in module.parameters()], dim=1).unsqueeze(1)
+from attribution_core.gradients.parameters import ParameterLayout
+from tests.core.gradients.cases import CASES, autograd_loop, close, objective, prepared
 
 
 def captured(module: nn.Module, inputs: Tensor) -> tuple[GradientCapture, list[Tensor]]:
     capture = GradientCapture(module)
-    run = capture.run(lambda network: network(inputs))
+    run = capture.run(lambda network: network(inputs), len(inputs))
     return capture, [gradient.materialise() for gradient in run.gradients(objective(run.output))]
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_equal_an_autograd_loop(name: str) -> None:
     module, inputs = prepared(name)
-    capture = GradientCapture(module)
-    expected = autograd_loop(module, capture, inputs)
-    for parameter in module.parameters():
-        parameter.requires_grad_(False)
-    _, found = captured(module, inputs)
+    expected = autograd_loop(module, inputs)
+    plain = module(inputs)
+    module.requires_grad_(False)
+    capture, found = captured(module, inputs)
+    run = capture.run(lambda network: network(inputs), len(inputs))
+    torch.testing.assert_close(run.output, plain)
     assert capture.coverage.percent == 100
-    for block, ours, theirs in zip(capture.blocks, found, expected, strict=True):
-        assert ours.shape == (len(inputs), *block.shape)
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    assert [ours.shape for ours in found] == [(len(inputs), *block.shape) for block in capture.blocks]
+    layout = ParameterLayout(capture)
+    named = layout.unpacked(found)
+    assert set(named) == set(expected)
+    for parameter, ours in named.items():
+        torch.testing.assert_close(
+            ours, expected[parameter], rtol=1e-9, atol=1e-9, msg=lambda m, n=parameter: f"{n}: {m}"
+        )
+    close(layout.packed(named), found)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -169,12 +49,13 @@ def test_inner_and_total_equal_the_materialised_gradients(name: str) -> None:
         torch.testing.assert_close(gradient.total(), full.sum(0))
 
 
-def test_gradients_do_not_depend_on_the_batch() -> None:
-    module, inputs = prepared("conv grouped")
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_depend_neither_on_the_batch_nor_on_the_run(name: str) -> None:
+    module, inputs = prepared(name)
     _, whole = captured(module, inputs)
     parts = [captured(module, chunk)[1] for chunk in inputs.split(2)]
-    for block, pieces in enumerate(zip(*parts, strict=True)):
-        torch.testing.assert_close(torch.cat(pieces), whole[block], rtol=1e-12, atol=1e-12)
+    close([torch.cat(pieces) for pieces in zip(*parts, strict=True)], whole)
+    close(captured(module, inputs)[1], whole)
 
 
 class SharedPositions(nn.Module):
@@ -192,10 +73,9 @@ def test_a_layer_that_sees_one_row_for_all_examples() -> None:
     torch.manual_seed(0)
     module, inputs = SharedPositions().double(), torch.randn(5, 6, 4).double()
     capture = GradientCapture(module)
-    expected = autograd_loop(module, capture, inputs)
+    expected = ParameterLayout(capture).packed(autograd_loop(module, inputs))
     run = capture.run(lambda network: network(inputs), len(inputs))
-    for ours, theirs in zip(run.gradients(objective(run.output)), expected, strict=True):
-        torch.testing.assert_close(ours.materialise(), theirs, rtol=1e-10, atol=1e-10)
+    close([gradient.materialise() for gradient in run.gradients(objective(run.output))], expected)
 
 
 def test_several_objectives_on_one_pass() -> None:
@@ -208,26 +88,66 @@ def test_several_objectives_on_one_pass() -> None:
         torch.testing.assert_close(a.materialise() + b.materialise(), ab.materialise())
 
 
-def test_a_chosen_layer_and_what_was_left_out() -> None:
+@pytest.mark.parametrize("layers", [["3"], ["!0"], ["*", "![0-2]"], ["[3-9]"]])
+def test_a_chosen_layer_and_what_was_left_out(layers: list[str]) -> None:
     module, _ = prepared("conv")
-    capture = GradientCapture(module, ["4"])
-    assert [block.name for block in capture.blocks] == ["4"]
-    assert capture.coverage.percent == pytest.approx(100 * 75 / (75 + 6 * 4 * 9 + 6), abs=1e-4)
+    capture = GradientCapture(module, layers)
+    assert [block.name for block in capture.blocks] == ["3"]
+    assert capture.coverage.percent == pytest.approx(100 * 543 / (543 + 222), abs=1e-4)
     assert capture.coverage.skipped == ({"name": "0", "reason": "not asked for", "parameters": 222},)
 
 
-def test_layers_without_a_rule_are_named_not_guessed() -> None:
-    module = nn.Sequential(nn.Linear(3, 3), nn.PReLU(), nn.Linear(3, 2))
-    assert [skipped["name"] for skipped in GradientCapture(module).coverage.skipped] == ["1"]
-    with pytest.raises(InvalidInputError, match="no layer nothere"):
-        GradientCapture(module, ["nothere"])
-    with pytest.raises(InvalidInputError, match="no gradient rule"):
-        GradientCapture(module, ["1"])
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (nn.LSTM(3, 3), "no rule for LSTM"),
+        (nn.EmbeddingBag(5, 3, mode="max"), "largest entries"),
+        (nn.Embedding(5, 3, max_norm=1.0), "changes its weights"),
+        (nn.ParameterList([nn.Parameter(torch.ones(3))]), "other modules use"),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(3, 3, bias=False)), "computed from other parameters"),
+    ],
+)
+def test_layers_that_cannot_be_attributed_are_named_not_guessed(module: nn.Module, reason: str) -> None:
+    network = nn.Sequential(nn.Linear(3, 3), module)
+    (skipped,) = GradientCapture(network).coverage.skipped
+    assert skipped["name"].startswith("1")
+    assert reason in skipped["reason"]
+    assert skipped["parameters"] == sum(value.numel() for value in module.parameters())
+    assert GradientCapture(network).coverage.percent == pytest.approx(100 * 12 / (12 + skipped["parameters"]), abs=1e-4)
+    with pytest.raises(InvalidInputError, match=f"cannot be attributed: .*{reason}"):
+        GradientCapture(network, [skipped["name"]])
 
 
-def test_batch_statistics_are_refused() -> None:
+def test_a_layer_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(InvalidInputError, match=r"no layer nothere, other\.\*"):
+        GradientCapture(nn.Sequential(nn.Linear(3, 3)), ["0", "nothere", "!other.*"])
+
+
+def test_weights_computed_from_others_keep_their_layer_from_its_rule() -> None:
+    """The old weight normalisation leaves the class `Linear`, but its weight is no parameter."""
+    torch.manual_seed(0)
+    with pytest.warns(FutureWarning):
+        module = nn.utils.weight_norm(nn.Linear(5, 4)).double()
+    inputs = torch.randn(3, 5).double()
+    run = GradientCapture(module).run(lambda network: network(inputs), 3)
+    (gradient,) = run.gradients(objective(run.output))
+    assert gradient.block.shape == (1, 1, 4 + 4 + 20)
+
+
+def test_a_weight_shared_in_two_layouts_is_refused() -> None:
+    first, second = nn.Linear(4, 4, bias=False), nn.ConvTranspose1d(4, 4, 1, bias=False)
+    second.weight = nn.Parameter(torch.randn(4, 4, 1))
+    first.weight = second.weight
+    with pytest.raises(UnsupportedLayerError, match="another layout"):
+        GradientCapture(nn.Sequential(first, second))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_statistics_are_refused(affine: bool) -> None:
     with pytest.raises(UnsupportedLayerError, match="eval mode"):
-        GradientCapture(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
+        GradientCapture(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, affine=affine)))
+    with pytest.raises(UnsupportedLayerError, match="eval mode"):
+        GradientCapture(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, track_running_stats=False)).eval())
 
 
 def test_an_input_changed_in_place_is_refused() -> None:

@@ -82,7 +82,16 @@ def problem(
     for number, module in enumerate(modules):
         path = folder / f"{number}.safetensors"
         save_checkpoint(module.float(), path)
-        references.append(CheckpointRef(id=f"ckpt_{number}", path=path, sha256=sha256_file(path)))
+        references.append(
+            CheckpointRef(
+                id=f"ckpt_{number}",
+                path=path,
+                sha256=sha256_file(path),
+                run="one",
+                step=10 * (number + 1),
+                learning_rate=0.3 / (number + 1),
+            )
+        )
     spec = FitSpec.model_validate(
         {
             "architecture": architecture,

@@ -23,6 +23,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "ekfac sampled": {"type": "ekfac", "projection": SMALL, "damping": 0.1, "fisher": "sampled", "samples": 2},
     "grad_dot": {"type": "grad_dot", "projection": SMALL},
     "grad_cos": {"type": "grad_cos", "projection": SMALL},
+    "tracin": {"type": "tracin", "projection": SMALL},
+    "gas": {"type": "gas", "projection": SMALL},
     "representation": {"type": "representation"},
 }
 IVF = {"type": "ivf", "lists": 6}

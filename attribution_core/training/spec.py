@@ -1,0 +1,104 @@
+"""What a training depends on, and the protocol of a bank of retrainings; free of torch."""
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from attribution_core.errors import InvalidInputError
+from attribution_core.fingerprint import sha256_file, sha256_of
+from attribution_core.fit_spec import CheckpointRef, DatasetRef
+from attribution_core.method_spec import Seed
+from attribution_core.spec import ArchitectureSpec, Spec, TaskSpec, TokenizerSpec
+from attribution_core.training.recipe import CheckpointInitialisation, Recipe
+
+Semantics = Literal["resample", "mask"]
+MODELS_PER_GROUP = 32
+_GROUP_PARAMETERS = 64 << 20
+
+
+class TrainSpec(Spec):
+    """Everything a training depends on but its seed; JSON in, JSON out.
+
+    Attributes:
+        initial: the checkpoint that the recipe starts from, None where the seed decides.
+    """
+
+    architecture: ArchitectureSpec
+    task: TaskSpec
+    tokenizer: TokenizerSpec | None = None
+    tokenizer_path: Path | None = None
+    dataset: DatasetRef
+    recipe: Recipe
+    initial: CheckpointRef | None = None
+    format: Literal[1] = 1
+
+    @model_validator(mode="after")
+    def _initial_as_asked(self) -> Self:
+        asked = self.recipe.initialisation
+        wanted = asked.checkpoint if isinstance(asked, CheckpointInitialisation) else None
+        if wanted != (self.initial.id if self.initial else None):
+            raise ValueError("initial must be the checkpoint that the recipe's initialisation names")
+        return self
+
+    def fingerprint(self) -> str:
+        """Return the hash of all that decides the trained weights, given a seed: recipe, architecture, task, data, initial weights."""
+        decides = self.model_dump(mode="json", include={"architecture", "task", "tokenizer", "format"})
+        recipe = self.recipe.model_dump(mode="json", exclude={"initialisation"})
+        initial = self.initial.sha256 if self.initial else None
+        tokenizer = sha256_file(self.tokenizer_path) if self.tokenizer_path else None
+        return sha256_of([decides, recipe, self.dataset.reading(), self.dataset.sha256, initial, tokenizer])
+
+
+class Protocol(Spec):
+    """Which retrainings make up a bank: random subsets that keep a share of the examples, each trained with several seeds.
+
+    Subset j is a function of (seed, alpha, n, j) alone, so a larger bank begins with the smaller one.
+    """
+
+    alpha: float = Field(default=0.5, gt=0, lt=1, description="Share of the examples that each subset keeps.")
+    subsets: int = Field(ge=1, le=100_000, description="How many subsets.")
+    seeds: int = Field(default=1, ge=1, le=1024, description="Trainings per subset; their mean is the expected output.")
+    first_seed: Seed = Field(default=1000, description="The trainings' seeds are this and those that follow it.")
+    semantics: Semantics = Field(
+        default="resample",
+        description="`resample` trains on the subset alone: its own batches, fewer steps. `mask` takes the seed's and the batches of "
+        "training on everything, and left-out examples weigh zero in their batch's mean, which is still over the whole batch.",
+    )
+    seed: Seed = Field(default=0, description="Of the subsets.")
+
+    def bank_key(self, spec: TrainSpec) -> str:
+        """Return the hash of what decides each retraining; banks of more or fewer subsets share it."""
+        return sha256_of([spec.fingerprint(), self.model_dump(mode="json", exclude={"subsets"})])
+
+    def training_seeds(self) -> list[int]:
+        """Return the seeds that every subset is trained with."""
+        return [self.first_seed + number for number in range(self.seeds)]
+
+    def subsets_per_group(self, num_parameters: int) -> int:
+        """Return how many subsets are trained and stored together: 32 models, fewer of large ones, and at least one subset."""
+        models = min(MODELS_PER_GROUP, _GROUP_PARAMETERS // max(1, num_parameters))
+        return max(1, models // self.seeds)
+
+    def num_groups(self, num_parameters: int) -> int:
+        """Return how many groups hold the subsets; the last may hold more than are asked for."""
+        return -(-self.subsets // self.subsets_per_group(num_parameters))
+
+
+def subset_mask(protocol: Protocol, n: int, j: int) -> np.ndarray:
+    """Return which examples subset j keeps, (n,) bool: exactly `round(alpha * n)` of them.
+
+    The bits of a Philox counter are sorted, as numpy promises those, and not its permutations, for all time.
+
+    Raises:
+        InvalidInputError: if that many are none or all of them.
+    """
+    kept = round(protocol.alpha * n)
+    if not 0 < kept < n:
+        raise InvalidInputError(f"alpha {protocol.alpha} keeps {kept} of {n} examples", "/alpha")
+    entropy: list[Any] = [protocol.seed, n, j, *np.array([protocol.alpha]).view(np.uint32).tolist()]
+    bits = np.random.Philox(np.random.SeedSequence(entropy)).random_raw(n)
+    mask = np.zeros(n, bool)
+    mask[np.argsort(bits, kind="stable")[:kept]] = True
+    return mask
