@@ -51,7 +51,9 @@ class LimitSettings(BaseModel):
     max_queries: int = Field(default=32, ge=1, le=10_000, description="Query examples per request.")
     max_subsets: int = Field(default=64, ge=1, le=10_000, description="Counterfactual subsets per request.")
     max_top_k: int = Field(default=1000, ge=1, le=100_000, description="Largest `top_k`.")
-    max_replay_hours: float = Field(default=24, gt=0, description="Longest estimated retraining of one request, in hours.")
+    max_replay_hours: float = Field(
+        default=24, gt=0, description="Longest estimated retraining of one request, in hours."
+    )
     rescore_rows: int = Field(default=200_000, ge=1, description="Larger groups are summed from stored features.")
 
 

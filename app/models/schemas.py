@@ -5,8 +5,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from attribution_core.training.recipe import Recipe
 from attribution_core.spec import ArchitectureSpec, Name, Spec, TaskSpec, TokenizerSpec
+from attribution_core.training.recipe import Recipe
 
 MODEL_EXAMPLE: dict[str, Any] = {
     "name": "digit-cnn",

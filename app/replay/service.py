@@ -34,7 +34,7 @@ from app.storage.roots import resolve
 from app.web.pagination import Page, PageOf, cut
 from app.web.resources import Resources
 from attribution_core.evaluate.spec import BankRef, EvaluationSpec
-from attribution_core.fit_spec import CheckpointRef, DatasetRef
+from attribution_core.fit_spec import CheckpointRef
 from attribution_core.spec import TokenizerSpec
 from attribution_core.training.recipe import CheckpointInitialisation, Recipe
 from attribution_core.training.spec import Protocol, TrainSpec
@@ -158,7 +158,9 @@ async def train_spec(
     initial = None
     if isinstance(recipe.initialisation, CheckpointInitialisation):
         found = await models.any_checkpoint(session, recipe.initialisation.checkpoint)
-        initial = CheckpointRef(id=found.id, path=artifacts.open(found.artifact) / models.WEIGHTS_FILE, sha256=found.sha256)
+        initial = CheckpointRef(
+            id=found.id, path=artifacts.open(found.artifact) / models.WEIGHTS_FILE, sha256=found.sha256
+        )
     tokenizer = TokenizerSpec.model_validate(model.tokenizer) if model.tokenizer else None
     source = tokenizer.source if tokenizer else None
     return TrainSpec.model_validate(
@@ -184,9 +186,7 @@ def protocols(request: EvaluationCreate) -> list[Protocol]:
     return [main, *deterministic]
 
 
-async def find_bank(
-    session: AsyncSession, model: Model, dataset: Dataset, spec: TrainSpec, protocol: Protocol
-) -> Bank:
+async def find_bank(session: AsyncSession, model: Model, dataset: Dataset, spec: TrainSpec, protocol: Protocol) -> Bank:
     """Return the bank of a protocol, made if there is none."""
     stored = protocol.model_dump(mode="json", exclude={"subsets"})
     values = {"id": new_id("bank"), "model_id": model.id, "dataset_id": dataset.id, "protocol": stored}
@@ -418,7 +418,12 @@ def shown_training(replay: Replay) -> TrainingOut:
     runs = None if replay.result is None else [TrainedRun(**run) for run in replay.result["runs"]]
     asked = TrainingCreate.model_validate(replay.request)
     return TrainingOut(
-        model=replay.model_id, dataset=replay.dataset_id, seeds=asked.seeds, save_every=asked.save_every, runs=runs, **_common(replay)
+        model=replay.model_id,
+        dataset=replay.dataset_id,
+        seeds=asked.seeds,
+        save_every=asked.save_every,
+        runs=runs,
+        **_common(replay),
     )
 
 
@@ -450,7 +455,9 @@ async def _set_status(session: AsyncSession, replay_id: str, status: str, error:
             replay.status, replay.error = status, error
 
 
-async def _replayable(session: AsyncSession, resources: Resources, reference: str) -> tuple[Index, Model, Dataset, TrainSpec]:
+async def _replayable(
+    session: AsyncSession, resources: Resources, reference: str
+) -> tuple[Index, Model, Dataset, TrainSpec]:
     index = await indexes.find_ready(session, reference)
     model = await models.find(session, index.model_id)
     training = await datasets.find_ready(session, index.dataset_id)

@@ -32,7 +32,9 @@ async def lead_training(runner: Runner, running: Running) -> Callable[[AsyncSess
     files = shard_files(work, pipeline.stages()[0])
     diverged = pipeline.diverged(files)
     if len(diverged) == len(request.seeds):
-        raise InvalidInputError("every training diverged: the weights stopped being finite; lower the learning rate", "/recipe")
+        raise InvalidInputError(
+            "every training diverged: the weights stopped being finite; lower the learning rate", "/recipe"
+        )
 
     def published() -> list[Made]:
         folder = work / "checkpoints"

@@ -1,24 +1,17 @@
 """The verification job: predictions of an index beside retraining without the very examples they are about."""
 
-from collections.abc import Awaitable, Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sqlalchemy.ext.asyncio import AsyncSession
 
-from app.engine.cache import IndexCache
 from app.engine.operations import Operations
-from app.queries import service as queries
-from app.replay import service as replays
-from app.worker.runner import Kind, Runner, Running, computed
-from app.worker.sharded import assist, device_of, shard_files, work_through
 from attribution_core.data.batch import Batch
-from attribution_core.evaluate.calibration import Calibration
 from attribution_core.progress import Progress
 from attribution_core.sharding import Stage
-from attribution_core.training.pipeline import Arrays, Retrained, run_groups, trained_arrays
+from attribution_core.training.bank import Retrained, train_runs
+from attribution_core.training.pipeline import Arrays, run_groups
 from attribution_core.training.spec import Semantics, TrainSpec
 from attribution_core.training.trainer import Run, Trainer
 
@@ -36,7 +29,13 @@ class VerificationPipeline:
     """
 
     def __init__(
-        self, operations: Operations, payload: Json, train: TrainSpec, seeds: list[int], semantics: Semantics, device: str
+        self,
+        operations: Operations,
+        payload: Json,
+        train: TrainSpec,
+        seeds: list[int],
+        semantics: Semantics,
+        device: str,
     ) -> None:
         self._operations, self._payload = operations, payload
         self.seeds, self.semantics = seeds, semantics
@@ -52,7 +51,7 @@ class VerificationPipeline:
 
     def run_shard(self, stage: str, ordinal: int, progress: Progress) -> Arrays:
         """Retrain one group."""
-        return trained_arrays(self.trainer, self._groups[ordinal].runs, self.semantics, progress)
+        return train_runs(self.trainer, self._groups[ordinal].runs, self.semantics, progress)
 
     def reduce(self, stage: str, shard_files: list[Path]) -> Arrays:
         """Return nothing: every group stands for itself."""
@@ -60,7 +59,7 @@ class VerificationPipeline:
 
     def conclude(self, files: list[Path], measurement: str) -> Json:
         """Return per query and subset the realised change of every seed, and what diverged."""
-        retrained = Retrained(self.trainer, files)
+        retrained = Retrained(self.trainer.network, files)
         values = retrained.values(self._batch, measurement).reshape(len(self._sets), len(self.seeds), -1)
         changes = dict(zip(self._sets, values - values[0], strict=True))  # set: (seeds, queries)
         return {

@@ -17,10 +17,10 @@ from attribution_core.progress import Progress
 from attribution_core.tasks import build_task
 from attribution_core.training.network import Network
 from attribution_core.training.optimizers import Tensors
-from attribution_core.training.spec import Protocol, TrainSpec, subset_mask
+from attribution_core.training.spec import Protocol, Semantics, TrainSpec, subset_mask
 from attribution_core.training.trainer import Run, Trainer
 
-WEIGHTS = "weights."
+WEIGHTS, DIVERGED = "weights.", "diverged"
 _OUTPUT_BYTES = 64 << 20
 
 
@@ -43,13 +43,74 @@ def train_group(
         Cancelled: from progress.
     """
     runs = group_runs(protocol, len(trainer.data), group, trainer.network.num_parameters)
-    trained = trainer.train(runs, protocol.semantics, progress)
     shape = (-1, protocol.seeds)
-    arrays = {
-        WEIGHTS + name: value.float().cpu().numpy().reshape(*shape, *value.shape[1:])
-        for name, value in trained.parameters.items()
-    }
-    return {**arrays, "diverged": trained.diverged.reshape(shape).astype(np.uint8)}
+    found = train_runs(trainer, runs, protocol.semantics, progress)
+    return {name: value.reshape(*shape, *value.shape[1:]) for name, value in found.items()}
+
+
+def train_runs(
+    trainer: Trainer, runs: Sequence[Run], semantics: Semantics, progress: Progress | None = None
+) -> dict[str, np.ndarray]:
+    """Train runs and return `weights.<name>` (runs, *shape) float32 and `diverged` (runs,) uint8.
+
+    Raises:
+        Cancelled: from progress.
+    """
+    trained = trainer.train(runs, semantics, progress)
+    arrays = {WEIGHTS + name: value.float().cpu().numpy() for name, value in trained.parameters.items()}
+    return {**arrays, DIVERGED: trained.diverged.astype(np.uint8)}
+
+
+class Retrained:
+    """Models that were trained together and written as `weights.<name>` and `diverged`, asked for what queries measure under them.
+
+    Args:
+        network: what the weights are of.
+        files: groups in order; within a group the leading dimensions are those of `diverged`.
+    """
+
+    def __init__(self, network: Network, files: Sequence[Path]) -> None:
+        self.network, self.files = network, list(files)
+
+    @cached_property
+    def diverged(self) -> np.ndarray:
+        """Which models' weights are not finite, (models,) bool."""
+        return np.concatenate([arrays[DIVERGED].ravel() for arrays in self._groups()]).astype(bool)
+
+    @torch.no_grad()
+    def values(self, batch: Batch, measurement: str) -> np.ndarray:
+        """Return what a batch of queries measures under each model, (models, queries) float64; NaN where it diverged.
+
+        Raises:
+            InvalidInputError: if the queries do not fit the model, or the task has no such measurement.
+        """
+        self.network.task.check(self.network.probe(batch), batch)
+        values = np.concatenate([self._measured(arrays, batch, measurement) for arrays in self._groups()])
+        values[self.diverged] = np.nan
+        return values
+
+    def _groups(self) -> Iterator[dict[str, np.ndarray]]:
+        for path in self.files:
+            yield mapped_arrays(path)
+
+    def _measured(self, arrays: Mapping[str, np.ndarray], batch: Batch, measurement: str) -> np.ndarray:
+        """Return (models, queries) of one group, as many models at once as their outputs leave room for."""
+        lead = arrays[DIVERGED].ndim
+        flat = {name: value.reshape(-1, *value.shape[lead:]) for name, value in arrays.items() if name != DIVERGED}
+        room = 4 * (batch.inputs.nbytes + self.network.activation_bytes(batch))
+        at_once = max(1, _OUTPUT_BYTES // room)
+        parts = []
+        for start in range(0, arrays[DIVERGED].size, at_once):
+            outputs = self.network.outputs(self._loaded(flat, start, start + at_once), batch)
+            parts += [self.network.task.measure(output, batch, measurement).double().cpu() for output in outputs]
+        return torch.stack(parts).numpy()
+
+    def _loaded(self, flat: Mapping[str, np.ndarray], start: int, stop: int) -> Tensors:
+        device = self.network.device
+        return {
+            name.removeprefix(WEIGHTS): torch.from_numpy(np.array(value[start:stop])).to(device)
+            for name, value in flat.items()
+        }
 
 
 class Bank:
@@ -70,7 +131,7 @@ class Bank:
         groups = protocol.num_groups(self.network.num_parameters)
         if len(files) < groups:
             raise InvalidInputError(f"{protocol.subsets} subsets are in {groups} groups, and {len(files)} are there")
-        self.files = list(files[:groups])
+        self._retrained = Retrained(self.network, files[:groups])
 
     @property
     def key(self) -> str:
@@ -86,40 +147,13 @@ class Bank:
     @cached_property
     def diverged(self) -> np.ndarray:
         """Which retrainings failed, (subsets, seeds) bool."""
-        return np.concatenate([arrays["diverged"] for arrays in self._groups()]).astype(bool)[: self.protocol.subsets]
+        return self._retrained.diverged.reshape(-1, self.protocol.seeds)[: self.protocol.subsets]
 
-    @torch.no_grad()
     def values(self, batch: Batch, measurement: str) -> np.ndarray:
         """Return what a batch of queries measures under each retraining, (subsets, seeds, queries) float64; NaN where it diverged.
 
         Raises:
             InvalidInputError: if the queries do not fit the model, or the task has no such measurement.
         """
-        self.network.task.check(self.network.probe(batch), batch)
-        measured = [self._measured(arrays, batch, measurement) for arrays in self._groups()]
-        values = np.concatenate(measured)[: self.protocol.subsets]
-        values[self.diverged] = np.nan
-        return values
-
-    def _groups(self) -> Iterator[dict[str, np.ndarray]]:
-        for path in self.files:
-            yield mapped_arrays(path)
-
-    def _measured(self, arrays: Mapping[str, np.ndarray], batch: Batch, measurement: str) -> np.ndarray:
-        """Return (subsets, seeds, queries) of one group, as many models at once as their outputs leave room for."""
-        flat = {name: value.reshape(-1, *value.shape[2:]) for name, value in arrays.items() if name != "diverged"}
-        models = arrays["diverged"].size
-        room = 4 * (batch.inputs.nbytes + self.network.activation_bytes(batch))
-        at_once = max(1, _OUTPUT_BYTES // room)
-        parts = []
-        for start in range(0, models, at_once):
-            outputs = self.network.outputs(self._loaded(flat, start, start + at_once), batch)
-            parts += [self.network.task.measure(output, batch, measurement).double().cpu() for output in outputs]
-        return torch.stack(parts).numpy().reshape(*arrays["diverged"].shape, -1)
-
-    def _loaded(self, flat: Mapping[str, np.ndarray], start: int, stop: int) -> Tensors:
-        device = self.network.device
-        return {
-            name.removeprefix(WEIGHTS): torch.from_numpy(np.array(value[start:stop])).to(device)
-            for name, value in flat.items()
-        }
+        values = self._retrained.values(batch, measurement)
+        return values.reshape(-1, self.protocol.seeds, len(batch))[: self.protocol.subsets]

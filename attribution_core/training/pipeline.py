@@ -1,12 +1,11 @@
 """Trainings and retrainings as shards: groups of runs that train as one program, each written as one file.
 
-A file holds `weights.<parameter>` (runs, *shape), `diverged` (runs,) and, for a training with a trajectory, the same per saved step under
-`<step>.<parameter>`. Which runs share a group depends on nothing but the work, so every attempt writes the same bytes.
+A training's file holds every saved step as `<step>.<parameter>` (runs, *shape), with `steps`, `epochs` and `learning_rates`, and `diverged`
+(runs,). Which runs share a group depends on nothing but the work, so every attempt writes the same bytes.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from attribution_core.arrays import read_arrays
-from attribution_core.data.batch import Batch
 from attribution_core.progress import Progress
 from attribution_core.sharding import Stage
+from attribution_core.training.bank import DIVERGED
 from attribution_core.training.spec import MODELS_PER_GROUP, Semantics, TrainSpec
 from attribution_core.training.trainer import Run, Snapshot, Trainer
 
 Arrays = dict[str, np.ndarray]
-WEIGHTS, DIVERGED = "weights.", "diverged"
 
 
 @dataclass(frozen=True)
@@ -46,49 +44,6 @@ def run_groups(trainer: Trainer, runs: Sequence[Run], semantics: Semantics, firs
         RunGroup(first + number, part, sum(len(trainer.plan(run, semantics)) for run in part))
         for number, part in enumerate(parts)
     ]
-
-
-def trained_arrays(trainer: Trainer, runs: Sequence[Run], semantics: Semantics, progress: Progress) -> Arrays:
-    """Train a group and return its file's arrays."""
-    trained = trainer.train(runs, semantics, progress)
-    return _named(trained.parameters, WEIGHTS) | {DIVERGED: trained.diverged.astype(np.int64)}
-
-
-class Retrained:
-    """Models of several groups' files, asked for measurements.
-
-    Args:
-        trainer: whose network the weights are of.
-        files: groups in order.
-    """
-
-    def __init__(self, trainer: Trainer, files: Sequence[Path]) -> None:
-        self._trainer = trainer
-        self._files = list(files)
-
-    @cached_property
-    def diverged(self) -> np.ndarray:
-        """Which runs' weights are not finite, (runs,) bool."""
-        return np.concatenate([read_arrays(path)[DIVERGED] for path in self._files]).astype(bool)
-
-    @torch.no_grad()
-    def values(self, batch: Batch, measurement: str) -> np.ndarray:
-        """Return the measurements (runs, examples) float64; not a number for runs that diverged."""
-        network = self._trainer.network
-        found = []
-        for path in self._files:
-            arrays = read_arrays(path)
-            stacked = {
-                name.removeprefix(WEIGHTS): torch.from_numpy(value).to(network.device)
-                for name, value in arrays.items()
-                if name.startswith(WEIGHTS)
-            }
-            outputs = network.outputs(stacked, batch)
-            measured = torch.stack([network.task.measure(output, batch, measurement) for output in outputs])
-            found.append(measured.double().cpu().numpy())
-        values = np.concatenate(found)
-        values[self.diverged] = np.nan
-        return values
 
 
 class TrainingPipeline:
@@ -126,7 +81,7 @@ class TrainingPipeline:
         arrays = {name: _ordered(parts) for name, parts in saved.items()}
         steps = sorted(rates)
         return arrays | {
-            DIVERGED: trained.diverged.astype(np.int64),
+            DIVERGED: trained.diverged.astype(np.uint8),
             "steps": np.array(steps, np.int64),
             "epochs": np.array([rates[step][0] for step in steps], np.float64),
             "learning_rates": np.array([rates[step][1] for step in steps], np.float64),
@@ -184,10 +139,6 @@ class TrainedCheckpoint:
     epoch: float
     learning_rate: float
     final: bool
-
-
-def _named(parameters: dict[str, Tensor], prefix: str) -> Arrays:
-    return {f"{prefix}{name}": value.detach().float().cpu().numpy() for name, value in parameters.items()}
 
 
 def _ordered(parts: Sequence[tuple[tuple[int, ...], Tensor]]) -> np.ndarray:

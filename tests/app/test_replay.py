@@ -87,7 +87,10 @@ def test_a_model_without_a_recipe_says_what_is_missing(steady: Loaded) -> None:
     for path, body in (
         ("models/mlp/trainings", {"dataset": "digits"}),
         ("indexes/steady/evaluations", {"queries": {"dataset": "test"}}),
-        ("indexes/steady/verifications", {"queries": [{"dataset": "test", "rows": [0]}], "subsets": [{"remove": {"rows": [1]}}]}),
+        (
+            "indexes/steady/verifications",
+            {"queries": [{"dataset": "test", "rows": [0]}], "subsets": [{"remove": {"rows": [1]}}]},
+        ),
     ):
         answer = steady.service.http.post(f"/v1/{path}", json=body)
         assert answer.status_code == 409, path
@@ -177,7 +180,9 @@ def test_too_much_retraining_is_refused_with_its_hours(trained: Loaded) -> None:
 def test_diverging_retrainings_are_counted_and_left_out(trained: Loaded) -> None:
     service = trained.service
     wild = {**RECIPE, "learning_rate": 1e6}
-    service.post("/v1/models", {"name": "wild", "architecture": MLP, "task": {"type": "classification"}, "recipe": wild}, 201)
+    service.post(
+        "/v1/models", {"name": "wild", "architecture": MLP, "task": {"type": "classification"}, "recipe": wild}, 201
+    )
     job = service.finished(service.post("/v1/models/wild/trainings", {"dataset": "digits", "seeds": [0]}, 202))
     assert job["state"] == "failed"
     assert "diverged" in job["error"]["detail"]
