@@ -157,7 +157,7 @@ class FitSummary:
     Attributes:
         dim: numbers per stored row, all checkpoints together.
         bytes: of the artifact.
-        recall: of the first search stage against an exact scan, measured on training rows as queries.
+        recall: of the first search stage against an exact scan, measured on training rows as queries; None where nothing is searched for.
         coverage: percentage of parameters attributed, layers covered and skipped.
     """
 
@@ -165,5 +165,5 @@ class FitSummary:
     num_examples: int
     dim: int
     bytes: int
-    recall: float
+    recall: float | None
     coverage: dict[str, Any]

@@ -34,6 +34,8 @@ class MethodBase(Spec):
     query_cost: ClassVar[Literal["inline", "job"]] = "inline"
     reference: ClassVar[str] = ""
     checkpoint_needs: ClassVar[tuple[str, ...]] = ()
+    # What an index of it holds: a row per training example, or a score per training example and named query.
+    keeps: ClassVar[Literal["features", "scores"]] = "features"
 
     @property
     def follows_training(self) -> bool:
