@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, grad_and_value, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
 
 from attribution_core.data.batch import Batch
 from attribution_core.progress import NoProgress, Progress
@@ -177,11 +178,11 @@ class Replay:
             def advance(parameters: Tensors, state: Tensors, gradients: Tensors) -> tuple[Tensors, Tensors]:
                 return self.trainer.advance(parameters, state, gradients, step)
 
-            _, pull = vjp(advance, moment.parameters, moment.state, gradients)
+            pull = vjp(advance, moment.parameters, moment.state, gradients)[1]
 
             def back(parameters: Tensors, state: Tensors) -> tuple[Tensors, Tensors, Tensor]:
                 through, before, along = pull((parameters, state))
-                _, (product, slopes) = jvp(grad(losses, has_aux=True), (moment.parameters,), (along,))
+                product, slopes = jvp(grad(losses, has_aux=True), (moment.parameters,), (along,))[1]
                 return {name: value + product[name] for name, value in through.items()}, before, slopes
 
             parameters, state, slopes = self._each(back, adjoint)
@@ -195,9 +196,9 @@ class Replay:
             return vmap(back)(adjoint.parameters, adjoint.state)
         queries = len(next(iter(adjoint.parameters.values())))
         sides = (adjoint.parameters, adjoint.state)
-        parts = [back(*({name: value[n] for name, value in side.items()} for side in sides)) for n in range(queries)]
-        parameters, state = ({k: torch.stack([p[side][k] for p in parts]) for k in parts[0][side]} for side in (0, 1))
-        return parameters, state, torch.stack([part[2] for part in parts])
+        parts = [back(*(_part(side, n) for side in sides)) for n in range(queries)]
+        parameters, state, slopes = tree_map(lambda *results: torch.stack(results), *parts)
+        return parameters, state, slopes
 
 
 def metasmoothness(start: Tensors, half: Tensors, full: Tensors) -> float:
@@ -224,7 +225,11 @@ def _stacked(moment: Moment) -> Moment:
 
 
 def _only(stacked: Moment) -> Moment:
-    return Moment(*({name: value[0] for name, value in side.items()} for side in (stacked.parameters, stacked.state)))
+    return Moment(_part(stacked.parameters, 0), _part(stacked.state, 0))
+
+
+def _part(stacked: Tensors, number: int) -> Tensors:
+    return {name: value[number] for name, value in stacked.items()}
 
 
 def _zeros_like(tensors: Tensors, queries: int) -> Tensors:
