@@ -197,6 +197,7 @@ class FitContext:
                 return GradCos(checkpoint, self._projection(spec, number), self._share(number))
             case ExactMethod():
                 return Exact(checkpoint, spec, partial(self.batches, number))
+        assert isinstance(spec, GradientMethodBase)
         kept = self._projection(spec, number) if self.layout == "vectors" else None
         return GradientMethod(checkpoint, self._curvature(number, own), getattr(spec, "damping", 0.0), kept)
 
