@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo serve test lint openapi clean
+.PHONY: install demo serve test lint openapi bench bench-quick bench-scaling clean
 
 install: $(STAMP)
 
@@ -35,6 +35,21 @@ lint: install
 
 openapi: install
 	$(BIN)/headwater openapi > openapi.json
+
+# Data sets in R's formats are read without R.
+$(VENV)/.bench: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group bench
+	touch $@
+
+# Hours; results are committed. The peers get an environment of their own.
+bench: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.run $(BENCH)
+
+bench-quick: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.run mnist-mlp --timeout 600
+
+bench-scaling: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.scaling
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

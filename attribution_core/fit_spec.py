@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from attribution_core.errors import CorruptArtifactError, FingerprintMismatchError, InvalidInputError
 from attribution_core.fingerprint import sha256_file, sha256_of
@@ -19,6 +19,7 @@ from attribution_core.spec import (
     TaskSpec,
     TokenizerSpec,
 )
+from attribution_core.training.recipe import Recipe
 
 
 class CheckpointRef(Spec):
@@ -70,6 +71,10 @@ class FitSpec(Spec):
     """Everything a fit depends on; JSON in, JSON out.
 
     Attributes:
+        checkpoints: none for methods that train by the recipe.
+        recipe: how the model is trained, where the method trains it.
+        initial: the checkpoint that the recipe starts from, None where the seed decides.
+        queries: where the method's named queries are, their values prepared as the training set's.
         layers: names or patterns (`layer_names`) of the attributed layers, all by default.
         precision: of forward and backward passes; gradients, curvatures and scores are float32 in any case.
         shard_size: training examples per shard; changes no score beyond rounding.
@@ -81,7 +86,10 @@ class FitSpec(Spec):
     tokenizer: TokenizerSpec | None = None
     tokenizer_path: Path | None = None
     dataset: DatasetRef
-    checkpoints: list[CheckpointRef] = Field(min_length=1, max_length=256)
+    checkpoints: list[CheckpointRef] = Field(max_length=256)
+    recipe: Recipe | None = None
+    initial: CheckpointRef | None = None
+    queries: DatasetRef | None = None
     method: MethodSpec
     measurement: str
     layers: list[str] | None = None
@@ -91,6 +99,15 @@ class FitSpec(Spec):
     shard_size: int = Field(default=512, ge=1)
     batch_size: int | None = Field(default=None, ge=1)
     format: Literal[1] = 1
+
+    @model_validator(mode="after")
+    def _as_the_method_needs(self) -> Self:
+        needs = self.method.needs
+        if ("recipe" in needs) != (self.recipe is not None) or ("queries" in needs) != (self.queries is not None):
+            raise ValueError("recipe and queries are for the methods that need them")
+        if not self.checkpoints and self.recipe is None:
+            raise ValueError("checkpoints are missing")
+        return self
 
     def fingerprint(self) -> str:
         """Return the hash of all that decides scores: weights, architecture, data, layers, method, projection, dtype."""
@@ -111,7 +128,8 @@ class FitSpec(Spec):
         )
         weights = [self._identity(checkpoint) for checkpoint in self.checkpoints]
         tokenizer = sha256_file(self.tokenizer_path) if self.tokenizer_path else None
-        return sha256_of([decides, self.dataset.reading(), self.dataset.sha256, weights, tokenizer, PROJECTION_VERSION])
+        data = [self.dataset.reading(), self.dataset.sha256, self.queries and self.queries.sha256]
+        return sha256_of([decides, data, weights, self._training(), tokenizer, PROJECTION_VERSION])
 
     def runs(self) -> list[list[int]]:
         """Return the numbers of each training's checkpoints in the order of their steps."""
@@ -143,6 +161,13 @@ class FitSpec(Spec):
                     "/checkpoints",
                 )
 
+    def _training(self) -> object:
+        """Return what decides weights that the method trains."""
+        if self.recipe is None:
+            return None
+        recipe = self.recipe.model_dump(mode="json", exclude={"initialisation"})
+        return [recipe, self.initial.sha256 if self.initial else None]
+
     def _identity(self, checkpoint: CheckpointRef) -> object:
         """Return what of a checkpoint decides scores."""
         if not self.method.follows_training:
@@ -157,7 +182,7 @@ class FitSummary:
     Attributes:
         dim: numbers per stored row, all checkpoints together.
         bytes: of the artifact.
-        recall: of the first search stage against an exact scan, measured on training rows as queries.
+        recall: of the first search stage against an exact scan, measured on training rows as queries; None where nothing is searched for.
         coverage: percentage of parameters attributed, layers covered and skipped.
     """
 
@@ -165,5 +190,5 @@ class FitSummary:
     num_examples: int
     dim: int
     bytes: int
-    recall: float
+    recall: float | None
     coverage: dict[str, Any]

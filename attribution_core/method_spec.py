@@ -34,6 +34,8 @@ class MethodBase(Spec):
     query_cost: ClassVar[Literal["inline", "job"]] = "inline"
     reference: ClassVar[str] = ""
     checkpoint_needs: ClassVar[tuple[str, ...]] = ()
+    # What an index of it holds: a row per training example, or a score per training example and named query.
+    keeps: ClassVar[Literal["features", "scores"]] = "features"
 
     @property
     def follows_training(self) -> bool:
@@ -270,6 +272,41 @@ class GasMethod(GradientMethodBase):
     type: Literal["gas"]
 
 
+class QueryRows(Spec):
+    """Rows of a data set that an index is to answer for."""
+
+    dataset: str = Field(min_length=1, max_length=128, description="Id or name.")
+    rows: list[Annotated[int, Field(ge=0)]] = Field(min_length=1, max_length=4096)
+
+
+class MagicMethod(MethodBase):
+    """MAGIC: the exact derivative of the measurement by every example's weight, replaying the training of one seed backwards.
+
+    Training is repeated by the model's recipe, so no checkpoint is needed. The index answers for the queries named here and no others.
+    A score is what dropping the example from its batches, nothing else changed, does to that very run, to first order.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("recipe", "queries")
+    keeps: ClassVar[Literal["features", "scores"]] = "scores"
+    reference: ClassVar[str] = "Ilyas & Engstrom 2025, MAGIC: Near-Optimal Data Attribution for Deep Learning"
+    type: Literal["magic"]
+    queries: QueryRows
+    seed: Seed = Field(default=0, description="Of the training that is replayed.")
+    subsets: int = Field(
+        default=8,
+        ge=0,
+        le=1024,
+        description="Masked retrainings by which the training's smoothness, and with it what an exact derivative can "
+        "predict, is measured; twice as many trainings.",
+    )
+    alpha: float = Field(default=0.95, gt=0, lt=1, description="Share of the examples that each of them keeps.")
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Parts of a fit, in order."""
+        return ("recording", "masked", "replay") if self.subsets else ("recording", "replay")
+
+
 class RepresentationMethod(MethodBase):
     """Similarity of penultimate representations: evidence, not causation."""
 
@@ -324,6 +361,7 @@ MethodSpec = Annotated[
     | GradCosMethod
     | TracinMethod
     | GasMethod
+    | MagicMethod
     | RepresentationMethod
     | ExactMethod,
     Field(discriminator="type"),

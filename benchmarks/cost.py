@@ -59,3 +59,13 @@ def peak_megabytes() -> float:
     with open("/proc/self/status") as file:  # noqa: PTH123
         (line,) = [line for line in file if line.startswith("VmHWM")]
     return int(line.split()[1]) / 1024
+
+
+def damping_of(text: str) -> float | None:
+    """Read a damping from the command line; `default` is the method's own, None."""
+    return None if text == "default" else float(text)
+
+
+def damping_name(damping: float | None) -> str:
+    """Return a damping as file names and tables have it."""
+    return "default" if damping is None else f"{damping:g}"

@@ -5,6 +5,7 @@ from typing import Any
 
 from app.storage.artifacts import ArtifactStore
 from attribution_core.fit_spec import FitSpec
+from attribution_core.methods.dense import DenseIndex, open_index
 from attribution_core.methods.loaded import LoadedIndex
 
 
@@ -21,9 +22,9 @@ class IndexCache:
         self._artifacts = artifacts
         self._limit = limit
         self._device = device
-        self._loaded: OrderedDict[tuple[str, str], tuple[LoadedIndex, int]] = OrderedDict()
+        self._loaded: OrderedDict[tuple[str, str], tuple[LoadedIndex | DenseIndex, int]] = OrderedDict()
 
-    def get(self, artifact: str, fit: dict[str, Any]) -> LoadedIndex:
+    def get(self, artifact: str, fit: dict[str, Any]) -> LoadedIndex | DenseIndex:
         """Return a loaded index.
 
         Raises:
@@ -35,7 +36,7 @@ class IndexCache:
         if key not in self._loaded:
             self._forget_deleted()
             # The index checks every file against its checksum as it loads.
-            loaded = LoadedIndex(self._artifacts.open(artifact), spec, device=self._device)
+            loaded = open_index(self._artifacts.open(artifact), spec, device=self._device)
             self._loaded[key] = (loaded, loaded.bytes)
         self._loaded.move_to_end(key)
         self._evict()

@@ -15,12 +15,14 @@ from attribution_core.data.collate import ExampleSource
 from attribution_core.data.reader import DatasetReader
 from attribution_core.datamodel import predicted_change, removed_rows
 from attribution_core.errors import InvalidInputError
+from attribution_core.methods.dense import DenseIndex
 from attribution_core.methods.loaded import Attribution, Found, LoadedIndex, Query
 from attribution_core.spec import ArchitectureSpec, DatasetSpec, Filter, Selector
 from attribution_core.training.spec import MODELS_PER_GROUP, TrainSpec
 from attribution_core.training.trainer import Run, Trainer
 
 Json = dict[str, Any]
+Index = LoadedIndex | DenseIndex
 _FILTER: TypeAdapter[Filter] = TypeAdapter(Filter)
 
 
@@ -109,9 +111,7 @@ class Operations:
         rows = order[payload["offset"] : payload["offset"] + payload["limit"]]
         return {"rows": rows.tolist(), "scores": scores[rows].tolist(), "total": len(scores)}
 
-    def _effects(
-        self, index: LoadedIndex, query: Query, groups: list[np.ndarray], rescore: bool
-    ) -> tuple[np.ndarray, bool]:
+    def _effects(self, index: Index, query: Query, groups: list[np.ndarray], rescore: bool) -> tuple[np.ndarray, bool]:
         """Return group effects, and whether they are exact; very large groups are summed from stored features."""
         small = sum(len(rows) for rows in groups) <= self._rescore_rows
         return index.group_effects(query, groups, rescore=rescore and small), (rescore and small) or not index.rescores
@@ -134,7 +134,7 @@ def training_seconds(payload: Json) -> Json:
     return {"seconds_per_step": trainer.estimate_seconds(runs) / (steps * len(runs))}
 
 
-def selected(index: LoadedIndex, selector: Selector, pointer: str = "/subsets") -> np.ndarray:
+def selected(index: Index, selector: Selector, pointer: str = "/subsets") -> np.ndarray:
     """Return the training rows a selector names, for selectors that do not depend on a query."""
     reader = index.context.source.reader
     if selector.ids is not None:
@@ -152,18 +152,18 @@ def _only(query: Query, place: int) -> Query:
     return Query(query.outputs[part], [side[part] for side in query.sides], query.rows[part])
 
 
-def _left_out(index: LoadedIndex, subset: Json, rows: np.ndarray) -> np.ndarray:
-    n = len(index.store)
+def _left_out(index: Index, subset: Json, rows: np.ndarray) -> np.ndarray:
+    n = index.num_examples
     left_out = removed_rows(n, keep=rows) if subset["keep"] else removed_rows(n, remove=rows)
     if len(left_out) == n:
         raise InvalidInputError("nothing would be left to train on", "/subsets")
     return left_out
 
 
-def _top(index: LoadedIndex, query: Query, subset: Json, rescore: bool) -> list[np.ndarray]:
+def _top(index: Index, query: Query, subset: Json, rescore: bool) -> list[np.ndarray]:
     """Return per query the rows left out when a subset names each query's own top examples."""
     selector = Selector.model_validate(subset["selector"])
-    wanted = min(selector.top_positive or selector.top_negative or 0, len(index.store))
+    wanted = min(selector.top_positive or selector.top_negative or 0, index.num_examples)
     found = index.attribute(query, wanted, None, rescore=rescore)
     picked = [one.positive.rows if selector.top_positive else one.negative.rows for one in found]
     return [_left_out(index, subset, np.sort(rows)) for rows in picked]
@@ -174,7 +174,7 @@ def _reader(folder: str, spec: str) -> DatasetReader:
     return DatasetReader(Path(folder), DatasetSpec.model_validate_json(spec))
 
 
-def _queries(index: LoadedIndex, queries: Sequence[Json]) -> Batch:
+def _queries(index: Index, queries: Sequence[Json]) -> Batch:
     """Return all queries of a request as one batch, in their order."""
     parts: list[Batch] = []
     source = index.context.source
@@ -203,15 +203,15 @@ def _same_shape(batches: Sequence[Batch]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _allowed(index: LoadedIndex, condition: Json | None) -> np.ndarray | None:
+def _allowed(index: Index, condition: Json | None) -> np.ndarray | None:
     if condition is None:
         return None
-    mask = np.zeros(len(index.store), dtype=bool)
+    mask = np.zeros(index.num_examples, dtype=bool)
     mask[index.context.source.reader.matching(_FILTER.validate_python(condition))] = True
     return mask
 
 
-def _attributions(index: LoadedIndex, found: Sequence[Attribution], request: Json) -> Json:
+def _attributions(index: Index, found: Sequence[Attribution], request: Json) -> Json:
     return {
         "results": [
             {"output": one.output, "positive": _listed(index, one.positive), "negative": _listed(index, one.negative)}
@@ -222,6 +222,6 @@ def _attributions(index: LoadedIndex, found: Sequence[Attribution], request: Jso
     }
 
 
-def _listed(index: LoadedIndex, found: Found) -> list[Json]:
+def _listed(index: Index, found: Found) -> list[Json]:
     examples = index.context.source.reader.describe(found.rows)
     return [{**entry, "score": score} for entry, score in zip(examples, found.scores.tolist(), strict=True)]

@@ -12,7 +12,8 @@ from app.worker.runner import Kind, Runner, Running, computed, stopwatch
 from app.worker.sharded import assist, device_of, shard_files, work_through
 from attribution_core.errors import Cancelled
 from attribution_core.fit_spec import FitSummary
-from attribution_core.methods.fit import FitPipeline
+from attribution_core.methods.fit import FitPipeline, build_pipeline
+from attribution_core.methods.magic import MagicPipeline
 
 
 async def lead_fit(runner: Runner, running: Running) -> Callable[[AsyncSession], Awaitable[None]]:
@@ -41,16 +42,16 @@ async def assist_fit(runner: Runner, running: Running) -> None:
     await assist(runner, running, lambda: _prepared(runner, running))
 
 
-async def _prepared(runner: Runner, running: Running) -> tuple[FitPipeline, Path]:
+async def _prepared(runner: Runner, running: Running) -> tuple[FitPipeline | MagicPipeline, Path]:
     async with runner.sessions() as session:
         spec = await indexes.fit_spec(session, running.job.resource_id, runner.settings, runner.artifacts)
     work = runner.artifacts.workspace(running.job.id)
-    pipeline = await computed(lambda: FitPipeline(spec, work, device_of(runner)), running.progress)
-    assert isinstance(pipeline, FitPipeline)
+    pipeline = await computed(lambda: build_pipeline(spec, work, device_of(runner)), running.progress)
+    assert isinstance(pipeline, FitPipeline | MagicPipeline)
     return pipeline, work
 
 
-def _assembled(pipeline: FitPipeline, folder: Path, files: list[Path], running: Running) -> FitSummary:
+def _assembled(pipeline: FitPipeline | MagicPipeline, folder: Path, files: list[Path], running: Running) -> FitSummary:
     """Lay out the artifact in an empty folder; an earlier attempt may have left a half-written one."""
     if running.progress.stopping:
         raise Cancelled("the job was stopped")

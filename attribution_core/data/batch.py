@@ -68,6 +68,15 @@ class Batch:
             return self
         return replace(self, inputs=F.pad(self.inputs, (0, missing)), mask=F.pad(self.mask, (0, missing)))
 
+    def to(self, dtype: torch.dtype) -> "Batch":
+        """Return the batch with its floating-point numbers in one dtype."""
+
+        def converted(values: Tensor) -> Tensor:
+            return values.to(dtype) if values.is_floating_point() else values
+
+        targets = None if self.targets is None else converted(self.targets)
+        return replace(self, inputs=converted(self.inputs), targets=targets)
+
     def forward(self, module: torch.nn.Module) -> Tensor:
         """Run a model on the batch, with its mask where there is one."""
         output = module(self.inputs) if self.mask is None else module(self.inputs, mask=self.mask)

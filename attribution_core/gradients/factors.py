@@ -202,9 +202,11 @@ class Rotation:
 
     def of(self, gradient: LayerGradient) -> Tensor:
         """Return materialised rotated gradients, (batch, groups, d_out, d_in), by the cheaper of the two orders."""
-        block = gradient.block
-        early = gradient.positions * (block.d_in + block.d_out)
-        late = block.d_in * block.d_out * (block.d_in + block.d_out) / max(block.d_in, block.d_out)
+        # Either order ends in one product over the positions; they differ in what is rotated, factors or the whole gradient.
+        d_in = 0 if self.inputs is None else gradient.block.d_in
+        d_out = 0 if self.outputs is None else gradient.block.d_out
+        early = gradient.positions * (d_in**2 + d_out**2)
+        late = gradient.block.d_out * d_in**2 + gradient.block.d_in * d_out**2
         if gradient.one_hot or isinstance(gradient, DenseGradient) or early > late:
             return self.forward(gradient.materialise())
         return self.output_factor(gradient).transpose(-1, -2) @ self.input_factor(gradient)

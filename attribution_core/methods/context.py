@@ -61,6 +61,13 @@ MAX_ROWS = 1 << 40
 _BATCH_BYTES = 64 << 20
 _CURVATURE_BYTES = 1 << 30
 _MAX_BATCH = 512
+# A language model's outputs are as large as its vocabulary, and its loss has several copies of them.
+_OUTPUT_BYTES = 512 << 20
+_OUTPUT_COPIES = 4
+# Whole gradients held at once: of the queries by which recall is measured, as they are, preconditioned and scaled.
+MAX_GRADIENT_BYTES = 8 << 30
+RECALL_QUERIES = 16
+_GRADIENTS_HELD = 3 * RECALL_QUERIES
 _PROBED = 8
 _LOWERED = {"float32": None, "bfloat16": torch.bfloat16}
 
@@ -90,6 +97,7 @@ class FitContext:
             )
         self._checkpoints: dict[int, Checkpoint] = {}
         self._probes: dict[int, Observed] = {}
+        self._output_bytes: dict[int, int] = {}
 
     def source_of(self, folder: Path, dataset: DatasetSpec) -> ExampleSource:
         """Return batches of a data set as this model takes them."""
@@ -103,17 +111,20 @@ class FitContext:
             CorruptArtifactError: if its file is missing.
             FingerprintMismatchError: if its file holds other weights than the spec names.
             CheckpointError: if the weights do not fit the architecture.
+            InvalidInputError: if a layer cannot be attributed, or the method's gradients would not fit in memory.
         """
         if number not in self._checkpoints:
             reference = self.spec.checkpoints[number]
             reference.verify()
             module = load_model(self.spec.architecture, reference.path, self.device)
+            capture = CheckedCapture(module, self.spec.layers, _LOWERED[self.spec.precision])
+            self._check_size(capture.num_parameters)
             self._checkpoints[number] = Checkpoint(
                 module=module,
                 task=self.task,
                 measurement=self.spec.measurement,
                 num_examples=self.spec.dataset.num_examples,
-                capture=CheckedCapture(module, self.spec.layers, _LOWERED[self.spec.precision]),
+                capture=capture,
             )
         return self._checkpoints[number]
 
@@ -122,10 +133,13 @@ class FitContext:
         if self.spec.batch_size is not None:
             return self.spec.batch_size
         probe = self._probe(number).training
+        # A batch may take what the model itself takes.
+        model = 4 * sum(value.numel() for value in self.checkpoint(number).module.parameters())
         bytes_each = sum(gradient.nbytes for gradient in probe) // len(probe[0])
+        outputs = max(1, _OUTPUT_BYTES // (_OUTPUT_COPIES * self._output_bytes[number]))
         if self.layout == "vectors" or not all(gradient.rank_one for gradient in probe):
             bytes_each += 4 * max(gradient.block.numel for gradient in probe)
-        return max(1, min(_MAX_BATCH, _BATCH_BYTES // bytes_each))
+        return max(1, min(_MAX_BATCH, outputs, max(_BATCH_BYTES, model) // bytes_each))
 
     @cached_property
     def layout(self) -> Literal["vectors", "factors"]:
@@ -135,9 +149,7 @@ class FitContext:
             InvalidInputError: if factors are asked for of a method that compares something else.
         """
         asked, method = self.spec.store.layout, self.spec.method
-        possible = isinstance(method, GradientMethodBase) and not isinstance(
-            method, TrakMethod | LograMethod | GradCosMethod | GasMethod
-        )
+        possible = self._compares_whole_gradients
         if asked == "factors" and not possible:
             raise InvalidInputError(f"{method.type} keeps vectors, not factors", "/store/layout")
         if asked != "auto":
@@ -147,6 +159,23 @@ class FitContext:
             return "vectors"
         width = 2 if self.spec.store.dtype == "float16" else 4
         return "factors" if numbers_kept(self._probe(0).training) * width <= MAX_FACTOR_BYTES else "vectors"
+
+    @property
+    def _compares_whole_gradients(self) -> bool:
+        method = self.spec.method
+        return isinstance(method, GradientMethodBase) and not isinstance(
+            method, TrakMethod | LograMethod | GradCosMethod | GasMethod
+        )
+
+    def _check_size(self, parameters: int) -> None:
+        """Refuse a method that would hold more whole gradients than fit."""
+        size = 4 * _GRADIENTS_HELD * parameters
+        if self._compares_whole_gradients and size > MAX_GRADIENT_BYTES:
+            raise InvalidInputError(
+                f"{self.spec.method.type} holds whole gradients of its queries: {size >> 30} GiB for {parameters:,} parameters. Attribute fewer "
+                "layers, by names or patterns, or use logra, whose gradients are never formed",
+                "/layers",
+            )
 
     def method(self, number: int, fitted: Arrays) -> FeatureMethod:
         """Return the method on one checkpoint; `fitted` holds its arrays under `<number>.<name>`, as far as they exist."""
@@ -168,6 +197,7 @@ class FitContext:
                 return GradCos(checkpoint, self._projection(spec, number), self._share(number))
             case ExactMethod():
                 return Exact(checkpoint, spec, partial(self.batches, number))
+        assert isinstance(spec, GradientMethodBase)
         kept = self._projection(spec, number) if self.layout == "vectors" else None
         return GradientMethod(checkpoint, self._curvature(number, own), getattr(spec, "damping", 0.0), kept)
 
@@ -249,7 +279,9 @@ class FitContext:
         """Return the gradients of a few training examples, from which sizes are told."""
         if number not in self._probes:
             checkpoint, batch = self.checkpoint(number), self.source.batch(self._spread(_PROBED))
-            self._probes[number] = observe(checkpoint.run(batch), self.task, batch, self.spec.measurement, self.fisher)
+            run = checkpoint.run(batch)
+            self._output_bytes[number] = max(1, run.output.nbytes // len(batch))
+            self._probes[number] = observe(run, self.task, batch, self.spec.measurement, self.fisher)
         return self._probes[number]
 
     def _projection(self, method: GradientMethodBase, number: int) -> Projection:

@@ -27,13 +27,21 @@ from attribution_core.features.factors import encoded, write_gradients
 from attribution_core.features.store import FeatureStore, write_shard
 from attribution_core.fit_spec import FitSpec, FitSummary
 from attribution_core.gradients import Block
-from attribution_core.method_spec import ArnoldiMethod, HessianMethod, KfacMethod, LograMethod, TrakMethod
+from attribution_core.method_spec import (
+    ArnoldiMethod,
+    HessianMethod,
+    KfacMethod,
+    LograMethod,
+    MagicMethod,
+    TrakMethod,
+)
 from attribution_core.methods import trak
 from attribution_core.methods.artifact import FACTORS_FILE, FEATURES_FOLDER, GRADIENTS_FOLDER, write_description
 from attribution_core.methods.base import FeatureMethod, GradientMethod, QuerySide, TrainRows
 from attribution_core.methods.context import FitContext
 from attribution_core.methods.loaded import LoadedIndex
 from attribution_core.methods.logra import Logra, fisher_of
+from attribution_core.methods.magic import MagicPipeline
 from attribution_core.methods.recall import measured_recall, recall_rows
 from attribution_core.methods.trak import Trak
 from attribution_core.progress import Progress
@@ -350,9 +358,15 @@ class FitPipeline:
         VectorIndex.build(self.spec.search, store.weighted_blocks, len(store), dim).write(into / SEARCH_FILE)
 
 
+def build_pipeline(spec: FitSpec, work: Path, device: str = "cpu") -> FitPipeline | MagicPipeline:
+    """Return what runs the parts of a method's fit."""
+    kind = MagicPipeline if isinstance(spec.method, MagicMethod) else FitPipeline
+    return kind(spec, work, device)
+
+
 def fit(spec: FitSpec, work: Path, into: Path, progress: Progress, device: str = "cpu") -> FitSummary:
     """Run a whole fit in this process; the service runs the same parts as jobs."""
-    pipeline = FitPipeline(spec, work, device)
+    pipeline = build_pipeline(spec, work, device)
     files: list[Path] = []
     for stage in pipeline.stages():
         files = [work / stage.name / f"{shard.ordinal:05d}.safetensors" for shard in stage.shards]

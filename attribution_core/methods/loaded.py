@@ -106,6 +106,11 @@ class LoadedIndex:
         self.members: list[FeatureMethod] = [self.context.method(n, fitted) for n in range(len(spec.checkpoints))]
 
     @property
+    def num_examples(self) -> int:
+        """n, the size of the training set."""
+        return len(self.store)
+
+    @property
     def dim(self) -> int:
         """Numbers kept per training example, all checkpoints together."""
         return sum(member.dim for member in self.members) if self.gradients is None else self.gradients.numbers

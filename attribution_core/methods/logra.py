@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
+from attribution_core.curvature.fisher import observe
 from attribution_core.data.batch import Batch
 from attribution_core.errors import SingularCurvatureError
 from attribution_core.methods.base import Arrays, Checkpoint, FeatureMethod, QuerySide, TrainRows
@@ -34,9 +35,9 @@ class Logra(FeatureMethod):
     def encode_train(self, batch: Batch) -> TrainRows:
         """Return projected `φ_i`."""
         run, task = self.checkpoint.run(batch), self.checkpoint.task
-        measured = task.measure(run.output, batch, self.checkpoint.measurement)
-        own = self.projection.project_gradients(run.gradients(measured, keep=True))
-        rows = -self.projection.project_gradients(run.gradients(task.loss(run.output, batch)))
+        observed = observe(run, task, batch, self.checkpoint.measurement, None)
+        own, slope = self.projection.project_gradients(observed.measured), observed.slope
+        rows = self.projection.project_gradients(observed.training) if slope is None else own * -slope.unsqueeze(1)
         return TrainRows(rows, torch.ones_like(rows[:, 0]), measured=own)
 
     def encode_query(self, batch: Batch) -> QuerySide:

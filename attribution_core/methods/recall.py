@@ -5,15 +5,15 @@ The queries are training rows, spread evenly. Their exact scores are computed wh
 
 import numpy as np
 
+from attribution_core.methods.context import RECALL_QUERIES
 from attribution_core.methods.loaded import LoadedIndex, top_rows
 
-QUERIES = 16
 TOP = 10
 
 
 def recall_rows(num_examples: int) -> np.ndarray:
     """Return the training rows that are asked for."""
-    return np.unique(np.linspace(0, num_examples - 1, min(QUERIES, num_examples)).astype(np.int64))
+    return np.unique(np.linspace(0, num_examples - 1, min(RECALL_QUERIES, num_examples)).astype(np.int64))
 
 
 def measured_recall(index: LoadedIndex, exact: np.ndarray | None) -> float:

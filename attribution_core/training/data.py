@@ -1,7 +1,5 @@
 """The training set as tensors: in memory where it fits, else read for every batch."""
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -45,7 +43,7 @@ class TrainingData:
         """Return some rows (…, batch), in fields (…, batch, …)."""
         if self._resident is not None:
             return self._resident[torch.from_numpy(rows).to(self._resident.rows.device)]
-        flat = self._converted(self.source.batch(rows.ravel()))
+        flat = self.source.batch(rows.ravel()).to(self.dtype)
         return _reshaped(flat, rows.shape)
 
     def check(self, task: Task, output: Tensor) -> None:
@@ -64,19 +62,12 @@ class TrainingData:
     def _read_all(self) -> Batch | None:
         parts, size = [], 0
         for start in range(0, len(self), ROW_GROUP_SIZE):
-            part = self._converted(self.source.batch(np.arange(start, min(start + ROW_GROUP_SIZE, len(self)))))
+            part = self.source.batch(np.arange(start, min(start + ROW_GROUP_SIZE, len(self)))).to(self.dtype)
             parts.append(part)
             size += part.inputs.nbytes
             if size > MAX_RESIDENT_BYTES:
                 return None
         return Batch.joined(parts)
-
-    def _converted(self, batch: Batch) -> Batch:
-        inputs = batch.inputs.to(self.dtype) if batch.inputs.is_floating_point() else batch.inputs
-        targets = batch.targets
-        if targets is not None and targets.is_floating_point():
-            targets = targets.to(self.dtype)
-        return replace(batch, inputs=inputs, targets=targets)
 
 
 def _reshaped(flat: Batch, shape: tuple[int, ...]) -> Batch:

@@ -12,7 +12,7 @@ from attribution_core.arrays import write_arrays
 from attribution_core.errors import Cancelled
 from attribution_core.fingerprint import sha256_file
 from attribution_core.fit_spec import FitSpec
-from attribution_core.methods.fit import FitPipeline, FitSummary
+from attribution_core.methods.fit import FitPipeline, FitSummary, build_pipeline
 from attribution_core.methods.loaded import LoadedIndex
 from attribution_core.progress import NoProgress
 from tests.core.methods.problems import SMALL, Problem, relative_error
@@ -33,15 +33,15 @@ ALL = np.arange(60)
 
 def run(spec: FitSpec, work: Path, into: Path, seed: int | None = None) -> FitSummary:
     """Fit with a fresh pipeline for every shard, in an order shuffled by `seed`."""
-    stages = FitPipeline(spec, work).stages()
+    stages = build_pipeline(spec, work).stages()
     files: list[Path] = []
     for stage in stages:
         files = [work / stage.name / f"{shard.ordinal:05d}.safetensors" for shard in stage.shards]
         order = np.arange(len(files)) if seed is None else np.random.default_rng(seed).permutation(len(files))
         for ordinal in order:
-            write_arrays(files[ordinal], FitPipeline(spec, work).run_shard(stage.name, int(ordinal), NoProgress()))
-        write_arrays(work / f"{stage.name}.safetensors", FitPipeline(spec, work).reduce(stage.name, files))
-    return FitPipeline(spec, work).assemble(into, files, NoProgress())
+            write_arrays(files[ordinal], build_pipeline(spec, work).run_shard(stage.name, int(ordinal), NoProgress()))
+        write_arrays(work / f"{stage.name}.safetensors", build_pipeline(spec, work).reduce(stage.name, files))
+    return build_pipeline(spec, work).assemble(into, files, NoProgress())
 
 
 def hashes(folder: Path) -> dict[str, str]:

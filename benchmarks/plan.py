@@ -1,0 +1,61 @@
+"""What `make bench` measures: our methods and every peer's, with the dampings that each is tried at."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+Damping = float | None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method of one library.
+
+    Attributes:
+        module: what is run; modules of peers run in the peers' environment.
+        dampings: the first, the method's own default, is what is timed; the best of all is reported beside it.
+        workloads: where it can run; everywhere if empty.
+        checkpoints: numbers of checkpoints it is run with.
+    """
+
+    peer: str
+    label: str
+    module: str
+    method: dict[str, Any] = field(default_factory=dict)
+    store: dict[str, Any] | None = None
+    dampings: tuple[Damping, ...] = (None,)
+    workloads: tuple[str, ...] = ()
+    checkpoints: tuple[int, ...] = (1, 5)
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this is Headwater."""
+        return self.peer == "headwater"
+
+
+def _ours(label: str, method: dict[str, Any], dampings: tuple[Damping, ...] = (None,), **more: Any) -> Entry:
+    return Entry("headwater", label, "benchmarks.ours", method, dampings=dampings, **more)
+
+
+_GRID: tuple[Damping, ...] = (None, 0.01, 0.03, 0.3, 1.0)
+_TRAK_GRID: tuple[Damping, ...] = (None, 0.01, 0.1, 1.0, 10.0)
+_KRONFLUENCE = (None, -1.0, 1e-5, 1e-4, 1e-3, 1e-2)
+_NOT_LOGISTIC = ("mnist-mlp", "fashion-mlp", "mnist-cnn", "fashion-cnn", "austen-lm")
+
+ENTRIES: tuple[Entry, ...] = (
+    _ours("ekfac", {"type": "ekfac"}, _GRID),
+    _ours("ekfac, one sampled label", {"type": "ekfac", "fisher": "sampled"}, _GRID),
+    _ours("gauss_newton", {"type": "gauss_newton"}, _GRID),
+    _ours("trak, kernel of all classes", {"type": "trak", "curvature": "fisher", "projection": {"dim": 2048}}, _TRAK_GRID),
+    _ours("trak", {"type": "trak", "projection": {"dim": 2048}}, _TRAK_GRID),
+    _ours("logra", {"type": "logra", "projection": {"type": "factored", "dim": 2048}}, _TRAK_GRID),
+    _ours("grad_dot", {"type": "grad_dot"}),
+    _ours("representation", {"type": "representation"}, workloads=_NOT_LOGISTIC),
+    _ours("exact", {"type": "exact", "l2": 1e-3}, workloads=("letter-logistic",), checkpoints=(1,)),
+    Entry("kronfluence", "EK-FAC", "benchmarks.peers.kronfluence_", dampings=_KRONFLUENCE),
+    Entry("traker", "TRAK", "benchmarks.peers.traker_", {"dim": 2048}, dampings=(None, 0.1, 1.0, 10.0, 100.0)),
+    Entry("dattri", "TRAK", "benchmarks.peers.dattri_", {"type": "trak", "dim": 2048}, dampings=(None, 1e-3, 1e-2, 1e-1, 1.0)),
+    Entry("dattri", "LoGra", "benchmarks.peers.dattri_", {"type": "logra", "dim": 4096}, dampings=(None, 1e-3, 1e-2, 1e-1, 1.0)),
+    Entry("dattri", "EK-FAC", "benchmarks.peers.dattri_", {"type": "ekfac"}, dampings=(None, 1e-4, 1e-2)),
+    Entry("captum", "Arnoldi", "benchmarks.peers.captum_", {"type": "arnoldi", "dim": 100, "rank": 50}, dampings=(None, 1e-3, 1e-2, 1e-1), checkpoints=(1,)),
+    Entry("captum", "TracIn", "benchmarks.peers.captum_", {"type": "tracin"}),
+)  # fmt: skip

@@ -1,0 +1,110 @@
+"""From `benchmarks/results/*.json` to `docs/benchmarks.md`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.plan import ENTRIES
+from benchmarks.workloads import WORKLOADS
+
+PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+_INTRODUCTION = Path(__file__).parent / "protocol.md"
+_HEAD = (
+    "| library | method | checkpoints | LDS, default damping | LDS, best damping | damping chosen on other queries | "
+    "features, s (× f+b) | query, s (× f+b) | peak MB | bytes per example |\n|---|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def write_report(results: Path) -> None:
+    """Write the page: protocol, where we win and lose, one table per workload."""
+    found = [json.loads(path.read_text()) for name in WORKLOADS if (path := results / f"{name}.json").exists()]
+    parts = [_INTRODUCTION.read_text().rstrip(), _summary(found), *map(_workload, found), _grids()]
+    PAGE.write_text("\n\n".join(parts) + "\n")
+
+
+def _summary(found: list[dict[str, Any]]) -> str:
+    lines = [
+        "## Against the best peer",
+        "",
+        "Both at their best damping. The interval is the paired bootstrap's over queries; it decides the verdict. The moonshot is half of the way from "
+        "the best peer to the noise ceiling.",
+        "",
+        "| workload | checkpoints | ours | best peer | difference | verdict | moonshot |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for workload in found:
+        for checkpoints, pair in workload["compared"].items():
+            if not pair:
+                continue
+            ours, peer, difference = pair["ours"], pair["peer"], pair["difference"]
+            verdict = "win" if difference["low"] > 0 else "loss" if difference["high"] < 0 else "tie"
+            moonshot = (peer["lds"] + workload["ceiling"]) / 2
+            reached = "reached" if ours["lds"] >= moonshot else f"{moonshot - ours['lds']:.3f} short"
+            lines.append(
+                f"| {workload['workload']} | {checkpoints} | {ours['method']} {ours['lds']:.3f} | "
+                f"{peer['peer']} {peer['method']} {peer['lds']:.3f} | {difference['lds']:+.3f} "
+                f"[{difference['low']:+.3f}, {difference['high']:+.3f}] | {verdict} | {moonshot:.3f}: {reached} |"
+            )
+    return "\n".join(lines)
+
+
+def _workload(found: dict[str, Any]) -> str:
+    truth = f"{found['subsets']} random halves × {found['seeds']} seeds retrained, {found['n']} examples, {found['queries']} queries"
+    lines = [f"## {found['workload']}", "", f"{truth}. Noise ceiling {found['ceiling']:.3f}.", "", _HEAD]
+    lines += [_row(row) for row in found["rows"]]
+    return "\n".join([*lines, "", *_losses(found)])
+
+
+def _row(row: dict[str, Any]) -> str:
+    named = f"| {row['peer']} | {row['method']} | {row['checkpoints']} |"
+    if "error" in row:
+        return f"{named} fails: `{row['error'][:160].replace('|', '/')}` | | | | | | |"
+    default = next(iter(row["dampings"].values()))
+    features = f"{row['feature_seconds']:.3g} ({row['feature_seconds'] / row['plain_train'] / row['checkpoints']:.3g})"
+    queries = f"{row['query_seconds']:.3g} ({row['query_seconds'] / row['plain_query'] / row['checkpoints']:.3g})"
+    size = "none" if row["bytes_per_example"] is None else f"{row['bytes_per_example']:.0f}"
+    best = held = "–"
+    if "best" in row:
+        best = f"{_quality(row['dampings'][row['best']])} at {row['best']}"
+        held = f"{row['held_out_lds']:.3f}"
+    return f"{named} {_quality(default)} | {best} | {held} | {features} | {queries} | {row['peak_memory_mb']:.0f} | {size} |"
+
+
+def _quality(found: dict[str, Any]) -> str:
+    return found.get("error") or f"{found['lds']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+
+
+def _losses(found: dict[str, Any]) -> list[str]:
+    """Name every peer's row that is better than all of ours in LDS, time or memory."""
+    usable = [row for row in found["rows"] if "best" in row]
+    lines = []
+    for checkpoints in sorted({row["checkpoints"] for row in usable}):
+        sides = [
+            [row for row in usable if row["checkpoints"] == checkpoints and (row["peer"] == "headwater") is ours]
+            for ours in (True, False)
+        ]
+        if not all(sides):
+            continue
+        reference = sides[0][0]  # EK-FAC, our default
+        measures = {
+            "LDS at its default damping": lambda row: -next(iter(row["dampings"].values())).get("lds", 0.0),
+            "LDS at its best damping": lambda row: -row["dampings"][row["best"]]["lds"],
+            "feature seconds": lambda row: row["feature_seconds"],
+            "query seconds": lambda row: row["query_seconds"],
+            "peak memory": lambda row: row["peak_memory_mb"],
+        }
+        for name, value in measures.items():
+            better = [f"{row['peer']} {row['method']}" for row in sides[1] if value(row) < value(reference)]
+            if better:
+                lines.append(
+                    f"* {checkpoints} checkpoint(s): our {reference['method']} loses in {name} to {', '.join(better)}."
+                )
+    return ["Where we lose:", "", *lines] if lines else ["Where we lose: nowhere in this table."]
+
+
+def _grids() -> str:
+    lines = ["## Damping grids", "", "| library | method | options | dampings |", "|---|---|---|---|"]
+    for entry in ENTRIES:
+        grid = ", ".join("default" if damping is None else f"{damping:g}" for damping in entry.dampings)
+        lines.append(f"| {entry.peer} | {entry.label} | `{json.dumps(entry.method)}` | {grid} |")
+    return "\n".join(lines)

@@ -1,0 +1,190 @@
+"""`make bench`: every method of `plan.py` on every workload, each in a process of its own, judged by real retraining, written down.
+
+Results go to `benchmarks/results/<workload>.json` and from there to `docs/benchmarks.md`. `--resume` keeps measurements of an earlier, interrupted run.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.cost import damping_name
+from benchmarks.data import CACHE
+from benchmarks.lds import Truth, interval
+from benchmarks.ours import dataset_of
+from benchmarks.plan import ENTRIES, Entry
+from benchmarks.report import write_report
+from benchmarks.workloads import WORKLOADS, Workload, prepare, retrain
+
+RESULTS = Path(__file__).parent / "results"
+PEERS = CACHE / "peers"
+_REQUIREMENTS = Path(__file__).parent / "peers" / "requirements.txt"
+_ROOT = Path(__file__).parent.parent
+
+
+def build_peers() -> Path:
+    """Return the peers' own python, made at the first call."""
+    python, stamp = PEERS / "bin" / "python", PEERS / "installed.txt"
+    wanted = _REQUIREMENTS.read_text()
+    if not stamp.exists() or stamp.read_text() != wanted:
+        subprocess.run([sys.executable, "-m", "venv", PEERS], check=True)
+        pip = [python, "-m", "pip", "install", "--quiet", "--constraint", _ROOT / "constraints.txt"]
+        subprocess.run([*pip, "torch"], check=True)
+        subprocess.run([*pip, "--requirement", _REQUIREMENTS], check=True)
+        stamp.write_text(wanted)
+    return python
+
+
+def measure(entry: Entry, workload: Workload, checkpoints: int, timeout: int, resume: bool) -> Path:
+    """Run one entry unless it is there and return its folder: `scores-<damping>.npy` and `cost.json`, or `error.txt`."""
+    label = re.sub(r"\W+", "-", f"{entry.peer}-{entry.label}")
+    out = CACHE / "runs" / workload.name / f"{label}-{checkpoints}"
+    command = [
+        *("--workload", workload.name, "--method", json.dumps(entry.method), "--checkpoints", str(checkpoints)),
+        *("--damping", *map(damping_name, entry.dampings), "--out", str(out)),
+    ]
+    stamp = out / "command.json"
+    if resume and stamp.exists() and json.loads(stamp.read_text()) == command:
+        return out
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    python = sys.executable if entry.is_ours else build_peers()
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(_ROOT)}
+    try:
+        done = subprocess.run(
+            [python, "-m", entry.module, *command],
+            env=environment,
+            cwd=_ROOT,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        failed = done.stderr.strip().splitlines()[-1:] if done.returncode else []
+        error = (failed or [f"exit code {done.returncode}"])[0] if done.returncode else None
+    except subprocess.TimeoutExpired:
+        error = f"not finished after {timeout} s"
+    if error is not None:
+        (out / "error.txt").write_text(error.replace(str(_ROOT), "."))
+    stamp.write_text(json.dumps(command))
+    return out
+
+
+def judged(entry: Entry, checkpoints: int, folder: Path, truth: Truth) -> dict[str, Any]:
+    """Return an entry's row: cost, LDS at every damping, and the LDS at a damping that was chosen on other queries."""
+    row: dict[str, Any] = {
+        "peer": entry.peer,
+        "method": entry.label,
+        "options": entry.method,
+        "checkpoints": checkpoints,
+    }
+    error = folder / "error.txt"
+    if error.exists():
+        return row | {"error": error.read_text()}
+    row |= {name: value for name, value in json.loads((folder / "cost.json").read_text()).items() if name not in row}
+    quality, correlations = {}, {}
+    for damping in map(damping_name, entry.dampings):
+        scores = np.load(folder / f"scores-{damping}.npy")
+        if not np.isfinite(scores).all():
+            quality[damping] = {"error": "scores are not finite"}
+            continue
+        found = np.nan_to_num(truth.correlations(scores))
+        correlations[damping] = found
+        low, high = interval(found)
+        quality[damping] = {"lds": float(found.mean()), "low": low, "high": high, "slope": truth.slope(scores)}
+    row["dampings"] = quality
+    if correlations:
+        row["best"] = max(correlations, key=lambda damping: correlations[damping].mean())
+        row["held_out_lds"] = _held_out(list(correlations.values()))
+        row["correlations"] = {name: correlations[name] for name in {row["best"], *list(correlations)[:1]}}
+    return row
+
+
+def _held_out(correlations: list[np.ndarray]) -> float:
+    """Return the LDS on each half of the queries at the damping that is best on the other half."""
+    stacked = np.stack(correlations)
+    halves = stacked[:, 0::2], stacked[:, 1::2]
+    return float(np.mean([other[one.mean(1).argmax()].mean() for one, other in (halves, halves[::-1])]))
+
+
+def compared(rows: list[dict[str, Any]], checkpoints: int) -> dict[str, Any]:
+    """Return our best method and default against the best peer, with the paired bootstrap interval of the difference."""
+    usable = [row for row in rows if row["checkpoints"] == checkpoints and "best" in row]
+    sides = [[row for row in usable if (row["peer"] == "headwater") is ours] for ours in (True, False)]
+    if not all(sides):
+        return {}
+    ours, peer = (max(side, key=lambda row: row["dampings"][row["best"]]["lds"]) for side in sides)
+    difference = ours["correlations"][ours["best"]] - peer["correlations"][peer["best"]]
+    low, high = interval(difference)
+    return {
+        "ours": {"method": ours["method"], "damping": ours["best"], **ours["dampings"][ours["best"]]},
+        "peer": {
+            "peer": peer["peer"],
+            "method": peer["method"],
+            "damping": peer["best"],
+            **peer["dampings"][peer["best"]],
+        },
+        "difference": {"lds": float(difference.mean()), "low": low, "high": high},
+    }
+
+
+def bench(workload: Workload, entries: list[Entry], timeout: int, resume: bool) -> None:
+    """Measure all entries on one workload and write its results."""
+    data = prepare(workload)
+    retrain(workload, data)
+    dataset_of(workload, data)
+    truth = Truth.read(workload.truth)
+    rows = []
+    for entry in entries:
+        if entry.workloads and workload.name not in entry.workloads:
+            continue
+        for checkpoints in entry.checkpoints:
+            if checkpoints > 1 and workload.name == "letter-logistic":
+                continue  # the optimum is one, whatever the seed
+            folder = measure(entry, workload, checkpoints, timeout, resume)
+            rows.append(judged(entry, checkpoints, folder, truth))
+            print(
+                workload.name,
+                entry.peer,
+                entry.label,
+                checkpoints,
+                rows[-1].get("error") or rows[-1]["held_out_lds"],
+                flush=True,
+            )
+    found = {
+        "workload": workload.name,
+        "n": truth.masks.shape[1],
+        "queries": truth.values.shape[2],
+        "subsets": truth.values.shape[0],
+        "seeds": truth.values.shape[1],
+        "ceiling": truth.ceiling(),
+        "compared": {str(checkpoints): compared(rows, checkpoints) for checkpoints in (1, 5)},
+    }
+    for row in rows:
+        row.pop("correlations", None)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{workload.name}.json").write_text(json.dumps(found | {"rows": rows}, indent=1) + "\n")
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", default=list(WORKLOADS))
+    parser.add_argument("--peer", nargs="*", help="only these libraries")
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--timeout", type=int, default=3600, help="seconds for one measurement")
+    arguments = parser.parse_args()
+    entries = [entry for entry in ENTRIES if not arguments.peer or entry.peer in arguments.peer]
+    for name in arguments.names:
+        bench(WORKLOADS[name], entries, arguments.timeout, arguments.resume)
+    write_report(RESULTS)
+
+
+if __name__ == "__main__":
+    main()

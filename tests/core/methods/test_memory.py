@@ -1,0 +1,36 @@
+"""Memory is set by the batch, and what would not fit is refused before it is computed."""
+
+from pathlib import Path
+
+import pytest
+
+from attribution_core.errors import InvalidInputError
+from attribution_core.fit_spec import FitSpec
+from attribution_core.methods import context as contexts
+from attribution_core.methods.context import FitContext
+from tests.core.methods.test_language_model import specification
+
+LOGRA = {"type": "logra", "projection": {"type": "factored", "dim": 64}}
+
+
+def changed(spec: FitSpec, **changes: object) -> FitContext:
+    return FitContext(FitSpec.model_validate({**spec.model_dump(), **changes}))
+
+
+def test_whole_gradients_of_a_large_model_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = specification(tmp_path)
+    parameters = changed(spec).checkpoint(0).capture.num_parameters
+    monkeypatch.setattr(contexts, "MAX_GRADIENT_BYTES", 4 * 3 * contexts.RECALL_QUERIES * parameters - 1)
+    with pytest.raises(InvalidInputError, match="fewer layers") as caught:
+        changed(spec).checkpoint(0)
+    assert caught.value.pointer == "/layers"
+    assert changed(spec, layers=["!output"]).checkpoint(0).capture.num_parameters < parameters
+    assert changed(spec, method=LOGRA).checkpoint(0).capture.num_parameters == parameters
+
+
+def test_a_large_vocabulary_makes_batches_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = specification(tmp_path)
+    assert changed(spec, batch_size=None).batch_size(0) > 5
+    longest = max(len(row) for row in changed(spec).source.batch(range(8)).inputs)
+    monkeypatch.setattr(contexts, "_OUTPUT_BYTES", 5 * 4 * 4 * 257 * longest)
+    assert changed(spec, batch_size=None).batch_size(0) == 5
