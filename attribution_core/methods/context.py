@@ -12,7 +12,9 @@ from attribution_core.checkpoints import load_model
 from attribution_core.curvature import Curvature, EkfacFactors, Identity
 from attribution_core.curvature.base import Multiple
 from attribution_core.curvature.dense import Spectral
+from attribution_core.curvature.ekfac import Draws
 from attribution_core.curvature.fisher import Fisher, Observed, observe
+from attribution_core.curvature.group import Group
 from attribution_core.curvature.iterative import ConjugateGradient, DataInf, GaussNewton, Lissa
 from attribution_core.curvature.products import HessianProducts
 from attribution_core.curvature.rows import PseudoRows
@@ -185,7 +187,7 @@ class FitContext:
             case RepresentationMethod():
                 return Representation(checkpoint, spec.similarity)
             case TrakMethod():
-                return Trak(checkpoint, self._projection(spec, number), own or None)
+                return Trak(checkpoint, self._projection(spec, number), own or None, spec)
             case LograMethod():
                 projection = self._projection(spec, number)
                 if not isinstance(projection, FactoredProjection):
@@ -249,7 +251,18 @@ class FitContext:
         first = self.source.batch([0])
         draws = fisher.draws(checkpoint.run(first), self.task, first)
         rows = self._spread(min(examples or MAX_ROWS, max(1, _CURVATURE_BYTES // PseudoRows([draws]).nbytes)))
-        return PseudoRows(fisher.draws(checkpoint.run(batch), self.task, batch) for batch in self.batches(number, rows))
+        return PseudoRows(self._draws(number, fisher, rows), rows)
+
+    def _draws(self, number: int, fisher: Fisher, rows: np.ndarray) -> Iterator[Draws]:
+        checkpoint = self.checkpoint(number)
+        for batch in self.batches(number, rows):
+            yield fisher.draws(checkpoint.run(batch), self.task, batch)
+
+    def group(self, number: int, rows: np.ndarray, weights: np.ndarray) -> Group:
+        """Return training examples that leave together, as one checkpoint sees them."""
+        fisher = self.fisher or Fisher("auto", 1, 0)
+        batches, draws = partial(self.batches, number, rows), partial(self._draws, number, fisher, rows)
+        return Group(rows, self.spec.dataset.num_examples, weights, batches, draws)
 
     def _drawn(self, method: LissaMethod) -> Iterator[Batch]:
         """Yield LiSSA's mini-batches."""

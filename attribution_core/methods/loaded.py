@@ -37,14 +37,22 @@ class Query:
     Attributes:
         outputs: `{"value", "prediction", "probability"}` per query; the value is the mean over checkpoints.
         rows: (queries, dim) float32, what stored weighted rows are multiplied with.
+        batch: the queries themselves.
+        damping: that the sides were preconditioned with; None for methods without.
     """
 
     outputs: list[dict[str, Any]]
     sides: list[QuerySide]
     rows: np.ndarray
+    batch: Batch
+    damping: float | None
 
     def __len__(self) -> int:
         return len(self.outputs)
+
+    def __getitem__(self, part: slice) -> "Query":
+        sides = [side[part] for side in self.sides]
+        return Query(self.outputs[part], sides, self.rows[part], self.batch[part], self.damping)
 
 
 @dataclass(frozen=True)
@@ -148,7 +156,7 @@ class LoadedIndex:
         if len(unusable):
             raise InvalidInputError(f"the model gives no finite gradient for query {int(unusable[0])}")
         outputs = self._described([sides[number].output for number in self.spec.answering()], batch)
-        return Query(outputs, sides, rows.detach().float().cpu().numpy())
+        return Query(outputs, sides, rows.detach().float().cpu().numpy(), batch, used)
 
     def outputs(self, batch: Batch) -> list[dict[str, Any]]:
         """Return what the model outputs for a batch, without any attribution."""
@@ -224,6 +232,28 @@ class LoadedIndex:
                 for start in range(0, len(rows), _ROWS_AT_ONCE):
                     part = self.scores(query, rows[start : start + _ROWS_AT_ONCE], rescore=rescore)
                     effects[:, number] += part.sum(1, dtype=np.float64)
+        return effects
+
+    def newton_effects(self, query: Query, groups: Sequence[np.ndarray]) -> np.ndarray:
+        """Return what having each group is worth beyond the sum of its scores, (queries, groups) float64.
+
+        A group's examples share in the curvature that the additive effect divides by; here it is that of the others:
+        `∇mᵀ (H - H_F)⁻¹ Σ_F φ`. It tends to the additive effect for small groups, and is the refit's for squared errors.
+
+        Raises:
+            InvalidInputError: naming a row that does not exist, or if the method has no such estimator.
+            SingularCurvatureError: if what is left cannot be inverted.
+        """
+        effects = np.zeros((len(query), len(groups)))
+        for place, rows in enumerate(groups):
+            self._check_rows(rows)
+            if len(rows) == 0:
+                continue
+            weights = np.mean([self._train_weights(number, rows) for number in range(len(self.members))], axis=0)
+            for number, member in enumerate(self.members):
+                group = self.context.group(number, rows, weights)
+                found = member.newton_effect(query.batch, group, query.damping or 0.0)
+                effects[:, place] += found.detach().double().cpu().numpy() / len(self.members)
         return effects
 
     def self_influence(self) -> np.ndarray:
@@ -311,6 +341,11 @@ class LoadedIndex:
             for batch in self.context.source.batches(rows, self.context.batch_size(number)):
                 effect += member.group_effect(side, batch).detach().double().cpu().numpy() / len(self.members)
         return effect
+
+    def _train_weights(self, number: int, rows: np.ndarray) -> np.ndarray:
+        parts = [self.members[number].train_weights(batch) for batch in self.context.batches(number, rows)]
+        weights: np.ndarray = torch.cat(parts).double().cpu().numpy()
+        return weights
 
     def _check_rows(self, rows: np.ndarray) -> None:
         outside = rows[(rows < 0) | (rows >= len(self.store))]
