@@ -59,6 +59,7 @@ from attribution_core.tasks import build_task
 Arrays = Mapping[str, np.ndarray]
 MAX_FACTORED_EXAMPLES = 100_000
 MAX_FACTOR_BYTES = 16 << 10
+FACTOR_BYTES = {"float32": 4, "float16": 2, "int8": 1}
 MAX_ROWS = 1 << 40
 _BATCH_BYTES = 64 << 20
 _CURVATURE_BYTES = 1 << 30
@@ -157,9 +158,9 @@ class FitContext:
         if asked != "auto":
             return asked
         large = self.spec.dataset.num_examples > MAX_FACTORED_EXAMPLES
-        if not possible or large or self.spec.search.type != "flat":
+        width = FACTOR_BYTES.get(self.spec.store.dtype)
+        if not possible or large or width is None or self.spec.search.type != "flat":
             return "vectors"
-        width = 2 if self.spec.store.dtype == "float16" else 4
         return "factors" if numbers_kept(self._probe(0).training) * width <= MAX_FACTOR_BYTES else "vectors"
 
     @property

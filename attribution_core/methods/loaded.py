@@ -130,7 +130,9 @@ class LoadedIndex:
         factors = (self.folder / FACTORS_FILE).stat().st_size
         if self.gradients is not None:
             return 4 * parameters + factors + self.gradients.bytes
-        return 4 * (parameters + len(self.store) * (self.dim + 2)) + factors
+        path = self.folder / SEARCH_FILE
+        searched = path.stat().st_size if path.exists() else 4 * len(self.store) * self.dim
+        return 4 * (parameters + 2 * len(self.store)) + searched + factors
 
     @property
     def rescores(self) -> bool:
@@ -178,7 +180,7 @@ class LoadedIndex:
             return self._scanned(query, top_k, allowed)
         if rescore and self.rescores:
             return self._rescored(query, top_k, allowed)
-        approximate = self.rescores or not self._search.exhaustive
+        approximate = self.rescores or not self._search.exhaustive or self.spec.store.lossy
         ranked = {sign: self._search.search(sign * query.rows, top_k, allowed) for sign in (1, -1)}
         results = []
         for number, output in enumerate(query.outputs):
@@ -191,6 +193,8 @@ class LoadedIndex:
 
     def candidates(self, query: Query, top_k: int, allowed: np.ndarray | None) -> list[np.ndarray]:
         """Return the rows that the first stage finds for both signs together, ascending, per query."""
+        if self.gradients is not None:
+            return [np.union1d(best.positive.rows, best.negative.rows) for best in self._scanned(query, top_k, allowed)]
         wanted = max(OVERSAMPLING * top_k, MIN_CANDIDATES) if self.rescores else top_k
         both = [self._search.search(sign * query.rows, wanted, allowed).rows for sign in (1, -1)]
         found = [np.unique(rows) for rows in np.concatenate(both, axis=1)]
@@ -263,8 +267,8 @@ class LoadedIndex:
     @cached_property
     def _search(self) -> VectorIndex:
         if (self.folder / SEARCH_FILE).exists():
-            return VectorIndex.read(self.folder / SEARCH_FILE)
-        return VectorIndex.build(SearchSpec(), self.store.weighted_blocks, len(self.store), self.dim)
+            return VectorIndex.read(self.folder / SEARCH_FILE, self.store)
+        return VectorIndex.build(SearchSpec(), self.store)
 
     def _gradient_store(self, device: str) -> GradientStore | None:
         folder = self.folder / GRADIENTS_FOLDER
@@ -274,7 +278,7 @@ class LoadedIndex:
         return GradientStore(folder, self.store.starts, blocks, device)
 
     def _scanned(self, query: Query, top_k: int, allowed: np.ndarray | None) -> list[Attribution]:
-        """Rank every allowed example by its exact score; gradients are kept whole, so nothing needs the model."""
+        """Rank every allowed example by its whole gradient, which is kept, so that nothing needs the model."""
         found = [[Found.nothing(), Found.nothing()] for _ in range(len(query))]
         rows = np.arange(len(self.store)) if allowed is None else np.flatnonzero(allowed)
         for start in range(0, len(rows), _ROWS_AT_ONCE):
@@ -284,7 +288,7 @@ class LoadedIndex:
                 for place, sign in enumerate((1, -1)):
                     best[place] = best[place].merged(top_rows(scores[number], part, top_k, sign), top_k, sign)
         return [
-            Attribution(output, positive, negative, approximate=False)
+            Attribution(output, positive, negative, self.spec.store.lossy)
             for output, (positive, negative) in zip(query.outputs, found, strict=True)
         ]
 
