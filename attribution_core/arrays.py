@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save
 
 from attribution_core.errors import CorruptArtifactError
 
-_DTYPES = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "I64": np.int64, "U8": np.uint8}
+_DTYPES = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "I64": np.int64, "I8": np.int8, "U8": np.uint8}
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

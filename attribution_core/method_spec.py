@@ -9,6 +9,7 @@ from attribution_core.spec import Spec
 # Part of every fingerprint: stored features depend on how projections are generated.
 PROJECTION_VERSION = 1
 Notion = Literal["predictive", "corroborative", "game_theoretic"]
+GroupEstimator = Literal["additive", "newton"]
 Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Damping = Annotated[float, Field(ge=0, le=1e12)]
 _LAYER_DAMPING = "Default damping, as a multiple of each layer's mean eigenvalue."
@@ -33,6 +34,8 @@ class MethodBase(Spec):
     needs: ClassVar[tuple[str, ...]] = ("checkpoints",)
     query_cost: ClassVar[Literal["inline", "job"]] = "inline"
     reference: ClassVar[str] = ""
+    # How the effect of a group of training examples can be told: as the sum of their scores, or with the curvature they leave.
+    estimators: ClassVar[tuple[GroupEstimator, ...]] = ("additive",)
     checkpoint_needs: ClassVar[tuple[str, ...]] = ()
     # What an index of it holds: a row per training example, or a score per training example and named query.
     keeps: ClassVar[Literal["features", "scores"]] = "features"
@@ -57,6 +60,7 @@ class GradientMethodBase(MethodBase):
 class FisherMethod(GradientMethodBase):
     """A method whose curvature is the model's Fisher matrix."""
 
+    estimators: ClassVar[tuple[GroupEstimator, ...]] = ("additive", "newton")
     damping: Damping = Field(default=0.1, description=_LAYER_DAMPING)
     fisher: Literal["auto", "exact", "sampled", "empirical"] = Field(
         default="auto",
@@ -206,6 +210,7 @@ class LograMethod(GradientMethodBase):
     """Influence functions in a space where each layer's input and output gradient were projected apart, with that space's Fisher matrix."""
 
     reference: ClassVar[str] = "Choe et al. 2024, What is Your Data Worth to GPT?"
+    estimators: ClassVar[tuple[GroupEstimator, ...]] = ("additive", "newton")
     type: Literal["logra"]
     projection: ProjectionSpec = ProjectionSpec(type="factored")
     damping: Damping = Field(default=0.1, description=_LAYER_DAMPING)
@@ -215,6 +220,7 @@ class TrakMethod(GradientMethodBase):
     """TRAK: the linearised model's one-step update, in a random projection, averaged over checkpoints."""
 
     reference: ClassVar[str] = "Park et al. 2023, TRAK: Attributing Model Behavior at Scale"
+    estimators: ClassVar[tuple[GroupEstimator, ...]] = ("additive", "newton")
     type: Literal["trak"]
     damping: Damping = Field(default=0.1, description="Default damping, as a multiple of the mean eigenvalue.")
     curvature: Literal["gradient", "gauss_newton", "fisher"] = Field(
@@ -321,6 +327,7 @@ class ExactMethod(MethodBase):
 
     architectures: ClassVar[tuple[str, ...]] = ("linear", "logistic")
     reference: ClassVar[str] = "Pregibon 1981; Rad & Maleki 2020; Koh & Liang 2017"
+    estimators: ClassVar[tuple[GroupEstimator, ...]] = ("additive", "newton")
     type: Literal["exact"]
     estimator: Literal["alo", "influence", "newton"] = Field(
         default="alo",

@@ -135,7 +135,11 @@ Precision = Literal["float32", "bfloat16"]
 class StoreSpec(Spec):
     """How training gradients are kept."""
 
-    dtype: Literal["float32", "float16"] = "float32"
+    dtype: Literal["float32", "float16", "int8", "binary"] = Field(
+        default="float32",
+        description="`int8`: 256 levels with a scale per row, for vectors and factors. `binary`: one bit per number, the sign, with a scale "
+        "per row, for vectors only; scores of stored rows are then rough, and those of re-scored candidates as exact as ever.",
+    )
     layout: Literal["auto", "vectors", "factors"] = Field(
         default="auto",
         description="`vectors`: one projected row per example and checkpoint, searched first and re-scored by running the model. `factors`: "
@@ -144,17 +148,38 @@ class StoreSpec(Spec):
         "has at most 100,000 examples.",
     )
 
+    @property
+    def lossy(self) -> bool:
+        """Whether stored numbers differ from those computed by more than rounding."""
+        return self.dtype in ("int8", "binary")
+
+    @model_validator(mode="after")
+    def _bits_are_for_vectors(self) -> Self:
+        if self.dtype == "binary" and self.layout == "factors":
+            raise ValueError("dtype 'binary' is for layout 'vectors'")
+        return self
+
 
 class SearchSpec(Spec):
-    """How feature rows are searched: exactly (`flat`), or only the nearest of `lists` clusters (`ivf`)."""
+    """How feature rows are searched: exactly (`flat`), or only the nearest of `lists` clusters (`ivf`), there by short codes (`ivfpq`).
 
-    type: Literal["flat", "ivf"] = "flat"
+    Scores are inner products of stored rows in any case: what codes find is scored again.
+    """
+
+    type: Literal["flat", "ivf", "ivfpq"] = "flat"
     lists: int | None = Field(
         default=None, ge=1, le=65_536, description="Clusters of an IVF search; about 4·√n by default."
     )
     probes: int | None = Field(
-        default=None, ge=1, le=65_536, description="Clusters visited; a quarter of them by default."
+        default=None, ge=1, le=65_536, description="Clusters visited; a third of them by default."
     )
+    subquantizers: int | None = Field(
+        default=None,
+        ge=1,
+        le=4096,
+        description="Parts a row is cut into for `ivfpq`, each coded apart; one per 4 dimensions by default, and at most one per dimension.",
+    )
+    bits: int = Field(default=8, ge=4, le=8, description="Bits of a part's code for `ivfpq`.")
 
 
 FilterValue = str | bool | int | float | None

@@ -60,6 +60,7 @@ def measure(entry: Entry, workload: Workload, checkpoints: int, timeout: int, re
     try:
         done = subprocess.run(
             [python, "-m", entry.module, *command],
+            check=False,
             env=environment,
             cwd=_ROOT,
             capture_output=True,

@@ -82,7 +82,7 @@ class Operations:
                 shared[number] = _left_out(index, subset, selected(index, selector))
         effects, exact = np.zeros((len(query), len(payload["subsets"]))), True
         if shared:
-            found, exact = self._effects(index, query, list(shared.values()), payload["rescore"])
+            found, exact = self._effects(index, query, list(shared.values()), payload)
             effects[:, list(shared)] = found
         groups = [
             [shared.get(number, np.empty(0, np.int64)) for number in range(len(payload["subsets"]))]
@@ -92,7 +92,7 @@ class Operations:
             if number not in shared:
                 for place, rows in enumerate(_top(index, query, subset, payload["rescore"])):
                     groups[place][number] = rows
-                    part, exact_here = self._effects(index, _only(query, place), [rows], payload["rescore"])
+                    part, exact_here = self._effects(index, query[place : place + 1], [rows], payload)
                     effects[place, number], exact = part[0, 0], exact and exact_here
         return {
             "outputs": query.outputs,
@@ -111,10 +111,18 @@ class Operations:
         rows = order[payload["offset"] : payload["offset"] + payload["limit"]]
         return {"rows": rows.tolist(), "scores": scores[rows].tolist(), "total": len(scores)}
 
-    def _effects(self, index: Index, query: Query, groups: list[np.ndarray], rescore: bool) -> tuple[np.ndarray, bool]:
+    def _effects(self, index: Index, query: Query, groups: list[np.ndarray], payload: Json) -> tuple[np.ndarray, bool]:
         """Return group effects, and whether they are exact; very large groups are summed from stored features."""
-        small = sum(len(rows) for rows in groups) <= self._rescore_rows
-        return index.group_effects(query, groups, rescore=rescore and small), (rescore and small) or not index.rescores
+        count = sum(len(rows) for rows in groups)
+        small = count <= self._rescore_rows
+        if payload["estimator"] == "newton":
+            if not small:
+                raise InvalidInputError(
+                    f"the newton estimator takes up to {self._rescore_rows:,} examples, not {count:,}", "/estimator"
+                )
+            return index.newton_effects(query, groups), True
+        rescore = payload["rescore"] and small
+        return index.group_effects(query, groups, rescore=rescore), rescore or not index.rescores
 
 
 def describe_model(payload: Json) -> Json:
@@ -145,11 +153,6 @@ def selected(index: Index, selector: Selector, pointer: str = "/subsets") -> np.
     if len(rows) and rows[-1] >= reader.num_examples:
         raise InvalidInputError(f"training row {rows[-1]} does not exist: there are {reader.num_examples}", pointer)
     return rows
-
-
-def _only(query: Query, place: int) -> Query:
-    part = slice(place, place + 1)
-    return Query(query.outputs[part], [side[part] for side in query.sides], query.rows[part])
 
 
 def _left_out(index: Index, subset: Json, rows: np.ndarray) -> np.ndarray:

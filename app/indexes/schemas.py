@@ -104,6 +104,9 @@ class MethodOut(BaseModel):
     notion: Literal["predictive", "corroborative", "game_theoretic"]
     needs: list[str]
     query_cost: Literal["inline", "job"]
+    estimators: list[str] = Field(
+        description="Of the effect of groups: `additive`, and `newton` where a method has it."
+    )
     reference: str
     parameters: dict[str, Any] = Field(description="JSON Schema.")
 

@@ -36,6 +36,7 @@ def methods() -> list[MethodOut]:
             notion=method.notion,
             needs=list(method.needs),
             query_cost=method.query_cost,
+            estimators=list(method.estimators),
             reference=method.reference,
             parameters=method.model_json_schema(),
         )

@@ -58,7 +58,8 @@ async def predict_counterfactuals(
 ) -> CounterfactualAnswer:
     """Predict the measurement after training on changed training sets.
 
-    The prediction is additive: the model's own output minus the scores of the examples left out.
+    The prediction is the model's own output minus what the examples left out are worth: the sum of their scores, or with
+    `estimator: newton` the effect of the group as a whole.
     """
     return await service.counterfactuals(session, resources, index, request)
 

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
-from attribution_core.method_spec import Damping
+from attribution_core.method_spec import Damping, GroupEstimator
 from attribution_core.spec import Filter, Row, Selector, Spec, check_filter_size
 
 Reference = Annotated[str, StringConstraints(min_length=1, max_length=64)]
@@ -13,6 +13,11 @@ _ATTRIBUTIONS: dict[str, Any] = {"queries": [_ROWS], "top_k": 10, "include": ["m
 _SUBSETS: list[Any] = [{"remove": {"rows": [1, 2, 3]}}, {"remove": {"top_positive": 50}}]
 _COUNTERFACTUALS: dict[str, Any] = {"queries": [_ROWS], "subsets": _SUBSETS}
 _FORGET: dict[str, Any] = {"where": {"field": "source", "op": "eq", "value": "vendor-4"}}
+_ESTIMATOR: Any = Field(
+    default="additive",
+    description="`additive`: minus the scores of those left out. `newton`: with the curvature that they leave behind, which counts "
+    "for large groups; `GET /methods` says which methods have it.",
+)
 _UNLEARNING: dict[str, Any] = {"forget": _FORGET, "queries": [_ROWS]}
 
 
@@ -93,7 +98,7 @@ class CounterfactualRequest(Question):
     model_config = ConfigDict(json_schema_extra={"examples": [_COUNTERFACTUALS]})
 
     subsets: Annotated[list[Subset], Field(min_length=1, max_length=10_000)]
-    estimator: Literal["additive"] = "additive"
+    estimator: GroupEstimator = _ESTIMATOR
     interval: Interval | None = Field(
         default=None, description="Coverage of the interval asked for; null where nothing calibrates it."
     )
@@ -105,7 +110,7 @@ class UnlearningRequest(Question):
     model_config = ConfigDict(json_schema_extra={"examples": [_UNLEARNING]})
 
     forget: Selector
-    estimator: Literal["additive"] = "additive"
+    estimator: GroupEstimator = _ESTIMATOR
     interval: Interval | None = None
 
     @model_validator(mode="after")
@@ -196,7 +201,7 @@ class CounterfactualResult(BaseModel):
 class CounterfactualAnswer(Answer):
     """Predictions per query and subset."""
 
-    estimator: str
+    estimator: GroupEstimator
     results: list[CounterfactualResult]
 
 
@@ -222,7 +227,7 @@ class SetOutput(BaseModel):
 class UnlearningAnswer(Answer):
     """Predictions per query, and for samples of the forgotten and the kept examples themselves."""
 
-    estimator: str
+    estimator: GroupEstimator
     forget_size: int
     results: list[UnlearningResult]
     forget_set: SetOutput

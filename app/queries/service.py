@@ -35,7 +35,7 @@ from app.queries.schemas import (
 from app.web.deps import release
 from app.web.pagination import Page, PageOf, next_cursor
 from app.web.resources import Resources
-from attribution_core.method_spec import METHODS
+from attribution_core.method_spec import METHODS, GroupEstimator
 
 Json = dict[str, Any]
 SAMPLED_EXAMPLES = 32
@@ -96,7 +96,12 @@ async def counterfactuals(
         raise InvalidRequest(f"A request may have {resources.settings.limits.max_subsets} subsets.", pointer="/subsets")
     asked = await _resolved(session, resources, reference, request)
     found = await resources.engine.call(
-        "predict", {**asked.engine, "subsets": [_subset(subset) for subset in request.subsets]}
+        "predict",
+        {
+            **asked.engine,
+            "subsets": [_subset(subset) for subset in request.subsets],
+            "estimator": _estimator(asked, request.estimator),
+        },
     )
     results = [
         CounterfactualResult(
@@ -137,7 +142,12 @@ async def unlearning(
     samples = [_sample(np.asarray(rows, dtype=np.int64)), _sample(kept)]
     training = {key: asked.engine["training"][key] for key in ("folder", "spec")}
     extra = [{**training, "rows": sample.tolist()} for sample in samples if len(sample)]
-    payload = {**asked.engine, "queries": [*asked.engine["queries"], *extra], "subsets": [subset]}
+    payload = {
+        **asked.engine,
+        "queries": [*asked.engine["queries"], *extra],
+        "subsets": [subset],
+        "estimator": _estimator(asked, request.estimator),
+    }
     found = await resources.engine.call("predict", payload)
     values = np.array([output["value"] for output in found["outputs"]])
     predicted = values + np.array(found["changes"])[:, 0]
@@ -225,6 +235,14 @@ async def _resolved(session: AsyncSession, resources: Resources, reference: str,
         "rescore": request.rescore,
     }
     return Asked(index, training, engine, asked)
+
+
+def _estimator(asked: Asked, estimator: GroupEstimator) -> GroupEstimator:
+    """Return the estimator asked for, if the index's method has it."""
+    method = asked.index.method["type"]
+    if estimator not in METHODS[method].estimators:
+        raise InvalidRequest(f"The method {method} has no {estimator} estimator; it is additive.", pointer="/estimator")
+    return estimator
 
 
 def _check_count(request: Question, resources: Resources) -> None:

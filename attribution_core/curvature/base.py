@@ -2,12 +2,16 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
+from attribution_core.errors import InvalidInputError
 from attribution_core.gradients import LayerGradient
+
+if TYPE_CHECKING:
+    from attribution_core.curvature.group import Group
 
 
 class Curvature(ABC):
@@ -26,6 +30,14 @@ class Curvature(ABC):
         Raises:
             SingularCurvatureError: if `H̄ + λ` cannot be inverted.
         """
+
+    def without(self, group: "Group") -> "Curvature":
+        """Return `H̄ - H_F/n`, the curvature that a group leaves behind: divided by n still, with the λ of the whole.
+
+        Raises:
+            InvalidInputError: if this curvature cannot tell what a group's part of it is.
+        """
+        raise InvalidInputError("this curvature has no part for a group: use the additive estimator", "/estimator")
 
     def paired(self, first: Sequence[LayerGradient], second: Sequence[LayerGradient], damping: float) -> Tensor:
         """Return `uᵢᵀ (H̄ + λ)⁻¹ vᵢ` of each example's two gradients, (batch,)."""

@@ -7,7 +7,8 @@ Sources: Martens & Grosse 2015 (K-FAC), George et al. 2018 (eigenvalue correctio
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor
 from attribution_core.curvature.base import Curvature
 from attribution_core.errors import SingularCurvatureError
 from attribution_core.gradients import Block, LayerGradient, Rotation
+
+if TYPE_CHECKING:
+    from attribution_core.curvature.group import Group
 
 # Beyond this size a side keeps its own axes: its eigendecomposition would cost more than all else together.
 MAX_ROTATED_DIM = 4096
@@ -124,10 +128,12 @@ class EkfacFactors(Curvature):
 
     Attributes:
         eigenvalues: `Λ` per block, (groups, d_out, d_in).
+        whole: what damping is a multiple of the mean of, where `eigenvalues` are those of fewer examples.
     """
 
     basis: Eigenbasis
     eigenvalues: list[Tensor]
+    whole: list[Tensor] | None = None
 
     @classmethod
     def from_arrays(
@@ -152,6 +158,19 @@ class EkfacFactors(Curvature):
             divided = rotation.forward(gradient) / self.damped(number, damping).to(gradient.dtype)
             solved.append(rotation.back(divided))
         return solved
+
+    def without(self, group: "Group") -> "EkfacFactors":
+        """Return the curvature less the group's share of every eigenvalue, in the same basis.
+
+        EK-FAC's eigenvalues are sums over examples, so what is left is never negative and is what a fit of the others' eigenvalues
+        would find. Subtracting the group's own matrix from an approximation that does not contain it could leave negative curvature.
+        """
+        sums = EigenvalueSums(self.basis)
+        for draws in group.draws():
+            sums.add(draws)
+        shares = (part.to(kept) / group.num_examples for part, kept in zip(sums.values, self.eigenvalues, strict=True))
+        left = [(kept - share).clamp(min=0) for kept, share in zip(self.eigenvalues, shares, strict=True)]
+        return replace(self, eigenvalues=left, whole=self.whole or self.eigenvalues)
 
     def paired(self, first: Sequence[LayerGradient], second: Sequence[LayerGradient], damping: float) -> Tensor:
         """Return `uᵢᵀ (H̄ + λ)⁻¹ vᵢ` of each example's two gradients, (batch,)."""
@@ -185,12 +204,11 @@ class EkfacFactors(Curvature):
 
     def rates(self, damping: float) -> list[float]:
         """Return λ of every block."""
-        return [damping * float(eigenvalues.mean()) for eigenvalues in self.eigenvalues]
+        return [damping * float(eigenvalues.mean()) for eigenvalues in self.whole or self.eigenvalues]
 
     def damped(self, number: int, damping: float) -> Tensor:
         """Return `Λ + λ` of one block."""
-        eigenvalues = self.eigenvalues[number]
-        damped = eigenvalues + damping * eigenvalues.mean()
+        damped = self.eigenvalues[number] + damping * (self.whole or self.eigenvalues)[number].mean()
         if not bool((damped > 0).all()):
             raise SingularCurvatureError(
                 f"the curvature of layer {self.basis.blocks[number].name} is singular: use a damping above 0",

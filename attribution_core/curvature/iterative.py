@@ -11,6 +11,7 @@ from torch import Tensor
 from attribution_core.curvature import solvers
 from attribution_core.curvature.base import Curvature
 from attribution_core.curvature.ekfac import EkfacFactors
+from attribution_core.curvature.group import Group
 from attribution_core.curvature.products import Batches, HessianProducts
 from attribution_core.curvature.rows import PseudoRows
 from attribution_core.curvature.vectors import Product, flattened, unflattened
@@ -63,6 +64,11 @@ class GaussNewton(Curvature):
             gradients,
             lambda part: solvers.conjugate_gradients(product, part, precondition, self._iterations, self._tolerance),
         )
+
+    def without(self, group: Group) -> "GaussNewton":
+        """Return the Gauss-Newton matrix of the other examples, solved as this one is."""
+        left = self.rows.without(group.rows, group.num_examples)
+        return GaussNewton(lambda: left, self._preconditioner, self._iterations, self._tolerance)
 
     def paired(self, first: Sequence[LayerGradient], second: Sequence[LayerGradient], damping: float) -> Tensor:
         """Return `uᵢᵀ (H̄ + λ)⁻¹ vᵢ` by EK-FAC."""

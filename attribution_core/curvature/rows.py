@@ -4,12 +4,15 @@
 """
 
 from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from attribution_core.curvature.ekfac import Draws
+from attribution_core.errors import InvalidInputError
 from attribution_core.gradients import Block, LayerGradient
 
 
@@ -58,9 +61,10 @@ class PseudoRows:
 
     Args:
         batches: draws of one batch after the other; no more is kept than they hold.
+        examples: the examples' row numbers, in their order; counted from 0 by default.
     """
 
-    def __init__(self, batches: Iterable[Draws]) -> None:
+    def __init__(self, batches: Iterable[Draws], examples: np.ndarray | None = None) -> None:
         self._batches: list[list[Kept]] = []
         self.blocks: list[Block] = []
         self.num_examples = 0
@@ -68,6 +72,9 @@ class PseudoRows:
             self.blocks = [part.block for part in draws[0]]
             self.num_examples += len(draws[0][0])
             self._batches.append([_kept([draw[number] for draw in draws]) for number in range(len(self.blocks))])
+        self._examples = np.arange(self.num_examples) if examples is None else examples
+        # What each example's products are multiplied with, batch by batch.
+        self._shares: list[Tensor | float] = [1 / self.num_examples] * len(self._batches)
 
     @property
     def nbytes(self) -> int:
@@ -77,11 +84,34 @@ class PseudoRows:
     def product(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """Return `H̄ v` per block, for `v` (vectors, groups, d_out, d_in) per block."""
         total = [torch.zeros_like(part) for part in parts]
-        for batch in self._batches:
+        for batch, share in zip(self._batches, self._shares, strict=True):
             weights = torch.stack([kept.inner(part) for kept, part in zip(batch, parts, strict=True)]).sum(0)
             for number, kept in enumerate(batch):
-                total[number] += kept.combined(weights) / self.num_examples
+                total[number] += kept.combined(weights * share)
         return total
+
+    def without(self, rows: np.ndarray, num_examples: int) -> "PseudoRows":
+        """Return rows whose products are with the matrix that a group leaves behind, `(1/n) Σ_{i ∉ F}`; nothing is copied.
+
+        Where only some examples are kept, those outside the group stand for all n - |F|, so that the matrix is never negative.
+
+        Raises:
+            InvalidInputError: if none is left.
+        """
+        staying = ~np.isin(self._examples, rows)
+        if not staying.any():
+            raise InvalidInputError(
+                "the group holds every example whose curvature is known: use the additive estimator", "/estimator"
+            )
+        share = (1 - len(rows) / num_examples) / staying.sum()
+        sizes = [
+            vars(batch[0])["outputs" if isinstance(batch[0], _RankOne) else "values"].shape[1]
+            for batch in self._batches
+        ]
+        less = copy(self)
+        like = next(iter(vars(self._batches[0][0]).values()))
+        less._shares = [part * share for part in torch.from_numpy(staying).to(like).split(sizes)]
+        return less
 
     def mean_eigenvalues(self) -> list[float]:
         """Return each block's `trace(H̄)/size`."""

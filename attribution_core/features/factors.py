@@ -2,7 +2,7 @@
 
 A shard file `NNNNN.safetensors` holds, for checkpoint C and block B, `C.B.inputs` (count, groups, d_in) and `C.B.outputs` (count, groups, d_out),
 or `C.B.whole` (count, groups, d_out, d_in). Each is divided by its largest entry per example, and the product of these is kept in
-`C.B.scale` (count,) as float32: gradients of well-fitted examples are far below the smallest float16.
+`C.B.scale` (count,) as float32: gradients of well-fitted examples are far below the smallest float16. As int8, entries are rounded to 127ths.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +18,8 @@ from attribution_core.errors import CorruptArtifactError
 from attribution_core.gradients import Block, DenseGradient, LayerGradient
 
 Arrays = dict[str, np.ndarray]
+FactorType = Literal["float32", "float16", "int8"]
+_LEVELS = 127
 
 
 def numbers_kept(gradients: Sequence[LayerGradient]) -> int:
@@ -25,7 +27,7 @@ def numbers_kept(gradients: Sequence[LayerGradient]) -> int:
     return sum(_factored_size(part.block) if _factored(part) else part.block.numel for part in gradients)
 
 
-def encoded(gradients: Sequence[LayerGradient], dtype: Literal["float32", "float16"]) -> Arrays:
+def encoded(gradients: Sequence[LayerGradient], dtype: FactorType) -> Arrays:
     """Return a batch's gradients as named arrays, without the checkpoint's number."""
     found: Arrays = {}
     for number, gradient in enumerate(gradients):
@@ -98,7 +100,8 @@ class GradientStore:
         return gradients
 
     def _tensor(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.array(values, np.float32)).to(self._device)
+        found = torch.from_numpy(np.array(values, np.float32)).to(self._device)
+        return found / _LEVELS if values.dtype == np.int8 else found
 
 
 def write_gradients(folder: Path, number: int, members: Sequence[Arrays]) -> None:
@@ -121,6 +124,8 @@ def _shaped(scale: Tensor, like: Tensor) -> Tensor:
     return scale.view(-1, *[1] * (like.dim() - 1))
 
 
-def _array(values: Tensor, dtype: str) -> np.ndarray:
+def _array(values: Tensor, dtype: FactorType) -> np.ndarray:
+    if dtype == "int8":
+        values = (_LEVELS * values).round()
     found: np.ndarray = values.detach().to(getattr(torch, dtype)).cpu().numpy()
     return found

@@ -1,22 +1,22 @@
 """Feature rows in shards of consecutive training examples.
 
-A shard file `NNNNN.safetensors` holds `rows` (count, k) in the store's dtype, `weights` (count,) and `self_influence` (count,), both
-float32. A training example's score for a query is `weights[i] · ⟨query, rows[i]⟩`.
+A shard file `NNNNN.safetensors` holds `rows` (count, k) as `rows.encoded` has them, with `scales` (count,) where the type needs them, and
+`weights` (count,) and `self_influence` (count,), both float32. A training example's score for a query is `weights[i] · ⟨query, rows[i]⟩`.
 """
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from attribution_core.arrays import write_arrays
 from attribution_core.errors import CorruptArtifactError
+from attribution_core.features.rows import RowType, decoded, encoded
 
 Arrays = dict[str, np.ndarray]
-_DTYPES = {"F32": np.float32, "F16": np.float16}
+_DTYPES = {"F32": np.float32, "F16": np.float16, "I8": np.int8, "U8": np.uint8}
 
 
 def write_shard(
@@ -26,25 +26,25 @@ def write_shard(
     weights: np.ndarray,
     self_influence: np.ndarray,
     *,
-    dtype: Literal["float32", "float16"] = "float32",
+    dtype: RowType = "float32",
 ) -> None:
-    """Write one shard.
-
-    Gradients of well-fitted examples are far below the smallest float16, so its rows are stored with a largest entry of 1
-    and their scale goes into the weight.
-    """
-    if dtype == "float16":
-        scale = np.abs(rows).max(axis=1, initial=0)
-        scale[scale == 0] = 1
-        rows, weights = (rows / scale[:, None]).astype(np.float16), weights * scale
+    """Write one shard; rows are (count, k)."""
     write_arrays(
         folder / f"{number:05d}.safetensors",
-        {"rows": rows, "weights": weights.astype(np.float32), "self_influence": self_influence.astype(np.float32)},
+        {
+            **encoded(rows, dtype),
+            "weights": weights.astype(np.float32),
+            "self_influence": self_influence.astype(np.float32),
+        },
     )
 
 
 class FeatureStore:
-    """The shards of one index; rows stay on disk until asked for.
+    """The shards of one index; rows stay on disk until asked for, and are float32 and unscaled when they come.
+
+    Args:
+        folder: where the shards are.
+        num_examples: rows of all shards together.
 
     Raises:
         CorruptArtifactError: if a shard is missing or they do not hold `num_examples` rows.
@@ -57,6 +57,8 @@ class FeatureStore:
             raise CorruptArtifactError("the index has no feature shards")
         self.weights = np.concatenate([part["weights"] for part in small])
         self.self_influence = np.concatenate([part["self_influence"] for part in small])
+        self._columns = small[0].get("columns")
+        self._scales = [part.get("scales") for part in small]
         self.starts = np.cumsum([0, *(len(part["weights"]) for part in small)])
         if len(self.weights) != num_examples:
             raise CorruptArtifactError(f"the feature shards hold {len(self.weights)} rows instead of {num_examples}")
@@ -64,10 +66,15 @@ class FeatureStore:
     def __len__(self) -> int:
         return len(self.weights)
 
+    @property
+    def dim(self) -> int:
+        """Numbers per row."""
+        return int(_mapped_rows(self.paths[0]).shape[1] if self._columns is None else self._columns[0])
+
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yield `(first row, rows)` shard by shard, rows as float32 (count, k), unweighted."""
-        for number, path in enumerate(self.paths):
-            yield int(self.starts[number]), _mapped_rows(path).astype(np.float32)
+        for number, start in enumerate(self.starts[:-1]):
+            yield int(start), self._decoded(number, slice(None))
 
     def weighted_blocks(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yield `(first row, rows)` with every row multiplied by its weight, as rows are searched."""
@@ -77,17 +84,25 @@ class FeatureStore:
     def read(self, rows: np.ndarray) -> np.ndarray:
         """Return the given rows as float32 (len(rows), k), unweighted, in their order; only their pages are read."""
         shard_of = np.searchsorted(self.starts, rows, side="right") - 1
-        found = np.empty((len(rows), _mapped_rows(self.paths[0]).shape[1]), np.float32)
+        found = np.empty((len(rows), self.dim), np.float32)
         for number in np.unique(shard_of):
             places = np.flatnonzero(shard_of == number)
-            found[places] = _mapped_rows(self.paths[number])[rows[places] - self.starts[number]]
+            found[places] = self._decoded(number, rows[places] - self.starts[number])
         return found
+
+    def read_weighted(self, rows: np.ndarray) -> np.ndarray:
+        """Return the given rows, each multiplied by its weight, as they are searched."""
+        return self.read(rows) * self.weights[rows, None]
+
+    def _decoded(self, number: int, chosen: np.ndarray | slice) -> np.ndarray:
+        rows, scales = _mapped_rows(self.paths[number])[chosen], self._scales[number]
+        return decoded(rows, None if scales is None else scales[chosen], self._columns)
 
 
 def _without_rows(path: Path) -> Arrays:
     try:
         with safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in ("weights", "self_influence")}
+            return {name: file.get_tensor(name) for name in file.keys() if name != "rows"}  # noqa: SIM118, not a dict
     except (SafetensorError, OSError) as error:
         raise CorruptArtifactError(f"{path.name} cannot be read: {error}") from error
 

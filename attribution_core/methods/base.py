@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from attribution_core.curvature import Curvature
 from attribution_core.curvature.fisher import Fisher, Observed, observe
+from attribution_core.curvature.group import Group
 from attribution_core.data.batch import Batch
 from attribution_core.errors import InvalidInputError
 from attribution_core.gradients import GradientCapture, LayerGradient, Pass
@@ -156,6 +157,10 @@ class FeatureMethod(ABC):
     def encode_train(self, batch: Batch) -> TrainRows:
         """Return the stored side of training examples."""
 
+    def train_weights(self, batch: Batch) -> Tensor:
+        """Return what the inner products of training examples' rows are multiplied with, (batch,)."""
+        return torch.ones(len(batch))
+
     @abstractmethod
     def encode_query(self, batch: Batch) -> QuerySide:
         """Return the query side before preconditioning."""
@@ -171,6 +176,17 @@ class FeatureMethod(ABC):
     def group_effect(self, query: QuerySide, batch: Batch) -> Tensor:
         """Return the summed exact scores (queries,) of a batch of training examples, without its per-example gradients."""
         raise TypeError(f"{type(self).__name__} is not linear in the training gradient")
+
+    def newton_effect(self, queries: Batch, group: Group, damping: float) -> Tensor:
+        """Return what having a group is worth (queries,), with the curvature that it leaves behind: `∇mᵀ (H - H_F)⁻¹ Σ_F φ`.
+
+        H sums over examples. λ keeps the size it has in that sum, so that it counts for more in the mean of fewer.
+
+        Raises:
+            InvalidInputError: if the method cannot tell.
+            SingularCurvatureError: if what is left cannot be inverted.
+        """
+        raise InvalidInputError("the method has no newton estimator: use additive", "/estimator")
 
 
 class GradientMethod(FeatureMethod):
@@ -249,6 +265,15 @@ class GradientMethod(FeatureMethod):
     def group_effect(self, query: QuerySide, batch: Batch) -> Tensor:
         """Return `⟨query, Σ φ_i⟩`."""
         return summed(query, self.observe(batch).training)
+
+    def newton_effect(self, queries: Batch, group: Group, damping: float) -> Tensor:
+        """Return `∇mᵀ (H - H_F)⁻¹ Σ_F φ`, (queries,)."""
+        query = self.encode_query(queries)
+        assert query.gradients is not None
+        left = self.curvature.without(group)
+        solved = [gradient / group.num_examples for gradient in left.solve(query.gradients, damping)]
+        side = QuerySide(query.output, query.rows, solved)
+        return torch.stack([self.group_effect(side, batch) for batch in group.batches()]).sum(0)
 
     def _project_gradients(self, gradients: Sequence[LayerGradient]) -> Tensor:
         if self.projection is None:

@@ -12,7 +12,9 @@ from attribution_core.checkpoints import load_model
 from attribution_core.curvature import Curvature, EkfacFactors, Identity
 from attribution_core.curvature.base import Multiple
 from attribution_core.curvature.dense import Spectral
+from attribution_core.curvature.ekfac import Draws
 from attribution_core.curvature.fisher import Fisher, Observed, observe
+from attribution_core.curvature.group import Group
 from attribution_core.curvature.iterative import ConjugateGradient, DataInf, GaussNewton, Lissa
 from attribution_core.curvature.products import HessianProducts
 from attribution_core.curvature.rows import PseudoRows
@@ -57,6 +59,7 @@ from attribution_core.tasks import build_task
 Arrays = Mapping[str, np.ndarray]
 MAX_FACTORED_EXAMPLES = 100_000
 MAX_FACTOR_BYTES = 16 << 10
+FACTOR_BYTES = {"float32": 4, "float16": 2, "int8": 1}
 MAX_ROWS = 1 << 40
 _BATCH_BYTES = 64 << 20
 _CURVATURE_BYTES = 1 << 30
@@ -155,9 +158,9 @@ class FitContext:
         if asked != "auto":
             return asked
         large = self.spec.dataset.num_examples > MAX_FACTORED_EXAMPLES
-        if not possible or large or self.spec.search.type != "flat":
+        width = FACTOR_BYTES.get(self.spec.store.dtype)
+        if not possible or large or width is None or self.spec.search.type != "flat":
             return "vectors"
-        width = 2 if self.spec.store.dtype == "float16" else 4
         return "factors" if numbers_kept(self._probe(0).training) * width <= MAX_FACTOR_BYTES else "vectors"
 
     @property
@@ -185,7 +188,7 @@ class FitContext:
             case RepresentationMethod():
                 return Representation(checkpoint, spec.similarity)
             case TrakMethod():
-                return Trak(checkpoint, self._projection(spec, number), own or None)
+                return Trak(checkpoint, self._projection(spec, number), own or None, spec)
             case LograMethod():
                 projection = self._projection(spec, number)
                 if not isinstance(projection, FactoredProjection):
@@ -249,7 +252,18 @@ class FitContext:
         first = self.source.batch([0])
         draws = fisher.draws(checkpoint.run(first), self.task, first)
         rows = self._spread(min(examples or MAX_ROWS, max(1, _CURVATURE_BYTES // PseudoRows([draws]).nbytes)))
-        return PseudoRows(fisher.draws(checkpoint.run(batch), self.task, batch) for batch in self.batches(number, rows))
+        return PseudoRows(self._draws(number, fisher, rows), rows)
+
+    def _draws(self, number: int, fisher: Fisher, rows: np.ndarray) -> Iterator[Draws]:
+        checkpoint = self.checkpoint(number)
+        for batch in self.batches(number, rows):
+            yield fisher.draws(checkpoint.run(batch), self.task, batch)
+
+    def group(self, number: int, rows: np.ndarray, weights: np.ndarray) -> Group:
+        """Return training examples that leave together, as one checkpoint sees them."""
+        fisher = self.fisher or Fisher("auto", 1, 0)
+        batches, draws = partial(self.batches, number, rows), partial(self._draws, number, fisher, rows)
+        return Group(rows, self.spec.dataset.num_examples, weights, batches, draws)
 
     def _drawn(self, method: LissaMethod) -> Iterator[Batch]:
         """Yield LiSSA's mini-batches."""

@@ -122,7 +122,7 @@ class DenseIndex:
             InvalidInputError: naming a query that the index has no scores of, and those it has.
         """
         places = self._recognised(batch)
-        return Query([dict(self._outputs[place]) for place in places], [], self._scores[places])
+        return Query([dict(self._outputs[place]) for place in places], [], self._scores[places], batch, damping)
 
     def outputs(self, batch: Batch) -> list[dict[str, Any]]:
         """Return what the model outputs for queries that it knows.
@@ -165,6 +165,14 @@ class DenseIndex:
         for number, rows in enumerate(groups):
             effects[:, number] = self.scores(query, rows, rescore=False).sum(1, dtype=np.float64)
         return effects
+
+    def newton_effects(self, query: Query, groups: Sequence[np.ndarray]) -> np.ndarray:
+        """Refuse: stored scores tell nothing of curvature.
+
+        Raises:
+            InvalidInputError: always.
+        """
+        raise InvalidInputError(f"{self.spec.method.type} has no newton estimator: use additive", "/estimator")
 
     def self_influence(self) -> np.ndarray:
         """Refuse: training examples are no queries of this index.

@@ -12,10 +12,12 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from attribution_core.curvature.group import Group
 from attribution_core.data.batch import Batch
 from attribution_core.errors import InvalidInputError
-from attribution_core.exact import GeneralizedLinear, LogisticRegression, RidgeRegression, optimality
+from attribution_core.exact import Estimator, GeneralizedLinear, LogisticRegression, RidgeRegression, optimality
 from attribution_core.method_spec import ExactMethod
 from attribution_core.methods.base import Checkpoint, FeatureMethod, QuerySide, TrainRows
 from attribution_core.tasks.base import required_targets
@@ -68,6 +70,23 @@ class Exact(FeatureMethod):
         measured = self.checkpoint.task.measure(run.output, batch, self.checkpoint.measurement)
         (gradient,) = run.gradients(measured)
         return QuerySide(run.output.detach(), gradient.materialise().flatten(1))
+
+    def newton_effect(self, queries: Batch, group: Group, damping: float) -> Tensor:
+        """Return `m(θ*) - m(θ_{-F})`, (queries,), with the measurement evaluated at the changed parameters.
+
+        θ_{-F} is one Newton step on what is left, exact for squared errors; with `estimator: newton` it is the refit.
+        """
+        checkpoint, model = self.checkpoint, self._model
+        run = checkpoint.run(queries)
+        (gradient,) = run.gradients(checkpoint.task.measure(run.output, queries, checkpoint.measurement))
+        features = gradient.inputs.flatten(1).double().cpu().numpy()
+        estimator: Estimator = "newton" if self.spec.estimator == "newton" else "alo"
+        change = model.group_change(group.rows, estimator).reshape(model.parameters.shape)
+        values = []
+        for parameters in (model.parameters, model.parameters - change):
+            output = torch.from_numpy(features @ parameters.T).reshape(run.output.shape).to(run.output.device)
+            values.append(checkpoint.task.measure(output, queries, checkpoint.measurement))
+        return values[0] - values[1]
 
     @cached_property
     def _model(self) -> GeneralizedLinear:

@@ -39,7 +39,7 @@ from attribution_core.methods import trak
 from attribution_core.methods.artifact import FACTORS_FILE, FEATURES_FOLDER, GRADIENTS_FOLDER, write_description
 from attribution_core.methods.base import FeatureMethod, GradientMethod, QuerySide, TrainRows
 from attribution_core.methods.context import FitContext
-from attribution_core.methods.loaded import LoadedIndex
+from attribution_core.methods.loaded import LoadedIndex, Query
 from attribution_core.methods.logra import Logra, fisher_of
 from attribution_core.methods.magic import MagicPipeline
 from attribution_core.methods.recall import measured_recall, recall_rows
@@ -167,7 +167,7 @@ class FitPipeline:
         described = {"fingerprint": self.spec.fingerprint(), "coverage": coverage}
         write_description(into, {**described, "recall": None})
         index = LoadedIndex(into, self.spec, self.context)
-        recall = measured_recall(index, self._exact_scores(feature_files))
+        recall = measured_recall(index, self._exact_scores(index, feature_files))
         write_description(into, {**described, "recall": recall})
         size = sum(path.stat().st_size for path in into.rglob("*") if path.is_file())
         return FitSummary(self.spec.fingerprint(), len(index.store), index.dim, size, recall, coverage)
@@ -288,12 +288,16 @@ class FitPipeline:
         observed = method.observe(part) if isinstance(part, Batch) else part
         found = method.encode_observed(observed)
         _check_finite(found, observed.batch)
-        if self.context.layout == "vectors":
+        arrays = found.arrays()
+        if self.context.layout == "vectors" or self.spec.store.lossy:
             side = self._recall_side(method)
-            return found.arrays() | {_EXACT: method.scores_of(side, observed.training).T.cpu().numpy()}
-        stored = encoded(observed.training, self.spec.store.dtype)
-        _check_scales(stored, observed.batch)
-        return found.arrays() | {f"{_GRADIENT}{name}": value for name, value in stored.items()}
+            arrays[_EXACT] = method.scores_of(side, observed.training).T.cpu().numpy()
+        if self.context.layout == "factors":
+            assert self.spec.store.dtype != "binary"
+            stored = encoded(observed.training, self.spec.store.dtype)
+            _check_scales(stored, observed.batch)
+            arrays |= {f"{_GRADIENT}{name}": value for name, value in stored.items()}
+        return arrays
 
     def _recall_side(self, method: GradientMethod) -> QuerySide:
         """Return the preconditioned queries by which recall is measured, made once per checkpoint."""
@@ -302,15 +306,23 @@ class FitPipeline:
             self._recall_sides[method] = method.precondition(method.encode_query(queries), method.default_damping)
         return self._recall_sides[method]
 
-    def _exact_scores(self, files: Sequence[Path]) -> np.ndarray | None:
-        """Return the exact scores (queries, n) of the queries by which recall is measured, averaged over checkpoints."""
+    def _exact_scores(self, index: LoadedIndex, files: Sequence[Path]) -> np.ndarray:
+        """Return the exact scores (queries, n) of the queries by which recall is measured, averaged over checkpoints.
+
+        Where rows are the method's own definition these are inner products of the rows as they were before they were stored.
+        """
         ranges = len(files) // len(self.spec.checkpoints)
+        query: Query | None = None
         joined = []
         for number in range(ranges):
             shards = [read_arrays(path) for path in files[number::ranges]]
-            if _EXACT not in shards[0]:
-                return None
-            joined.append(np.mean([shard[_EXACT] for shard in shards], axis=0))
+            if _EXACT in shards[0]:
+                joined.append(np.mean([shard[_EXACT] for shard in shards], axis=0))
+                continue
+            if query is None:
+                query = index.query(self.context.source.batch(recall_rows(len(index.store))), None)
+            rows, weights = _side_by_side(shards)
+            joined.append(rows @ query.rows.T * weights[:, None])
         return np.concatenate(joined).T
 
     def _feature_kernel(self, number: int, files: Sequence[Path]) -> Arrays:
@@ -330,8 +342,7 @@ class FitPipeline:
         ranges = len(files) // len(self.spec.checkpoints)
         for number in range(ranges):
             shards = [read_arrays(path) for path in files[number::ranges]]
-            rows = np.concatenate([shard["rows"] for shard in shards], axis=1)
-            weights = np.mean([shard["weights"] for shard in shards], axis=0)
+            rows, weights = _side_by_side(shards)
             if "self_influence" in shards[0]:
                 own = np.mean([shard["self_influence"] for shard in shards], axis=0)
             else:
@@ -354,8 +365,7 @@ class FitPipeline:
         if self.spec.search.type == "flat" or self.context.layout == "factors":
             return  # an exhaustive search reads the rows themselves
         store = FeatureStore(into / FEATURES_FOLDER, self.spec.dataset.num_examples)
-        dim = store.read(np.zeros(1, np.int64)).shape[1]
-        VectorIndex.build(self.spec.search, store.weighted_blocks, len(store), dim).write(into / SEARCH_FILE)
+        VectorIndex.build(self.spec.search, store).write(into / SEARCH_FILE)
 
 
 def build_pipeline(spec: FitSpec, work: Path, device: str = "cpu") -> FitPipeline | MagicPipeline:
@@ -389,6 +399,12 @@ def _summed(files: Sequence[Path]) -> Arrays:
         for name, value in read_arrays(path).items():
             total[name] = total[name] + value if name in total else value
     return total
+
+
+def _side_by_side(shards: Sequence[Arrays]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows (count, k) and weights (count,) of one range from the shards of all checkpoints."""
+    rows = np.concatenate([shard["rows"] for shard in shards], axis=1)
+    return rows, np.mean([shard["weights"] for shard in shards], axis=0)
 
 
 def _gradients_of(shard: Arrays) -> Arrays:

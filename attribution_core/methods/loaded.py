@@ -37,14 +37,22 @@ class Query:
     Attributes:
         outputs: `{"value", "prediction", "probability"}` per query; the value is the mean over checkpoints.
         rows: (queries, dim) float32, what stored weighted rows are multiplied with.
+        batch: the queries themselves.
+        damping: that the sides were preconditioned with; None for methods without.
     """
 
     outputs: list[dict[str, Any]]
     sides: list[QuerySide]
     rows: np.ndarray
+    batch: Batch
+    damping: float | None
 
     def __len__(self) -> int:
         return len(self.outputs)
+
+    def __getitem__(self, part: slice) -> "Query":
+        sides = [side[part] for side in self.sides]
+        return Query(self.outputs[part], sides, self.rows[part], self.batch[part], self.damping)
 
 
 @dataclass(frozen=True)
@@ -122,7 +130,9 @@ class LoadedIndex:
         factors = (self.folder / FACTORS_FILE).stat().st_size
         if self.gradients is not None:
             return 4 * parameters + factors + self.gradients.bytes
-        return 4 * (parameters + len(self.store) * (self.dim + 2)) + factors
+        path = self.folder / SEARCH_FILE
+        searched = path.stat().st_size if path.exists() else 4 * len(self.store) * self.dim
+        return 4 * (parameters + 2 * len(self.store)) + searched + factors
 
     @property
     def rescores(self) -> bool:
@@ -148,7 +158,7 @@ class LoadedIndex:
         if len(unusable):
             raise InvalidInputError(f"the model gives no finite gradient for query {int(unusable[0])}")
         outputs = self._described([sides[number].output for number in self.spec.answering()], batch)
-        return Query(outputs, sides, rows.detach().float().cpu().numpy())
+        return Query(outputs, sides, rows.detach().float().cpu().numpy(), batch, used)
 
     def outputs(self, batch: Batch) -> list[dict[str, Any]]:
         """Return what the model outputs for a batch, without any attribution."""
@@ -170,7 +180,7 @@ class LoadedIndex:
             return self._scanned(query, top_k, allowed)
         if rescore and self.rescores:
             return self._rescored(query, top_k, allowed)
-        approximate = self.rescores or not self._search.exhaustive
+        approximate = self.rescores or not self._search.exhaustive or self.spec.store.lossy
         ranked = {sign: self._search.search(sign * query.rows, top_k, allowed) for sign in (1, -1)}
         results = []
         for number, output in enumerate(query.outputs):
@@ -183,6 +193,8 @@ class LoadedIndex:
 
     def candidates(self, query: Query, top_k: int, allowed: np.ndarray | None) -> list[np.ndarray]:
         """Return the rows that the first stage finds for both signs together, ascending, per query."""
+        if self.gradients is not None:
+            return [np.union1d(best.positive.rows, best.negative.rows) for best in self._scanned(query, top_k, allowed)]
         wanted = max(OVERSAMPLING * top_k, MIN_CANDIDATES) if self.rescores else top_k
         both = [self._search.search(sign * query.rows, wanted, allowed).rows for sign in (1, -1)]
         found = [np.unique(rows) for rows in np.concatenate(both, axis=1)]
@@ -226,6 +238,28 @@ class LoadedIndex:
                     effects[:, number] += part.sum(1, dtype=np.float64)
         return effects
 
+    def newton_effects(self, query: Query, groups: Sequence[np.ndarray]) -> np.ndarray:
+        """Return what having each group is worth beyond the sum of its scores, (queries, groups) float64.
+
+        A group's examples share in the curvature that the additive effect divides by; here it is that of the others:
+        `∇mᵀ (H - H_F)⁻¹ Σ_F φ`. It tends to the additive effect for small groups, and is the refit's for squared errors.
+
+        Raises:
+            InvalidInputError: naming a row that does not exist, or if the method has no such estimator.
+            SingularCurvatureError: if what is left cannot be inverted.
+        """
+        effects = np.zeros((len(query), len(groups)))
+        for place, rows in enumerate(groups):
+            self._check_rows(rows)
+            if len(rows) == 0:
+                continue
+            weights = np.mean([self._train_weights(number, rows) for number in range(len(self.members))], axis=0)
+            for number, member in enumerate(self.members):
+                group = self.context.group(number, rows, weights)
+                found = member.newton_effect(query.batch, group, query.damping or 0.0)
+                effects[:, place] += found.detach().double().cpu().numpy() / len(self.members)
+        return effects
+
     def self_influence(self) -> np.ndarray:
         """Return `τ_i(z_i)` at the default damping, (n,) float32."""
         return self.store.self_influence
@@ -233,8 +267,8 @@ class LoadedIndex:
     @cached_property
     def _search(self) -> VectorIndex:
         if (self.folder / SEARCH_FILE).exists():
-            return VectorIndex.read(self.folder / SEARCH_FILE)
-        return VectorIndex.build(SearchSpec(), self.store.weighted_blocks, len(self.store), self.dim)
+            return VectorIndex.read(self.folder / SEARCH_FILE, self.store)
+        return VectorIndex.build(SearchSpec(), self.store)
 
     def _gradient_store(self, device: str) -> GradientStore | None:
         folder = self.folder / GRADIENTS_FOLDER
@@ -244,7 +278,7 @@ class LoadedIndex:
         return GradientStore(folder, self.store.starts, blocks, device)
 
     def _scanned(self, query: Query, top_k: int, allowed: np.ndarray | None) -> list[Attribution]:
-        """Rank every allowed example by its exact score; gradients are kept whole, so nothing needs the model."""
+        """Rank every allowed example by its whole gradient, which is kept, so that nothing needs the model."""
         found = [[Found.nothing(), Found.nothing()] for _ in range(len(query))]
         rows = np.arange(len(self.store)) if allowed is None else np.flatnonzero(allowed)
         for start in range(0, len(rows), _ROWS_AT_ONCE):
@@ -254,7 +288,7 @@ class LoadedIndex:
                 for place, sign in enumerate((1, -1)):
                     best[place] = best[place].merged(top_rows(scores[number], part, top_k, sign), top_k, sign)
         return [
-            Attribution(output, positive, negative, approximate=False)
+            Attribution(output, positive, negative, self.spec.store.lossy)
             for output, (positive, negative) in zip(query.outputs, found, strict=True)
         ]
 
@@ -311,6 +345,11 @@ class LoadedIndex:
             for batch in self.context.source.batches(rows, self.context.batch_size(number)):
                 effect += member.group_effect(side, batch).detach().double().cpu().numpy() / len(self.members)
         return effect
+
+    def _train_weights(self, number: int, rows: np.ndarray) -> np.ndarray:
+        parts = [self.members[number].train_weights(batch) for batch in self.context.batches(number, rows)]
+        weights: np.ndarray = torch.cat(parts).double().cpu().numpy()
+        return weights
 
     def _check_rows(self, rows: np.ndarray) -> None:
         outside = rows[(rows < 0) | (rows >= len(self.store))]

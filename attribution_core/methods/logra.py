@@ -5,14 +5,17 @@
 Source: Choe et al. 2024, section 3.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from attribution_core.curvature.fisher import observe
+from attribution_core.curvature.group import Group
 from attribution_core.data.batch import Batch
 from attribution_core.errors import SingularCurvatureError
+from attribution_core.methods import woodbury
 from attribution_core.methods.base import Arrays, Checkpoint, FeatureMethod, QuerySide, TrainRows
 from attribution_core.projection import FactoredProjection
 
@@ -52,6 +55,18 @@ class Logra(FeatureMethod):
         solved = solve(self._fisher, query.rows.detach().cpu().numpy(), damping) / self.checkpoint.num_examples
         return QuerySide(query.output, torch.from_numpy(solved).to(query.rows))
 
+    def newton_effect(self, queries: Batch, group: Group, damping: float) -> Tensor:
+        """Return `qᵀ (nF - Σ_F φφᵀ + nλ)⁻¹ Σ_F φ`, layer by layer, (queries,)."""
+        assert self._fisher is not None
+        query = self.encode_query(queries).rows
+        rows = np.concatenate([self.encode_train(batch).rows.double().cpu().numpy() for batch in group.batches()])
+        effect = np.zeros(len(query))
+        for part, values, vectors in _layers(self._fisher):
+            known = woodbury.Kernel(group.num_examples * values, vectors, damping)
+            asked = query[:, part].double().cpu().numpy()
+            effect += asked @ known.solve_without([rows[:, part]], rows[:, part].sum(0))
+        return torch.from_numpy(effect).to(query)
+
 
 def fisher_of(shards: Iterable[Arrays], projection: FactoredProjection) -> dict[str, np.ndarray]:
     """Return each layer's eigenvalues `values.N` and eigenvectors `vectors.N` of `mean φφᵀ`."""
@@ -76,13 +91,19 @@ def solve(fisher: Arrays, rows: np.ndarray, damping: float) -> np.ndarray:
     Raises:
         SingularCurvatureError: if λ is 0 and a layer's matrix is singular.
     """
-    solved, start, number = np.empty_like(rows, dtype=np.float32), 0, 0
-    while f"values.{number}" in fisher:
-        values, vectors = fisher[f"values.{number}"].astype(np.float64), fisher[f"vectors.{number}"]
+    solved = np.empty_like(rows, dtype=np.float32)
+    for part, values, vectors in _layers(fisher):
         damped = values + damping * values.mean()
         if damped.min() <= 0:
             raise SingularCurvatureError("the projected Fisher matrix is singular: use a damping above 0", "/damping")
-        part = slice(start, start + len(values))
         solved[:, part] = ((rows[:, part] @ vectors) / damped) @ vectors.T
-        start, number = start + len(values), number + 1
     return solved
+
+
+def _layers(fisher: Arrays) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+    """Yield each layer's place in a row, its eigenvalues (float64) and eigenvectors."""
+    start, number = 0, 0
+    while f"values.{number}" in fisher:
+        values = fisher[f"values.{number}"].astype(np.float64)
+        yield slice(start, start + len(values)), values, fisher[f"vectors.{number}"]
+        start, number = start + len(values), number + 1

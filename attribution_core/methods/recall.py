@@ -16,22 +16,23 @@ def recall_rows(num_examples: int) -> np.ndarray:
     return np.unique(np.linspace(0, num_examples - 1, min(RECALL_QUERIES, num_examples)).astype(np.int64))
 
 
-def measured_recall(index: LoadedIndex, exact: np.ndarray | None) -> float:
+def measured_recall(index: LoadedIndex, exact: np.ndarray) -> float:
     """Return the mean share of the exact top 10 of both signs among the candidates.
+
+    Whatever comes between counts: the projection, the type that rows are stored in, clusters that are not visited, short codes.
 
     Args:
         index: asked for candidates.
-        exact: unprojected scores (queries, n); None where stored rows are the method's own definition.
+        exact: scores (queries, n) before projection and storage.
     """
-    if index.gradients is not None:
+    if index.gradients is not None and not index.spec.store.lossy:
         return 1.0  # every example is scored by its whole gradient: there is no first stage
     n = len(index.store)
     query = index.query(index.context.source.batch(recall_rows(n)), None)
-    scores = index.scores(query, np.arange(n), rescore=False) if exact is None else exact
     found: list[float] = []
-    for number, candidates in enumerate(index.candidates(query, TOP, None)):
+    for scores, candidates in zip(exact, index.candidates(query, TOP, None), strict=True):
         for sign in (1, -1):
-            wanted = top_rows(scores[number], np.arange(n), TOP, sign).rows
+            wanted = top_rows(scores, np.arange(n), TOP, sign).rows
             if len(wanted):
                 found.append(float(np.isin(wanted, candidates).mean()))
     return round(float(np.mean(found)), 6) if found else 1.0

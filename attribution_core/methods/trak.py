@@ -23,12 +23,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attribution_core.curvature.ekfac import Draws
 from attribution_core.curvature.fisher import Fisher
+from attribution_core.curvature.group import Group
 from attribution_core.data.batch import Batch
-from attribution_core.errors import SingularCurvatureError
+from attribution_core.errors import InvalidInputError, SingularCurvatureError
 from attribution_core.gradients import Pass
+from attribution_core.method_spec import TrakMethod
+from attribution_core.methods import woodbury
 from attribution_core.methods.base import Arrays, Checkpoint, FeatureMethod, QuerySide, TrainRows
 from attribution_core.projection import Projection
+from attribution_core.tasks.regression import Regression
 
 # Measurements that are the linearised output f, so that training rows serve as their own query side.
 _IS_LINEARISED_OUTPUT = ("margin", "prediction")
@@ -40,8 +45,9 @@ class Trak(FeatureMethod):
 
     exact_rows = True
 
-    def __init__(self, checkpoint: Checkpoint, projection: Projection, kernel: Arrays | None) -> None:
+    def __init__(self, checkpoint: Checkpoint, projection: Projection, kernel: Arrays | None, spec: TrakMethod) -> None:
         super().__init__(checkpoint)
+        self.spec = spec
         self.projection = projection
         self._kernel = kernel
 
@@ -60,6 +66,10 @@ class Trak(FeatureMethod):
             return TrainRows(rows, weights)
         return TrainRows(rows, weights, measured=self._projected(run, task.measure(run.output, batch, measurement)))
 
+    def train_weights(self, batch: Batch) -> Tensor:
+        """Return `1 - p_i`."""
+        return self.checkpoint.task.residual(self.checkpoint.output(batch), batch)
+
     def encode_query(self, batch: Batch) -> QuerySide:
         """Return `P ∇m_z`."""
         run = self.checkpoint.run(batch)
@@ -76,15 +86,47 @@ class Trak(FeatureMethod):
         solved = solve(self._kernel, query.rows.detach().cpu().numpy(), damping)
         return QuerySide(query.output, torch.from_numpy(solved).to(query.rows))
 
+    def newton_effect(self, queries: Batch, group: Group, damping: float) -> Tensor:
+        """Return `P∇m (K + λ - K_F)⁻¹ Σ_F w φ`, (queries,), for kernels whose rows are weighted as the loss bends.
+
+        Raises:
+            InvalidInputError: if scores have no scale, or are shrunk one by one.
+        """
+        assert self._kernel is not None
+        if self.spec.soft_threshold is not None or (self.spec.curvature == "gradient" and not self._bends_evenly):
+            raise InvalidInputError("the published kernel and soft thresholds have no newton estimator", "/estimator")
+        encoded = [self.encode_train(batch) for batch in group.batches()]
+        rows = np.concatenate([part.rows.double().cpu().numpy() for part in encoded])
+        misfits = np.concatenate([part.weights.double().cpu().numpy() for part in encoded])
+        kernel = woodbury.Kernel(self._kernel["values"], self._kernel["vectors"], damping)
+        leaving = (
+            (self._projected_draws(draws) for draws in group.draws())
+            if self.spec.curvature == "fisher"
+            else [rows if self._bends_evenly else bent(rows, misfits)]
+        )
+        query = self.encode_query(queries).rows
+        solved = kernel.solve_without(leaving, group.weights @ rows)
+        return torch.from_numpy(query.double().cpu().numpy() @ solved).to(query)
+
+    @property
+    def _bends_evenly(self) -> bool:
+        """Whether the loss has curvature 1 in f, as squared errors do."""
+        return isinstance(self.checkpoint.task, Regression)
+
+    def _projected_draws(self, draws: Draws) -> np.ndarray:
+        found: np.ndarray = (
+            torch.cat([self.projection.project_gradients(draw) for draw in draws]).double().cpu().numpy()
+        )
+        return found
+
     def _projected(self, run: Pass, objective: Tensor, *, keep: bool = False) -> Tensor:
         return self.projection.project_gradients(run.gradients(objective, keep=keep))
 
     def fisher_sum(self, batch: Batch, fisher: Fisher) -> np.ndarray:
         """Return `Σ P g gᵀ Pᵀ` over a batch's pseudo-gradients, (k, k) float64."""
         draws = fisher.draws(self.checkpoint.run(batch), self.checkpoint.task, batch)
-        rows = torch.cat([self.projection.project_gradients(draw) for draw in draws]).double()
-        total: np.ndarray = (rows.T @ rows).cpu().numpy()
-        return total
+        rows = self._projected_draws(draws)
+        return np.asarray(rows.T @ rows)
 
 
 def kernel_of(shards: Iterable[Arrays], *, weighted: bool) -> dict[str, np.ndarray]:
@@ -98,10 +140,14 @@ def kernel_of(shards: Iterable[Arrays], *, weighted: bool) -> dict[str, np.ndarr
     for shard in shards:
         rows = shard["rows"].astype(np.float64)
         if weighted:
-            misfit = shard["weights"].astype(np.float64)
-            rows *= np.sqrt(misfit * (1 - misfit))[:, None]
+            rows = bent(rows, shard["weights"].astype(np.float64))
         total = total + rows.T @ rows
     return eigen(np.asarray(total))
+
+
+def bent(rows: np.ndarray, misfits: np.ndarray) -> np.ndarray:
+    """Return rows (count, k) times `√(p(1-p))` for misfits `1 - p` (count,)."""
+    return np.asarray(rows * np.sqrt(misfits * (1 - misfits))[:, None])
 
 
 def eigen(kernel: np.ndarray) -> dict[str, np.ndarray]:

@@ -1,25 +1,64 @@
 """FAISS indexes over weighted feature rows; negatives are found by searching for the negated query.
 
 `flat` is exhaustive. `ivf` visits the clusters nearest to the query, and for negatives those nearest to the *negated* query, which
-are others. Only allowed rows are ever returned, and a filtered search visits as many more clusters as the filter leaves rows out.
+are others. `ivfpq` does so over short codes (a cluster's centre and a product-quantised residual) and scores what it finds again from the stored
+rows. Returned scores are inner products of stored rows in every case.
+
+Gradients differ in length by orders of magnitude, and the longest score highest. So rows are put into clusters by Euclidean distance, and clusters
+visited by the score their best rows may have: `⟨q, c⟩ + 2 ‖q‖ ρ_c / √d`, with the centre `c` and the root-mean-square distance `ρ_c` of its rows. Long
+rows so get small clusters of their own, which are visited first. With the usual spherical clusters in the order of ⟨q, c⟩ several times
+as many rows must be scanned for the same recall (measured in `docs/studies/search.md`).
+
+Only allowed rows are ever returned. Few allowed rows are scanned exactly; among more, a search visits as many more clusters as the filter leaves rows
+out, and twice as many again until its list is full.
+
+Sources: Jégou et al. 2011, Product Quantization for Nearest Neighbor Search; Johnson et al. 2019 (FAISS).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 import faiss
 import numpy as np
 
+from attribution_core.arrays import read_arrays, write_arrays
 from attribution_core.errors import CorruptArtifactError
 from attribution_core.search.merge import Ranked, ordered
 from attribution_core.spec import SearchSpec
 
 FILE_NAME = "search.faiss"
-Blocks = Callable[[], Iterable[tuple[int, np.ndarray]]]
+RADII_FILE_NAME = "search-radii.safetensors"
+# A filter that leaves at most so many rows is answered by scanning them.
+SCANNED_ROWS = 8192
 _TRAINING_ROWS_PER_LIST = 64
+_MAX_TRAINING_ROWS = 1 << 17
 # Asked for beyond k, to see whether rows of equal score were cut off.
 _MARGIN = 8
+# Rows found by their codes and scored again, per row wanted and at least.
+_REFINED = 16
+_MIN_REFINED = 400
+_DIMS_PER_CODE = 4
+# How many standard deviations above its cluster's mean score a row worth finding is.
+_DEVIATIONS = 2.0
+
+
+class Rows(Protocol):
+    """What is searched: n rows, each multiplied by its weight."""
+
+    @property
+    def dim(self) -> int:
+        """Numbers per row."""
+
+    def __len__(self) -> int: ...
+
+    def weighted_blocks(self) -> Iterable[tuple[int, np.ndarray]]:
+        """Yield `(first row, rows)` from the first to the last, float32."""
+
+    def read_weighted(self, rows: np.ndarray) -> np.ndarray:
+        """Return the given rows, (len(rows), dim) float32."""
 
 
 class VectorIndex:
@@ -27,50 +66,62 @@ class VectorIndex:
 
     Args:
         index: the FAISS index, with rows added in order.
+        rows: the rows themselves, read where codes are not enough.
+        radii: (clusters,) float32, the root-mean-square distance of each cluster's rows from its centre; None where there are no clusters.
     """
 
-    def __init__(self, index: faiss.Index) -> None:
+    def __init__(self, index: faiss.Index, rows: Rows, radii: np.ndarray | None = None) -> None:
         self._index = index
+        self._rows = rows
+        self._radii = radii
 
     @classmethod
-    def build(cls, spec: SearchSpec, blocks: Blocks, n: int, dim: int) -> "VectorIndex":
-        """Build from n weighted rows; equal rows give an equal index.
+    def build(cls, spec: SearchSpec, rows: Rows) -> "VectorIndex":
+        """Build from weighted rows; equal rows give an equal index.
 
-        Args:
-            spec: the kind of index.
-            blocks: called for a pass over `(first row, rows)`; clusters are trained on a sample in a pass of its own.
-            n: how many rows there are.
-            dim: numbers per row.
+        Clusters and codes are trained on evenly spread rows, in a pass of its own.
         """
-        index = faiss.IndexFlatIP(dim) if spec.type == "flat" else _trained_ivf(spec, blocks, n, dim)
         with _one_thread():
-            for _, rows in blocks():
-                index.add(np.ascontiguousarray(rows, np.float32))
-        return cls(index)
+            if spec.type != "flat":
+                return cls._clustered(spec, rows)
+            index = faiss.IndexFlatIP(rows.dim)
+            for _, block in rows.weighted_blocks():
+                index.add(_padded(block, rows.dim))
+            return cls(index, rows)
 
     @classmethod
-    def read(cls, path: Path) -> "VectorIndex":
+    def read(cls, path: Path, rows: Rows) -> "VectorIndex":
         """Read a file that this class wrote and whose checksum was verified.
 
         Raises:
-            CorruptArtifactError: if FAISS cannot read it.
+            CorruptArtifactError: if FAISS cannot read it, or its radii are missing.
         """
         # No part of a file is larger than the file, whatever its headers claim.
         faiss.set_deserialization_vector_byte_limit(path.stat().st_size)
         faiss.set_deserialization_loop_limit(path.stat().st_size)
         try:
-            return cls(faiss.read_index(str(path)))
+            index = faiss.read_index(str(path))
         except RuntimeError as error:
             raise CorruptArtifactError(f"{path.name} cannot be read: {error}") from error
+        if not isinstance(index, faiss.IndexIVF):
+            return cls(index, rows)
+        radii = read_arrays(path.with_name(RADII_FILE_NAME)).get("radii", np.empty(0))
+        if len(radii) != index.nlist:
+            raise CorruptArtifactError(f"{RADII_FILE_NAME} does not fit {path.name}")
+        return cls(index, rows, radii)
 
     def write(self, path: Path) -> None:
-        """Write the index to a file."""
+        """Write the index to a file, and what belongs to its clusters beside it."""
         faiss.write_index(self._index, str(path))
+        if self._radii is not None:
+            write_arrays(path.with_name(RADII_FILE_NAME), {"radii": self._radii})
 
     @property
     def exhaustive(self) -> bool:
-        """Whether a search looks at every row."""
-        return not isinstance(self._index, faiss.IndexIVF) or self._index.nprobe >= self._index.nlist
+        """Whether a search compares the query with every row as it is stored."""
+        return not isinstance(self._index, faiss.IndexIVF) or (
+            not self._coded and self._index.nprobe >= self._index.nlist
+        )
 
     def search(self, queries: np.ndarray, k: int, allowed: np.ndarray | None = None) -> Ranked:
         """Return the k rows of largest inner product per query, (queries, ≤ k), equal scores by row number.
@@ -84,7 +135,12 @@ class VectorIndex:
         k = min(k, count)
         if k == 0 or not len(queries):
             return Ranked.empty(len(queries))
+        if allowed is not None and count <= SCANNED_ROWS and isinstance(self._index, faiss.IndexIVF):
+            return self._scanned(queries, k, np.flatnonzero(allowed))
         selector = None if allowed is None else _selector(allowed)
+        if self._coded:
+            found = self._search(queries, min(max(_REFINED * k, _MIN_REFINED), count), count, selector)
+            return self._rescored(queries, k, found)
         wanted = min(k + _MARGIN, count)
         while True:
             found = self._search(queries, wanted, count, selector)
@@ -93,32 +149,112 @@ class VectorIndex:
                 return ordered(found, k)
             wanted = min(8 * wanted, count)
 
+    @classmethod
+    def _clustered(cls, spec: SearchSpec, rows: Rows) -> "VectorIndex":
+        index = _trained(spec, rows)
+        squares, sizes = np.zeros(index.nlist), np.zeros(index.nlist)
+        for _, block in rows.weighted_blocks():
+            part = _padded(block, index.d)
+            distances, lists = index.quantizer.search(part, 1)
+            index.add_core(len(part), faiss.swig_ptr(part), None, faiss.swig_ptr(lists))
+            squares += np.bincount(lists[:, 0], distances[:, 0].clip(min=0), index.nlist)
+            sizes += np.bincount(lists[:, 0], minlength=index.nlist)
+        return cls(index, rows, np.sqrt(squares / np.maximum(sizes, 1)).astype(np.float32))
+
+    @property
+    def _coded(self) -> bool:
+        return isinstance(self._index, faiss.IndexIVFPQ)
+
     def _search(self, queries: np.ndarray, k: int, count: int, selector: faiss.IDSelector | None) -> Ranked:
+        """Return k of the allowed rows per query, by codes or by scores; clusters are added until there are k."""
         chosen = {} if selector is None else {"sel": selector}
         if not isinstance(self._index, faiss.IndexIVF):
             scores, rows = self._index.search(queries, k, params=faiss.SearchParameters(**chosen))
             return Ranked(rows, scores)
+        padded = _padded(queries, self._index.d)
         probes = min(-(-self._index.nprobe * self._index.ntotal // count), self._index.nlist)
         while True:
             options = faiss.SearchParametersIVF(nprobe=probes, **chosen)  # type: ignore[call-arg]
-            scores, rows = self._index.search(queries, k, params=options)
+            scores, rows = self._searched(padded, k, *self._visited(padded, probes), options)
             if probes == self._index.nlist or (rows >= 0).all():
                 return Ranked(rows, scores)
             probes = min(2 * probes, self._index.nlist)
 
+    def _searched(
+        self,
+        queries: np.ndarray,
+        k: int,
+        lists: np.ndarray,
+        products: np.ndarray,
+        options: faiss.SearchParametersIVF,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return scores and rows (queries, k) found in the given clusters; FAISS's Python method takes no options."""
+        scores = np.empty((len(queries), k), np.float32)
+        rows = np.empty((len(queries), k), np.int64)
+        pointers = [faiss.swig_ptr(array) for array in (lists, products, scores, rows)]
+        self._index.search_preassigned_c(len(queries), faiss.swig_ptr(queries), k, *pointers, False, options)
+        return scores, rows
 
-def _trained_ivf(spec: SearchSpec, blocks: Blocks, n: int, dim: int) -> faiss.IndexIVFFlat:
+    def _visited(self, queries: np.ndarray, probes: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the clusters that may hold the best rows, and their centres' inner products, both (queries, probes)."""
+        products = queries @ self._centres.T  # (queries, clusters)
+        reach = np.linalg.norm(queries, axis=1, keepdims=True) * self._radii
+        hopes = products + _DEVIATIONS / self._rows.dim**0.5 * reach
+        lists = np.argsort(-hopes, axis=1, kind="stable")[:, :probes]
+        return np.ascontiguousarray(lists), np.take_along_axis(products, lists, 1)
+
+    @cached_property
+    def _centres(self) -> np.ndarray:
+        found: np.ndarray = self._index.quantizer.reconstruct_n(0, self._index.nlist)
+        return found
+
+    def _rescored(self, queries: np.ndarray, k: int, found: Ranked) -> Ranked:
+        """Return the k best of what codes found, by their rows."""
+        scores = np.stack(
+            [self._rows.read_weighted(rows) @ query for query, rows in zip(queries, found.rows, strict=True)]
+        )
+        return ordered(Ranked(found.rows, scores), k)
+
+    def _scanned(self, queries: np.ndarray, k: int, numbers: np.ndarray) -> Ranked:
+        scores = queries @ self._rows.read_weighted(numbers).T  # (queries, len(numbers))
+        return ordered(Ranked(np.broadcast_to(numbers, scores.shape), scores), k)
+
+
+def _trained(spec: SearchSpec, rows: Rows) -> faiss.IndexIVF:
+    n = len(rows)
     lists = min(spec.lists or max(1, round(4 * n**0.5)), n)
-    index = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, lists, faiss.METRIC_INNER_PRODUCT)
+    parts = min(spec.subquantizers or -(-rows.dim // _DIMS_PER_CODE), rows.dim)
+    dim = -(-rows.dim // parts) * parts if spec.type == "ivfpq" else rows.dim
+    centres = faiss.IndexFlatL2(dim)
+    if spec.type == "ivfpq":
+        index = faiss.IndexIVFPQ(centres, dim, lists, parts, spec.bits, faiss.METRIC_INNER_PRODUCT)
+        index.pq.cp.niter = 10
+        index.pq.cp.min_points_per_centroid = 1
+        index.pq.cp.max_points_per_centroid = _TRAINING_ROWS_PER_LIST
+    else:
+        index = faiss.IndexIVFFlat(centres, dim, lists, faiss.METRIC_INNER_PRODUCT)
     index.cp.seed = 1
+    index.cp.spherical = False
     index.cp.min_points_per_centroid = 1
     index.cp.max_points_per_centroid = _TRAINING_ROWS_PER_LIST
-    step = max(1, n // (lists * _TRAINING_ROWS_PER_LIST))
-    sample = np.concatenate([rows[-start % step :: step] for start, rows in blocks()])
-    with _one_thread():
-        index.train(np.ascontiguousarray(sample, np.float32))
-    index.nprobe = min(spec.probes or max(1, lists // 4), lists)
+    index.train(_padded(_sample(rows, min(lists * _TRAINING_ROWS_PER_LIST, _MAX_TRAINING_ROWS), spec), dim))
+    index.nprobe = min(spec.probes or -(-lists // 3), lists)
     return index
+
+
+def _sample(rows: Rows, count: int, spec: SearchSpec) -> np.ndarray:
+    """Return evenly spread rows; repeated where they are fewer than a code's values."""
+    step = max(1, len(rows) // count)
+    sample = np.concatenate([block[-start % step :: step] for start, block in rows.weighted_blocks()])
+    codes = 2**spec.bits if spec.type == "ivfpq" else 1
+    return np.tile(sample, (-(-codes // len(sample)), 1))
+
+
+def _padded(rows: np.ndarray, dim: int) -> np.ndarray:
+    """Return rows as FAISS takes them, with zeros up to `dim` columns."""
+    if rows.shape[1] < dim:
+        rows = np.pad(rows, ((0, 0), (0, dim - rows.shape[1])))
+    return np.ascontiguousarray(rows, np.float32)
 
 
 def _selector(allowed: np.ndarray) -> faiss.IDSelector:

@@ -94,7 +94,7 @@ class Peer(ABC):
     def fit(self) -> None:
         """Compute all that does not depend on queries or damping."""
 
-    def prepare(self, damping: float | None) -> None:
+    def prepare(self, damping: float | None) -> None:  # noqa: B027, most have nothing to prepare
         """Compute what depends on the damping but on no query."""
 
     @abstractmethod

@@ -11,7 +11,7 @@ from dattri.algorithm.trak import TRAKAttributor
 from dattri.task import AttributionTask
 from torch import Tensor, nn
 
-from benchmarks.peers.base import BATCH, Peer, functional, run
+from benchmarks.peers.base import Peer, functional, run
 
 
 class Dattri(Peer):

@@ -6,11 +6,12 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
+from pydantic import TypeAdapter
 
 from attribution_core.fit_spec import CheckpointRef, DatasetRef, FitSpec
 from attribution_core.method_spec import METHODS
 from attribution_core.methods.loaded import LoadedIndex
-from attribution_core.spec import DatasetSpec
+from attribution_core.spec import DatasetSpec, Filter
 from tests.conftest import MLP, Loaded, load_digits
 
 QUERY = {"queries": [{"dataset": "test", "rows": [3, 8]}]}
@@ -153,6 +154,39 @@ def test_unlearning_is_a_counterfactual_without_the_forget_set(steady: Loaded) -
     assert answer["retain_sample"]["size"] == 32
 
 
+@pytest.mark.parametrize("name", ["steady", "trak"])
+def test_the_newton_estimator_is_the_librarys(steady: Loaded, name: str) -> None:
+    body = {
+        **QUERY,
+        "subsets": [{"remove": {"where": SOURCE}}, {"remove": {"top_positive": 30}}],
+        "estimator": "newton",
+    }
+    answer = steady.service.post(f"/v1/indexes/{name}/counterfactuals", body)
+    additive = steady.service.post(f"/v1/indexes/{name}/counterfactuals", {**body, "estimator": "additive"})
+    assert (answer["estimator"], additive["estimator"]) == ("newton", "additive")
+    index = directly(steady, name)
+    dataset = steady.service.get("/v1/datasets/test")
+    folder = steady.service.data / "artifacts" / "datasets" / dataset["id"]
+    source = index.context.source_of(folder, DatasetSpec.model_validate(dataset["spec"]))
+    query = index.query(source.batch([3, 8]), None)
+    rows = index.context.source.reader.matching(TypeAdapter(Filter).validate_python(SOURCE))
+    tops = index.attribute(query, 30, None, rescore=True)
+    shared = index.newton_effects(query, [rows])[:, 0]
+    for place, (result, other) in enumerate(zip(answer["results"], additive["results"], strict=True)):
+        group, top = (prediction["change"] for prediction in result["predictions"])
+        assert group == pytest.approx(-shared[place], rel=1e-3)
+        own = index.newton_effects(query[place : place + 1], [np.sort(tops[place].positive.rows)])
+        assert top == pytest.approx(-own[0, 0], rel=1e-3)
+        # Of the strongest examples together more is lost than the sum of what each would take alone.
+        assert top < other["predictions"][1]["change"] < 0
+    unlearned = steady.service.post(
+        f"/v1/indexes/{name}/unlearning", {**QUERY, "forget": {"where": SOURCE}, "estimator": "newton"}
+    )
+    assert unlearned["estimator"] == "newton"
+    for result, other in zip(unlearned["results"], answer["results"], strict=True):
+        assert result["change"] == pytest.approx(other["predictions"][0]["change"], rel=1e-3)
+
+
 def test_self_influence_pages_cover_the_training_set_in_order(steady: Loaded) -> None:
     items, cursor = [], None
     while True:
@@ -204,7 +238,7 @@ def test_self_influence_pages_cover_the_training_set_in_order(steady: Loaded) ->
         ("counterfactuals", {"subsets": [{"keep": {"rows": []}}]}),
         ("counterfactuals", {"subsets": [{"remove": {"rows": [1], "ids": ["1"]}}]}),
         ("counterfactuals", {"subsets": [{"remove": {"rows": [1]}}] * 65}),
-        ("counterfactuals", {"subsets": [{"remove": {"rows": [1]}}], "estimator": "newton"}),
+        ("counterfactuals", {"subsets": [{"remove": {"rows": [1]}}], "estimator": "magic"}),
         ("counterfactuals", {"subsets": [{"remove": {"rows": [1]}}], "interval": 1}),
         ("unlearning", {"forget": {"top_positive": 3}}),
         ("unlearning", {"forget": {"where": {"field": "source", "op": "exists", "value": True}}}),
@@ -250,23 +284,44 @@ def test_impossible_indexes_are_refused(steady: Loaded, change: dict, status: in
     assert steady.service.http.get("/v1/indexes/never").status_code == 404
 
 
-@pytest.mark.parametrize(
-    ("method", "more"),
-    [
-        ({"type": "grad_cos"}, {"store": {"dtype": "float16"}}),
-        ({"type": "representation"}, {}),
-        ({"type": "grad_dot"}, {"search": {"type": "ivf", "lists": 8, "probes": 8}, "layers": ["output"]}),
-    ],
-)
-def test_every_method_fits_and_answers(steady: Loaded, method: dict, more: dict) -> None:
-    name = f"other-{method['type'].replace('_', '-')}"
-    assert steady.service.finished(steady.fit(name, method, **more))["state"] == "succeeded"
-    result = steady.service.post(f"/v1/indexes/{name}/attributions", QUERY)["results"][0]
-    scores = [entry["score"] for entry in result["positive"]]
-    assert scores == sorted(scores, reverse=True)
-    assert scores[-1] > 0
-    assert steady.service.http.delete(f"/v1/indexes/{name}").status_code == 204
-    assert steady.service.http.post(f"/v1/indexes/{name}/attributions", json=QUERY).status_code == 404
+_TINY = {"type": "factored", "dim": 64}
+FITTED = [
+    ({"type": "kfac"}, {}),
+    ({"type": "diagonal"}, {}),
+    ({"type": "gauss_newton", "curvature_examples": 50}, {}),
+    ({"type": "datainf", "curvature_examples": 50}, {}),
+    ({"type": "logra", "projection": _TINY}, {}),
+    ({"type": "explicit", "damping": 10}, {"layers": ["output"]}),
+    ({"type": "cg", "damping": 10, "curvature_examples": 50, "iterations": 3}, {"layers": ["output"]}),
+    ({"type": "lissa", "damping": 10, "depth": 3, "batch": 20}, {"layers": ["output"]}),
+    ({"type": "arnoldi", "damping": 10, "iterations": 4, "rank": 3}, {"layers": ["output"]}),
+    ({"type": "trak", "projection": _TINY, "curvature": "fisher"}, {"layers": ["output"]}),
+    ({"type": "grad_cos"}, {"store": {"dtype": "float16"}}),
+    ({"type": "representation"}, {}),
+    ({"type": "grad_dot"}, {"search": {"type": "ivf", "lists": 8, "probes": 8}, "layers": ["output"]}),
+]
+
+
+def test_every_method_fits_and_answers(steady: Loaded) -> None:
+    """One index each, submitted together; `ekfac` is the steady one, and `exact` is for models of one layer."""
+    assert {method["type"] for method, _ in FITTED} == set(METHODS) - {"ekfac", "exact"}
+    names = [f"other-{method['type'].replace('_', '-')}" for method, _ in FITTED]
+    jobs = [steady.fit(name, method, **more) for name, (method, more) in zip(names, FITTED, strict=True)]
+    for name, job, (method, _) in zip(names, jobs, FITTED, strict=True):
+        finished = steady.service.finished(job)
+        assert finished["state"] == "succeeded", (name, finished["error"])
+        result = steady.service.post(f"/v1/indexes/{name}/attributions", QUERY)["results"][0]
+        scores = [entry["score"] for entry in result["positive"]]
+        assert scores == sorted(scores, reverse=True)
+        assert scores[-1] > 0
+        body = {**QUERY, "subsets": [{"remove": {"rows": [1, 2]}}], "estimator": "newton"}
+        answer = steady.service.http.post(f"/v1/indexes/{name}/counterfactuals", json=body)
+        if "newton" in METHODS[method["type"]].estimators:
+            assert answer.status_code == 200, answer.text
+        else:
+            assert (answer.status_code, answer.json()["errors"][0]["pointer"]) == (422, "/estimator")
+        assert steady.service.http.delete(f"/v1/indexes/{name}").status_code == 204
+        assert steady.service.http.post(f"/v1/indexes/{name}/attributions", json=QUERY).status_code == 404
 
 
 def test_damaged_files_are_told_and_harm_nobody_else(steady: Loaded) -> None:

@@ -53,8 +53,61 @@ def _plain(folder: Path, rows: np.ndarray, weights: np.ndarray) -> Path:
     return folder
 
 
-def test_a_row_of_zeros_is_a_row_of_zeros(tmp_path: Path) -> None:
-    write_shard(tmp_path, 0, np.zeros((2, 3), np.float32), np.ones(2), np.zeros(2), dtype="float16")
+def naive(rows: np.ndarray, dtype: str) -> np.ndarray:
+    """What a type keeps of each row, number by number in float64."""
+    found = []
+    for row in rows.astype(np.float64):
+        if dtype == "int8":
+            largest = max(abs(number) for number in row)
+            found.append([round(127 * number / largest) * largest / 127 for number in row])
+        else:
+            scale = sum(number**2 for number in row) / sum(abs(number) for number in row)
+            found.append([scale if number > 0 else -scale for number in row])
+    return np.array(found)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e9])
+@pytest.mark.parametrize("dtype", ["int8", "binary"])
+def test_few_bits_per_number_come_back_as_they_should(tmp_path: Path, dtype: str, scale: float) -> None:
+    rows, weights = written(tmp_path, [6, 4], scale, dtype=dtype)
+    store = FeatureStore(tmp_path, 10)
+    assert store.dim == 7
+    np.testing.assert_array_equal(store.weights, weights)
+    expected = naive(rows, dtype)
+    wanted = np.array([9, 0, 3, 3, 8, 1])
+    np.testing.assert_allclose(store.read(wanted), expected[wanted], rtol=1e-5)
+    np.testing.assert_allclose(store.read_weighted(wanted), expected[wanted] * weights[wanted, None], rtol=1e-5)
+    found = np.concatenate([block for _, block in store.weighted_blocks()])
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected * weights[:, None], rtol=1e-5)
+    assert store.read(np.empty(0, np.int64)).shape == (0, 7)
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("float16", 1e-3), ("int8", 0.02), ("binary", 0.8)])
+def test_scores_keep_their_size(tmp_path: Path, dtype: str, error: float) -> None:
+    """The slope of decoded on true scores is 1; bits with the scale of least error would have 2/π."""
+    rows = RNG.normal(size=(400, 512)).astype(np.float32) * RNG.uniform(1e-3, 1e3, (400, 1)).astype(np.float32)
+    directions = RNG.normal(size=(20, 512)) + rows[:20] / np.linalg.norm(rows[:20], axis=1, keepdims=True) * 10
+    write_shard(tmp_path, 0, rows, np.ones(400), np.ones(400), dtype=dtype)
+    found = FeatureStore(tmp_path, 400).read(np.arange(400))
+    unit = np.linalg.norm(rows, axis=1)
+    true, kept = (directions @ matrix.T / unit for matrix in (rows.astype(np.float64), found.astype(np.float64)))
+    assert abs((true * kept).sum() / (true * true).sum() - 1) < 0.03
+    assert np.sqrt(((kept - true) ** 2).mean() / (true**2).mean()) < error
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("float16", 0.6), ("int8", 0.35), ("binary", 0.12)])
+def test_rows_take_the_bytes_that_were_asked_for(tmp_path: Path, dtype: str, most: float) -> None:
+    rows = RNG.normal(size=(64, 256)).astype(np.float32)
+    for name in ("float32", dtype):
+        write_shard(tmp_path / name, 0, rows, np.ones(64), np.ones(64), dtype=name)
+    sizes = [FeatureStore(tmp_path / name, 64).paths[0].stat().st_size for name in ("float32", dtype)]
+    assert sizes[1] < most * sizes[0]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8", "binary"])
+def test_a_row_of_zeros_is_a_row_of_zeros(tmp_path: Path, dtype: str) -> None:
+    write_shard(tmp_path, 0, np.zeros((2, 3), np.float32), np.ones(2), np.zeros(2), dtype=dtype)
     np.testing.assert_array_equal(FeatureStore(tmp_path, 2).read(np.array([0, 1])), np.zeros((2, 3)))
 
 

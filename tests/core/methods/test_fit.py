@@ -104,14 +104,63 @@ def test_scores_do_not_depend_on_shards_or_batches(ensemble: Problem, method: st
         assert index.spec.fingerprint() == reference.spec.fingerprint()
 
 
+@pytest.mark.parametrize(("dtype", "error"), [("float16", 3e-3), ("int8", 0.1), ("binary", np.inf)])
 @pytest.mark.parametrize("method", METHODS)
-def test_float16_rows_stay_close(problem: Problem, method: str) -> None:
+def test_smaller_rows_stay_close(problem: Problem, method: str, dtype: str, error: float) -> None:
     full = problem.fit("full", method=METHODS[method])
-    half = problem.fit("half", method=METHODS[method], store={"dtype": "float16", "layout": "vectors"})
+    small = problem.fit("small", method=METHODS[method], store={"dtype": dtype, "layout": "vectors"})
     expected = full.scores(full.query(problem.queries(), None), ALL, rescore=False)
-    found = half.scores(half.query(problem.queries(), None), ALL, rescore=False)
-    assert relative_error(found, expected) < 3e-3
-    assert full.spec.fingerprint() != half.spec.fingerprint()
+    query = small.query(problem.queries(), None)
+    found = small.scores(query, ALL, rescore=False)
+    assert 0 < relative_error(found, expected) < error
+    assert full.spec.fingerprint() != small.spec.fingerprint()
+    np.testing.assert_allclose(small.self_influence(), full.self_influence(), rtol=1e-5)
+    assert small.recall is not None
+    assert 0.1 < small.recall <= 1
+    if small.rescores:
+        exact = small.scores(query, ALL, rescore=True)
+        assert relative_error(exact, full.scores(full.query(problem.queries(), None), ALL, rescore=True)) < 1e-6
+    answer = small.attribute(query, 5, None, rescore=False)[0]
+    assert answer.approximate == (small.rescores or dtype in ("int8", "binary"))
+    np.testing.assert_allclose(answer.positive.scores, found[0][answer.positive.rows], rtol=1e-4)
+
+
+def test_recall_tells_what_storing_rows_loses(problem: Problem) -> None:
+    """Where stored rows are the method's own definition, they are compared with what they were before."""
+    sizes = ("float32", "binary")
+    trak = {"type": "trak", "projection": {**SMALL, "dim": 16}}
+    found = [problem.fit(dtype, method=trak, store={"dtype": dtype}).recall for dtype in sizes]
+    assert found[0] == 1
+    assert found[1] is not None
+    assert found[1] < 0.9
+
+
+def test_int8_factors_are_close_and_say_so(problem: Problem) -> None:
+    whole, small = (
+        problem.fit(dtype, method=METHODS["ekfac"], store={"dtype": dtype, "layout": "factors"})
+        for dtype in ("float32", "int8")
+    )
+    expected, found = (
+        index.scores(index.query(problem.queries(), None), ALL, rescore=True) for index in (whole, small)
+    )
+    assert 1e-5 < relative_error(found, expected) < 0.02
+    groups = [ALL[::2]]
+    effects = [
+        index.group_effects(index.query(problem.queries(), None), groups, rescore=True) for index in (whole, small)
+    ]
+    assert relative_error(effects[1], effects[0]) < 0.02
+    assert small.bytes < whole.bytes
+    for index, approximate in ((whole, False), (small, True)):
+        answer = index.attribute(index.query(problem.queries(), None), 5, None, rescore=True)[0]
+        assert answer.approximate == approximate
+    assert small.recall is not None
+    assert 0.9 < small.recall <= 1
+
+
+def test_bits_are_for_vectors(problem: Problem) -> None:
+    with pytest.raises(ValueError, match="binary"):
+        problem.with_(store={"dtype": "binary", "layout": "factors"})
+    assert problem.fit("bits", store={"dtype": "binary"}).gradients is None
 
 
 def test_spec_survives_json(ensemble: Problem) -> None:

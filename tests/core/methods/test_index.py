@@ -44,6 +44,22 @@ def test_top_of_both_signs(
             assert found.approximate == (index.rescores and not rescore)
 
 
+@pytest.mark.parametrize("search", [{"type": "ivf"}, {"type": "ivfpq", "subquantizers": 8, "bits": 4}])
+def test_negatives_come_from_lists_near_the_negated_query(problem: Problem, search: dict[str, Any]) -> None:
+    """With few lists visited, the most negative examples are in others than the most positive ones."""
+    index = problem.fit("negated", method=METHODS["trak"], search={**search, "lists": 12, "probes": 2})
+    query = index.query(problem.queries(12), None)
+    scores = index.scores(query, ALL, rescore=False)
+    shares: dict[int, list[float]] = {1: [], -1: []}
+    for number, answer in enumerate(index.attribute(query, 3, None, rescore=False)):
+        assert answer.approximate
+        for sign, found in ((1, answer.positive), (-1, answer.negative)):
+            shares[sign].append(float(np.isin(brute_force(scores[number], 3, sign, None), found.rows).mean()))
+            np.testing.assert_allclose(found.scores, scores[number][found.rows], rtol=1e-4)
+    assert np.mean(shares[1]) > 0.7
+    assert np.mean(shares[-1]) > 0.7
+
+
 def test_candidates_of_one_sign_serve_the_other(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
     """An example that a coarse projection puts on the wrong side is still found where its exact score puts it."""
     monkeypatch.setattr(loaded, "MIN_CANDIDATES", 30)
@@ -182,7 +198,9 @@ def test_a_forged_description_is_refused(problem: Problem) -> None:
         {"method": {"type": "grad_dot", "projection": {**SMALL, "dim": 128}}},
         {"method": {"type": "grad_cos", "projection": SMALL}},
         {"store": {"dtype": "float16"}},
+        {"store": {"dtype": "int8"}},
         {"search": {"type": "ivf"}},
+        {"search": {"type": "ivfpq"}},
     ],
 )
 def test_results_of_something_else_are_refused(problem: Problem, changes: dict[str, Any]) -> None:

@@ -87,8 +87,11 @@ def test_representation_is_the_similarity_of_the_last_hidden_layer(problem: Prob
     assert relative_error(scores(index, problem), query @ train.T) < 1e-5
 
 
-def ekfac_inverse(module: nn.Module, inputs: Tensor, damping: float) -> Tensor:
-    """Dense `(H + λ)⁻¹` of the two-layer tanh network, every factor written out: (P, P)."""
+def ekfac_inverse(module: nn.Module, inputs: Tensor, damping: float, staying: Tensor | None = None) -> Tensor:
+    """Dense `(H + λ)⁻¹` of the two-layer tanh network, every factor written out: (P, P).
+
+    With `staying` (n,) bool the eigenvalues are those of some examples only, still divided by n, in the basis and with the λ of all.
+    """
     first, second = [part for part in module.modules() if isinstance(part, nn.Linear)]
     with torch.no_grad():
         ones = torch.ones(len(inputs), 1, dtype=torch.float64)
@@ -104,10 +107,10 @@ def ekfac_inverse(module: nn.Module, inputs: Tensor, damping: float) -> Tensor:
                 pseudo.append(g if layer == "second" else (g @ second.weight) * (1 - hidden**2))
             _, q_in = torch.linalg.eigh(a.T @ a)
             _, q_out = torch.linalg.eigh(sum(g.T @ g for g in pseudo))
-            eigenvalues = sum(torch.einsum("bo,bi->boi", g @ q_out, a @ q_in).square().mean(0) for g in pseudo)
-            assert isinstance(eigenvalues, Tensor)
+            squares = torch.stack([torch.einsum("bo,bi->boi", g @ q_out, a @ q_in).square() for g in pseudo]).sum(0)
             basis = torch.kron(q_out, q_in)
-            damped = (eigenvalues + damping * eigenvalues.mean()).flatten()
+            kept = squares if staying is None else squares[staying]
+            damped = (kept.sum(0) / len(inputs) + damping * squares.mean()).flatten()
             inverses.append(basis @ torch.diag(1 / damped) @ basis.T)
     return torch.block_diag(*inverses)
 

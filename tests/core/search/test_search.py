@@ -8,7 +8,8 @@ import pytest
 
 from attribution_core.errors import CorruptArtifactError
 from attribution_core.search.exact import exact_top
-from attribution_core.search.faiss_index import Blocks, VectorIndex
+from attribution_core.search import faiss_index
+from attribution_core.search.faiss_index import RADII_FILE_NAME, VectorIndex
 from attribution_core.search.merge import Ranked, merged
 from attribution_core.spec import SearchSpec
 
@@ -16,6 +17,7 @@ N, DIM = 300, 8
 FLAT = SearchSpec()
 ALL_LISTS = SearchSpec(type="ivf", lists=12, probes=12)
 FEW_LISTS = SearchSpec(type="ivf", lists=12, probes=2)
+CODES = SearchSpec(type="ivfpq", lists=12, probes=2, subquantizers=3, bits=4)
 
 
 def data(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -25,12 +27,21 @@ def data(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return rows, rng.normal(size=(5, DIM)).astype(np.float32)
 
 
-def blocks_of(rows: np.ndarray, size: int) -> Blocks:
-    def blocks() -> Iterator[tuple[int, np.ndarray]]:
-        for start in range(0, len(rows), size):
-            yield start, rows[start : start + size]
+class Rows:
+    """Rows in memory, handed out in blocks."""
 
-    return blocks
+    def __init__(self, rows: np.ndarray, size: int = N) -> None:
+        self.rows, self.size, self.dim = rows, size, rows.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def weighted_blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+        for start in range(0, len(self.rows), self.size):
+            yield start, self.rows[start : start + self.size]
+
+    def read_weighted(self, rows: np.ndarray) -> np.ndarray:
+        return self.rows[rows]
 
 
 def brute_force(queries: np.ndarray, rows: np.ndarray, k: int, allowed: np.ndarray | None = None) -> np.ndarray:
@@ -44,7 +55,7 @@ def brute_force(queries: np.ndarray, rows: np.ndarray, k: int, allowed: np.ndarr
 @pytest.mark.parametrize("sign", [1, -1])
 def test_exact_search_whatever_the_blocks(size: int, sign: int) -> None:
     rows, queries = data()
-    found = exact_top(sign * queries, blocks_of(rows, size)(), 20)
+    found = exact_top(sign * queries, Rows(rows, size).weighted_blocks(), 20)
     np.testing.assert_array_equal(found.rows, brute_force(sign * queries, rows, 20))
 
 
@@ -54,7 +65,7 @@ def test_exact_search_whatever_the_blocks(size: int, sign: int) -> None:
 @pytest.mark.parametrize("k", [1, 20, N, 10**9])
 def test_faiss_finds_the_top_of_both_signs(spec: SearchSpec, size: int, sign: int, k: int) -> None:
     rows, queries = data()
-    index = VectorIndex.build(spec, blocks_of(rows, size), N, DIM)
+    index = VectorIndex.build(spec, Rows(rows, size))
     assert index.exhaustive
     found = index.search(sign * queries, k)
     expected = brute_force(sign * queries, rows, min(k, N))
@@ -63,15 +74,19 @@ def test_faiss_finds_the_top_of_both_signs(spec: SearchSpec, size: int, sign: in
         np.testing.assert_allclose(found.scores[number], sign * rows[line] @ queries[number], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("spec", [FLAT, ALL_LISTS, FEW_LISTS])
+@pytest.mark.parametrize("scanned", [0, 1000])
+@pytest.mark.parametrize("spec", [FLAT, ALL_LISTS, FEW_LISTS, CODES])
 @pytest.mark.parametrize("count", [0, 1, 3, 40])
-def test_filters_are_exact_and_filled(spec: SearchSpec, count: int) -> None:
+def test_filters_are_exact_and_filled(
+    spec: SearchSpec, count: int, scanned: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(faiss_index, "SCANNED_ROWS", scanned)
     rows, queries = data()
     allowed = np.zeros(N, bool)
     allowed[np.random.default_rng(1).choice(N, count, replace=False)] = True
-    found = VectorIndex.build(spec, blocks_of(rows, 100), N, DIM).search(queries, 10, allowed)
+    found = VectorIndex.build(spec, Rows(rows, 100)).search(queries, 10, allowed)
     assert found.rows.shape == (5, min(10, count))
-    if spec is not FEW_LISTS or count < 40:
+    if spec not in (FEW_LISTS, CODES) or count < 40 or scanned:
         np.testing.assert_array_equal(found.rows, brute_force(queries, rows, 10, allowed))
     assert allowed[found.rows].all()
 
@@ -82,17 +97,18 @@ def test_equal_scores_are_ordered_by_row_even_where_they_are_cut_off(spec: Searc
     """Rows of signs have few different scores, and clusters are visited in another order than rows."""
     rows = np.random.default_rng(2).choice(np.array([-1, 1], np.float32), (N, DIM))
     queries = np.ones((2, DIM), np.float32)
-    index = VectorIndex.build(spec, blocks_of(rows, 64), N, DIM)
+    index = VectorIndex.build(spec, Rows(rows, 64))
     for sign in (1, -1):
         expected = brute_force(sign * queries, rows, k)
         np.testing.assert_array_equal(index.search(sign * queries, k).rows, expected)
-        np.testing.assert_array_equal(exact_top(sign * queries, blocks_of(rows, 64)(), k).rows, expected)
+        np.testing.assert_array_equal(exact_top(sign * queries, Rows(rows, 64).weighted_blocks(), k).rows, expected)
 
 
-def test_negatives_are_searched_near_the_negated_query() -> None:
+@pytest.mark.parametrize("spec", [FEW_LISTS, CODES])
+def test_negatives_are_searched_near_the_negated_query(spec: SearchSpec) -> None:
     """The lists nearest to +q hold few of the most negative rows; those nearest to -q hold them."""
     rows, queries = data(3)
-    index = VectorIndex.build(FEW_LISTS, blocks_of(rows, 100), N, DIM)
+    index = VectorIndex.build(spec, Rows(rows))
     assert not index.exhaustive
     worst = brute_force(-queries, rows, 5)
     near_query = index.search(queries, 100).rows
@@ -105,27 +121,72 @@ def test_negatives_are_searched_near_the_negated_query() -> None:
     assert share(near_query) < share(near_negated)
 
 
-@pytest.mark.parametrize("spec", [FLAT, FEW_LISTS, SearchSpec(type="ivf", lists=2)])
+@pytest.mark.parametrize("dim", [5, 8])
+def test_what_codes_find_is_scored_by_the_rows(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four bits for three numbers rank badly; among enough rows that they find, the true scores rank."""
+    rows, queries = data()
+    rows, queries = rows[:, :dim], queries[:, :dim]
+    spec = CODES.model_copy(update={"probes": 12})
+    index = VectorIndex.build(spec, Rows(rows))
+    found = index.search(queries, 20)  # 400 candidates: all rows
+    np.testing.assert_array_equal(found.rows, brute_force(queries, rows, 20))
+    for number, line in enumerate(found.rows):
+        np.testing.assert_allclose(found.scores[number], rows[line] @ queries[number], rtol=1e-5)
+    monkeypatch.setattr(faiss_index, "_REFINED", 1)
+    monkeypatch.setattr(faiss_index, "_MIN_REFINED", 1)
+    rough = index.search(queries, 20)
+    assert (rough.rows != found.rows).any()
+    for number, line in enumerate(rough.rows):
+        np.testing.assert_allclose(rough.scores[number], rows[line] @ queries[number], rtol=1e-5)
+
+
+def test_long_rows_are_found_in_few_lists() -> None:
+    """Lengths span three orders of magnitude; the best rows are long ones, in small clusters that are visited first."""
+    rng = np.random.default_rng(5)
+    rows = (rng.normal(size=(4000, DIM)) * np.exp(2 * rng.normal(size=(4000, 1)))).astype(np.float32)
+    queries = rng.normal(size=(40, DIM)).astype(np.float32)
+    index = VectorIndex.build(SearchSpec(type="ivf", lists=100, probes=10), Rows(rows))
+    found = index.search(queries, 20).rows
+    wanted = brute_force(queries, rows, 20)
+    assert np.mean([np.isin(a, b).mean() for a, b in zip(wanted, found, strict=True)]) > 0.95
+
+
+@pytest.mark.parametrize("spec", [SearchSpec(type="ivf"), SearchSpec(type="ivfpq")])
+@pytest.mark.parametrize("count", [1, 2, 40])
+def test_few_rows_can_be_indexed(spec: SearchSpec, count: int) -> None:
+    rows, queries = data()
+    index = VectorIndex.build(spec, Rows(rows[:count]))
+    everything = np.ones(count, bool)
+    np.testing.assert_array_equal(index.search(queries, 3, everything).rows, brute_force(queries, rows[:count], 3))
+
+
+@pytest.mark.parametrize("spec", [FLAT, FEW_LISTS, CODES, SearchSpec(type="ivf", lists=2)])
 def test_written_index_answers_the_same_and_has_the_same_bytes(tmp_path: Path, spec: SearchSpec) -> None:
     rows, queries = data()
-    paths = [tmp_path / "one", tmp_path / "two"]
+    paths = [tmp_path / "one" / "index", tmp_path / "two" / "index"]
     for path, size in zip(paths, (37, 300), strict=True):
-        VectorIndex.build(spec, blocks_of(rows, size), N, DIM).write(path)
-    assert paths[0].read_bytes() == paths[1].read_bytes()
-    before = VectorIndex.build(spec, blocks_of(rows, 300), N, DIM).search(queries, 10)
-    after = VectorIndex.read(paths[0]).search(queries, 10)
+        path.parent.mkdir()
+        VectorIndex.build(spec, Rows(rows, size)).write(path)
+    written = [{file.name: file.read_bytes() for file in path.parent.iterdir()} for path in paths]
+    assert written[0] == written[1]
+    before = VectorIndex.build(spec, Rows(rows, 300)).search(queries, 10)
+    after = VectorIndex.read(paths[0], Rows(rows)).search(queries, 10)
     np.testing.assert_array_equal(before.rows, after.rows)
 
 
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
     rows, _ = data()
     path = tmp_path / "search.faiss"
-    VectorIndex.build(FEW_LISTS, blocks_of(rows, 300), N, DIM).write(path)
+    VectorIndex.build(FEW_LISTS, Rows(rows, 300)).write(path)
     whole = path.read_bytes()
     for damaged in (whole[: len(whole) // 2], b"nonsense" * 10, whole[:40] + b"\xff" * 8 + whole[48:]):
         path.write_bytes(damaged)
         with pytest.raises(CorruptArtifactError):
-            VectorIndex.read(path)
+            VectorIndex.read(path, Rows(rows))
+    path.write_bytes(whole)
+    (tmp_path / RADII_FILE_NAME).unlink()
+    with pytest.raises(CorruptArtifactError, match=RADII_FILE_NAME):
+        VectorIndex.read(path, Rows(rows))
 
 
 def test_merging_is_independent_of_order() -> None:
