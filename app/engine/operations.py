@@ -1,6 +1,7 @@
 """What the engine can be asked, as functions of plain JSON values."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from attribution_core.data.collate import ExampleSource
 from attribution_core.data.reader import DatasetReader
 from attribution_core.datamodel import predicted_change, removed_rows
 from attribution_core.errors import InvalidInputError
+from attribution_core.evaluate.served import ServedCalibration
 from attribution_core.methods.dense import DenseIndex
 from attribution_core.methods.loaded import Attribution, Found, LoadedIndex, Query
 from attribution_core.spec import ArchitectureSpec, DatasetSpec, Filter, Selector
@@ -72,35 +74,53 @@ class Operations:
 
     def predict(self, payload: Json) -> Json:
         """Predict queries' measurements after training without each of several groups."""
+        found = self.predictions(payload)
+        return {
+            "outputs": found.outputs,
+            "predictions": [
+                [
+                    {"removed": len(rows), **self._calibrated(payload, change, spread, len(rows))}
+                    for rows, change, spread in zip(*of_query, strict=True)
+                ]
+                for of_query in zip(found.rows, found.changes.tolist(), found.spreads.tolist(), strict=True)
+            ],
+            "approximate": found.approximate,
+            "recall": self._cache.get(payload["artifact"], payload["fit"]).recall,
+        }
+
+    def predictions(self, payload: Json) -> "Predictions":
+        """Return the method's own predictions, before any calibration."""
         index = self._cache.get(payload["artifact"], payload["fit"])
-        query = index.query(_queries(index, payload["queries"]), payload["damping"])
-        groups: list[list[np.ndarray]] = []  # per query, as top_positive and top_negative differ between queries
+        query = index.query(self.queries(payload), payload["damping"])
         shared: dict[int, np.ndarray] = {}
         for number, subset in enumerate(payload["subsets"]):
             selector = Selector.model_validate(subset["selector"])
             if selector.top_positive is None and selector.top_negative is None:
                 shared[number] = _left_out(index, subset, selected(index, selector))
         effects, exact = np.zeros((len(query), len(payload["subsets"]))), True
+        spreads = np.zeros_like(effects)
         if shared:
-            found, exact = self._effects(index, query, list(shared.values()), payload)
-            effects[:, list(shared)] = found
-        groups = [
+            groups = list(shared.values())
+            effects[:, list(shared)], exact = self._effects(index, query, groups, payload)
+            spreads[:, list(shared)] = self._spreads(index, query, groups, payload)
+        # Per query, as top_positive and top_negative differ between queries.
+        rows_of = [
             [shared.get(number, np.empty(0, np.int64)) for number in range(len(payload["subsets"]))]
             for _ in query.outputs
         ]
         for number, subset in enumerate(payload["subsets"]):
             if number not in shared:
                 for place, rows in enumerate(_top(index, query, subset, payload["rescore"])):
-                    groups[place][number] = rows
-                    part, exact_here = self._effects(index, query[place : place + 1], [rows], payload)
+                    rows_of[place][number] = rows
+                    one = query[place : place + 1]
+                    part, exact_here = self._effects(index, one, [rows], payload)
                     effects[place, number], exact = part[0, 0], exact and exact_here
-        return {
-            "outputs": query.outputs,
-            "changes": predicted_change(effects).tolist(),
-            "removed": [[len(rows) for rows in of_query] for of_query in groups],
-            "approximate": not exact,
-            "recall": index.recall,
-        }
+                    spreads[place, number] = self._spreads(index, one, [rows], payload)[0, 0]
+        return Predictions(query.outputs, predicted_change(effects), spreads, rows_of, not exact)
+
+    def queries(self, payload: Json) -> Batch:
+        """Return a question's queries as one batch."""
+        return _queries(self._cache.get(payload["artifact"], payload["fit"]), payload["queries"])
 
     def self_influence(self, payload: Json) -> Json:
         """Return one page of training examples by their influence on themselves."""
@@ -123,6 +143,43 @@ class Operations:
             return index.newton_effects(query, groups), True
         rescore = payload["rescore"] and small
         return index.group_effects(query, groups, rescore=rescore), rescore or not index.rescores
+
+    def _spreads(self, index: Index, query: Query, groups: list[np.ndarray], payload: Json) -> np.ndarray:
+        """Return `Σ τ_i²` of each group, (queries, groups), by which intervals grow; zeros where nothing calibrates them."""
+        spreads = np.zeros((len(query), len(groups)))
+        if payload["calibration"] is None:
+            return spreads
+        for number, rows in enumerate(groups):
+            rescore = payload["rescore"] and len(rows) <= self._rescore_rows
+            scores = index.scores(query, rows, rescore=rescore)
+            spreads[:, number] = np.square(scores, dtype=np.float64).sum(1)
+        return spreads
+
+    @staticmethod
+    def _calibrated(payload: Json, change: float, spread: float, removed: int) -> Json:
+        if payload["calibration"] is None:
+            return {"change": change, "interval": None, "calibrated": False}
+        calibration = ServedCalibration.from_json(payload["calibration"])
+        return calibration.predict(change, spread, removed, payload["interval"])
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a method predicts for training without groups of examples.
+
+    Attributes:
+        outputs: of the model, per query.
+        changes: of the measurement, (queries, subsets).
+        spreads: `Σ τ_i²` over what is left out, (queries, subsets).
+        rows: what is left out, per query and subset, ascending.
+        approximate: whether some group was summed from stored features.
+    """
+
+    outputs: list[Json]
+    changes: np.ndarray
+    spreads: np.ndarray
+    rows: list[list[np.ndarray]]
+    approximate: bool
 
 
 def describe_model(payload: Json) -> Json:

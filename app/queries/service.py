@@ -32,6 +32,8 @@ from app.queries.schemas import (
     UnlearningRequest,
     UnlearningResult,
 )
+from app.settings import Settings
+from app.storage.artifacts import ArtifactStore
 from app.web.deps import release
 from app.web.pagination import Page, PageOf, next_cursor
 from app.web.resources import Resources
@@ -43,12 +45,22 @@ SAMPLED_EXAMPLES = 32
 
 @dataclass(frozen=True)
 class Asked:
-    """A question with everything it refers to."""
+    """A question with everything it refers to.
+
+    Attributes:
+        engine: the question in the engine's own form.
+        damping: what the index was tuned to, if it was.
+    """
 
     index: Index
     training: Dataset
     engine: Json
     queries: list[QueryOut]
+
+    @property
+    def damping(self) -> float | None:
+        """The damping that the index's evaluation chose; None if it did not."""
+        return tuned_damping(self.index)
 
 
 async def attributions(
@@ -58,7 +70,7 @@ async def attributions(
     began = time.perf_counter()
     if request.top_k > resources.settings.limits.max_top_k:
         raise InvalidRequest(f"top_k may be up to {resources.settings.limits.max_top_k}.", pointer="/top_k")
-    asked = await _resolved(session, resources, reference, request)
+    asked = await resolved(session, resources.settings, resources.artifacts, reference, request)
     condition = None if request.filter is None else request.filter.model_dump(mode="json", by_alias=True)
     payload = {**asked.engine, "top_k": request.top_k, "filter": condition}
     found = await resources.engine.call("attribute", payload)
@@ -84,7 +96,7 @@ async def attributions(
         )
         for query, result in zip(asked.queries, found["results"], strict=True)
     ]
-    return AttributionAnswer(results=results, **_said(asked, request, found, began))
+    return AttributionAnswer(results=results, **_said(asked, found, began))
 
 
 async def counterfactuals(
@@ -94,13 +106,13 @@ async def counterfactuals(
     began = time.perf_counter()
     if len(request.subsets) > resources.settings.limits.max_subsets:
         raise InvalidRequest(f"A request may have {resources.settings.limits.max_subsets} subsets.", pointer="/subsets")
-    asked = await _resolved(session, resources, reference, request)
+    asked = await resolved(session, resources.settings, resources.artifacts, reference, request)
     found = await resources.engine.call(
         "predict",
         {
             **asked.engine,
-            "subsets": [_subset(subset) for subset in request.subsets],
-            "estimator": _estimator(asked, request.estimator),
+            "subsets": [engine_subset(subset) for subset in request.subsets],
+            **group_question(asked, request.estimator, request.interval),
         },
     )
     results = [
@@ -108,22 +120,13 @@ async def counterfactuals(
             query=query,
             output=Output(**output),
             predictions=[
-                Prediction(
-                    subset=number,
-                    removed=removed[number],
-                    predicted=output["value"] + change,
-                    change=change,
-                    interval=None,
-                    calibrated=False,
-                )
-                for number, change in enumerate(changes)
+                Prediction(subset=number, predicted=output["value"] + entry["change"], **entry)
+                for number, entry in enumerate(predictions)
             ],
         )
-        for query, output, changes, removed in zip(
-            asked.queries, found["outputs"], found["changes"], found["removed"], strict=True
-        )
+        for query, output, predictions in zip(asked.queries, found["outputs"], found["predictions"], strict=True)
     ]
-    return CounterfactualAnswer(estimator=request.estimator, results=results, **_said(asked, request, found, began))
+    return CounterfactualAnswer(estimator=request.estimator, results=results, **_said(asked, found, began))
 
 
 async def unlearning(
@@ -134,7 +137,7 @@ async def unlearning(
     Samples of the forgotten and of the kept examples are asked the same beside the queries.
     """
     began = time.perf_counter()
-    asked = await _resolved(session, resources, reference, request)
+    asked = await resolved(session, resources.settings, resources.artifacts, reference, request)
     forget = request.forget.model_dump(mode="json", by_alias=True, exclude_none=True)
     subset = {"selector": forget, "keep": False}
     rows = (await resources.engine.call("select", {**asked.engine, "queries": [], "selector": forget}))["rows"]
@@ -146,11 +149,12 @@ async def unlearning(
         **asked.engine,
         "queries": [*asked.engine["queries"], *extra],
         "subsets": [subset],
-        "estimator": _estimator(asked, request.estimator),
+        **group_question(asked, request.estimator, request.interval),
     }
     found = await resources.engine.call("predict", payload)
     values = np.array([output["value"] for output in found["outputs"]])
-    predicted = values + np.array(found["changes"])[:, 0]
+    changes = [predictions[0] for predictions in found["predictions"]]
+    predicted = values + np.array([entry["change"] for entry in changes])
     count = len(asked.queries)
     middle = count + len(samples[0])
     results = [
@@ -158,9 +162,7 @@ async def unlearning(
             query=query,
             output=Output(**found["outputs"][number]),
             predicted=predicted[number],
-            change=found["changes"][number][0],
-            interval=None,
-            calibrated=False,
+            **{key: changes[number][key] for key in ("change", "interval", "calibrated")},
         )
         for number, query in enumerate(asked.queries)
     ]
@@ -170,7 +172,7 @@ async def unlearning(
         results=results,
         forget_set=_set_output(values[count:middle], predicted[count:middle]),
         retain_sample=_set_output(values[middle:], predicted[middle:]),
-        **_said(asked, request, found, began),
+        **_said(asked, found, began),
     )
 
 
@@ -202,15 +204,23 @@ async def self_influence(
     return PageOf[SelfInfluence](items=items, next=next_cursor(route, end) if end < found["total"] else None)
 
 
-async def _resolved(session: AsyncSession, resources: Resources, reference: str, request: Question) -> Asked:
-    """Find what a question refers to, then give the connection back."""
+async def resolved(
+    session: AsyncSession, settings: Settings, artifacts: ArtifactStore, reference: str, request: Question
+) -> Asked:
+    """Find what a question refers to, then give the connection back.
+
+    Raises:
+        NotFound: if something it names does not exist.
+        NotReady: if the index or a data set is still being made.
+        InvalidRequest: if the queries do not fit the model, or are too many.
+    """
     index = await indexes.find_ready(session, reference)
     model = await models.find(session, index.model_id)
     training = await datasets.find_ready(session, index.dataset_id)
-    fit = await indexes.fit_spec(session, index.id, resources.settings, resources.artifacts)
+    fit = await indexes.fit_spec(session, index.id, settings, artifacts)
     asked: list[QueryOut] = []
     queries: list[Json] = []
-    _check_count(request, resources)
+    _check_count(request, settings)
     for number, selection in enumerate(request.queries):
         if selection.example is not None:
             queries.append({"example": selection.example.model_dump(mode="json")})
@@ -223,18 +233,29 @@ async def _resolved(session: AsyncSession, resources: Resources, reference: str,
                 pointer=f"/queries/{number}/dataset",
             )
         indexes.check_fits(model, dataset, f"/queries/{number}/dataset")
-        queries.append({**_located(resources, dataset, training), "rows": selection.rows})
-        asked.extend(_query_rows(resources, dataset, selection, number))
+        queries.append({**_located(artifacts, dataset, training), "rows": selection.rows})
+        asked.extend(_query_rows(artifacts, dataset, selection, number))
     await release(session)
     engine = {
         "artifact": index.artifact,
         "fit": fit.model_dump(mode="json", by_alias=True),
-        "training": _located(resources, training, training),
+        "training": _located(artifacts, training, training),
         "queries": queries,
-        "damping": request.damping,
+        "damping": tuned_damping(index) if request.damping is None else request.damping,
         "rescore": request.rescore,
     }
     return Asked(index, training, engine, asked)
+
+
+def group_question(asked: Asked, estimator: GroupEstimator, interval: float | None) -> Json:
+    """Return how a group's effect is to be predicted; a calibration serves only predictions of the kind it was fitted to.
+
+    Raises:
+        InvalidRequest: if the index's method has no such estimator.
+    """
+    calibrated = estimator == "additive" and asked.engine["rescore"] and asked.engine["damping"] == asked.damping
+    calibration = asked.index.calibration if calibrated else None
+    return {"estimator": _estimator(asked, estimator), "calibration": calibration, "interval": interval}
 
 
 def _estimator(asked: Asked, estimator: GroupEstimator) -> GroupEstimator:
@@ -245,35 +266,42 @@ def _estimator(asked: Asked, estimator: GroupEstimator) -> GroupEstimator:
     return estimator
 
 
-def _check_count(request: Question, resources: Resources) -> None:
+def tuned_damping(index: Index) -> float | None:
+    """Return the damping that an evaluation chose for an index."""
+    tuned = (index.quality or {}).get("tuned")
+    return None if tuned is None else float(tuned["damping"])
+
+
+def _check_count(request: Question, settings: Settings) -> None:
     count = sum(len(selection.rows or [0]) for selection in request.queries)
-    if count > resources.settings.limits.max_queries:
+    if count > settings.limits.max_queries:
         raise InvalidRequest(
-            f"A request may have {resources.settings.limits.max_queries} queries, not {count}.", pointer="/queries"
+            f"A request may have {settings.limits.max_queries} queries, not {count}.", pointer="/queries"
         )
 
 
-def _located(resources: Resources, dataset: Dataset, training: Dataset) -> Json:
+def _located(artifacts: ArtifactStore, dataset: Dataset, training: Dataset) -> Json:
     """Return where the engine finds a data set; its values are prepared as the training set's are."""
     assert dataset.artifact is not None
     same = {key: training.spec[key] for key in ("normalize", "max_length")}
     spec = datasets.spec_of(dataset).model_copy(update=same)
-    return {"folder": str(resources.artifacts.open(dataset.artifact)), "spec": spec.model_dump_json()}
+    return {"folder": str(artifacts.open(dataset.artifact)), "spec": spec.model_dump_json()}
 
 
-def _query_rows(resources: Resources, dataset: Dataset, selection: QuerySelection, number: int) -> list[QueryOut]:
+def _query_rows(artifacts: ArtifactStore, dataset: Dataset, selection: QuerySelection, number: int) -> list[QueryOut]:
     rows = selection.rows or []
     outside = [place for place, row in enumerate(rows) if row >= (dataset.num_examples or 0)]
     if outside:
         pointer = f"/queries/{number}/rows/{outside[0]}"
         raise InvalidRequest(f"Data set {dataset.name!r} has {dataset.num_examples} rows.", pointer=pointer)
-    described = datasets.reader_of(resources.artifacts, dataset).describe(np.asarray(rows, dtype=np.int64))
+    described = datasets.reader_of(artifacts, dataset).describe(np.asarray(rows, dtype=np.int64))
     return [
         QueryOut(dataset=dataset.id, row=entry["row"], id=entry["id"], target=entry["target"]) for entry in described
     ]
 
 
-def _subset(subset: Subset) -> Json:
+def engine_subset(subset: Subset) -> Json:
+    """Return a subset in the engine's own form."""
     selector = subset.keep or subset.remove
     assert selector is not None
     dumped = selector.model_dump(mode="json", by_alias=True, exclude_none=True)
@@ -295,7 +323,7 @@ def _set_output(values: np.ndarray, predicted: np.ndarray) -> SetOutput:
     )
 
 
-def _said(asked: Asked, request: Question, found: Json, began: float) -> Json:
+def _said(asked: Asked, found: Json, began: float) -> Json:
     """Return what an answer says about itself."""
     method = asked.index.method
     default = method.get("damping")
@@ -304,7 +332,9 @@ def _said(asked: Asked, request: Question, found: Json, began: float) -> Json:
         "method": method["type"],
         "notion": METHODS[method["type"]].notion,
         "measurement": asked.index.measurement,
-        "damping": None if default is None else (default if request.damping is None else request.damping),
+        "damping": None
+        if default is None
+        else (default if asked.engine["damping"] is None else asked.engine["damping"]),
         "approximate": found["approximate"],
         "recall": found["recall"],
         "quality": asked.index.quality,

@@ -216,8 +216,8 @@ async def training_plan(
 
 async def evaluation_plan(
     session: AsyncSession, replay_id: str, settings: Settings, artifacts: ArtifactStore
-) -> tuple[EvaluationSpec, list[str]]:
-    """Return what an evaluation job measures, and the ids of its banks.
+) -> tuple[EvaluationSpec, list[tuple[str, str]]]:
+    """Return what an evaluation job measures, and its banks' ids and folders.
 
     Raises:
         NotFound: if it was deleted meanwhile.
@@ -230,14 +230,14 @@ async def evaluation_plan(
     queries = await datasets.find_ready(session, request.queries.dataset)
     spec = await train_spec(session, model, training, settings, artifacts)
     banks: list[BankRef] = []
-    ids: list[str] = []
+    places: list[tuple[str, str]] = []
     for protocol in protocols(request):
         bank = await find_bank(session, model, training, spec, protocol)
         known = await repository.groups(session, bank.id)
         wanted = range(protocol.num_groups(model.num_parameters))
         files = {number: artifacts.open(known[number]) / GROUP_FILE for number in wanted if number in known}
         banks.append(BankRef(protocol=protocol, groups=files))
-        ids.append(bank.id)
+        places.append((bank.id, bank_folder(bank)))
     return EvaluationSpec(
         folder=artifacts.open(index.artifact or ""),
         fit=await indexes.fit_spec(session, index.id, settings, artifacts),
@@ -250,13 +250,23 @@ async def evaluation_plan(
         mislabelled=request.mislabelled,
         source=request.source,
         tune=request.tune,
-    ), ids
+    ), places
 
 
-async def verification_request(session: AsyncSession, replay_id: str) -> tuple[Replay, VerificationCreate]:
-    """Return what a verification job was asked."""
+async def verification_plan(
+    session: AsyncSession, replay_id: str, settings: Settings, artifacts: ArtifactStore
+) -> tuple[Replay, VerificationCreate, TrainSpec]:
+    """Return what a verification job was asked, and how its model is trained.
+
+    Raises:
+        NotFound: if it was deleted meanwhile.
+    """
     replay = await find(session, "verification", replay_id)
-    return replay, VerificationCreate.model_validate(replay.request)
+    index = await indexes.find_ready(session, replay.index_id or "")
+    model = await models.find(session, replay.model_id)
+    training = await datasets.find_ready(session, index.dataset_id)
+    spec = await train_spec(session, model, training, settings, artifacts)
+    return replay, VerificationCreate.model_validate(replay.request), spec
 
 
 async def finish_training(
@@ -492,6 +502,9 @@ async def _check_hours(
     """Refuse retraining that would take too long, before it starts.
 
     Args:
+        resources: the engine measures a step.
+        spec: how the model is trained.
+        recipe: of the model.
         examples: training examples of all retrainings together; each is seen once an epoch.
         asked: hours that the request allows.
 

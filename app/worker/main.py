@@ -15,9 +15,12 @@ from app.jobs.queue import Queue
 from app.log import configure_logging
 from app.settings import Settings
 from app.storage.artifacts import ArtifactStore
+from app.worker.evaluations import EVALUATION
 from app.worker.fits import FIT
 from app.worker.imports import IMPORT
 from app.worker.runner import OUTAGE, Runner
+from app.worker.trainings import TRAINING
+from app.worker.verifications import VERIFICATION
 
 log = structlog.get_logger("headwater.worker")
 
@@ -28,7 +31,13 @@ async def work(settings: Settings) -> None:
     artifacts.prepare()
     database = create_engine(settings.database)
     name = f"{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(3)}"
-    kinds = {"import": IMPORT, "fit": FIT}
+    kinds = {
+        "import": IMPORT,
+        "fit": FIT,
+        "training": TRAINING,
+        "evaluation": EVALUATION,
+        "verification": VERIFICATION,
+    }
     runner = Runner(settings, create_sessionmaker(database), artifacts, name, kinds)
     tasks = [asyncio.create_task(_receive(settings, runner, name)), asyncio.create_task(_sweep(runner))]
     loop, stop = asyncio.get_running_loop(), asyncio.Event()

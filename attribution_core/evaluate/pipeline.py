@@ -37,7 +37,7 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class BankPiece:
-    """A missing group of a bank."""
+    """A group of a bank. One that was retrained before is a shard without work: attempts of a job agree on the shards' numbers."""
 
     ordinal: int
     units: int
@@ -84,7 +84,8 @@ class EvaluationPipeline:
         self.trainer = Trainer(spec.train, device)
         self.n = spec.train.dataset.num_examples
         self._sets = _SetsToRetrain(self)
-        self._pieces: list[BankPiece | RunGroup] = self._missing()
+        self._of_banks = self._bank_pieces()
+        self._pieces: list[BankPiece | RunGroup] = [*self._of_banks]
         for seeds in self._sets.by_seeds.values():
             self._pieces += run_groups(self.trainer, seeds.runs, "resample", len(self._pieces))
 
@@ -96,6 +97,8 @@ class EvaluationPipeline:
         """Retrain one group."""
         piece = self._pieces[ordinal]
         if isinstance(piece, BankPiece):
+            if piece.group in self.spec.banks[piece.bank].groups:
+                return {}
             return train_group(self.trainer, self.spec.banks[piece.bank].protocol, piece.group, progress)
         return train_runs(self.trainer, piece.runs, "resample", progress)
 
@@ -142,7 +145,7 @@ class EvaluationPipeline:
         """The index's own outputs of the queries, (queries,)."""
         return np.array([output["value"] for output in self.index.outputs(self.batch)])
 
-    def _missing(self) -> list[BankPiece]:
+    def _bank_pieces(self) -> list[BankPiece]:
         pieces: list[BankPiece] = []
         size = self.trainer.network.num_parameters
         for number, bank in enumerate(self.spec.banks):
@@ -151,15 +154,17 @@ class EvaluationPipeline:
             steps = len(self.spec.train.recipe.learning_rates(kept))
             units = steps * protocol.subsets_per_group(size) * protocol.seeds
             for group in range(protocol.num_groups(size)):
-                if group not in bank.groups:
-                    pieces.append(BankPiece(len(pieces), units, number, group))
+                pieces.append(BankPiece(len(pieces), 0 if group in bank.groups else units, number, group))
         return pieces
 
     def _new_groups(self, files: Sequence[Path]) -> list[NewGroup]:
         found = []
-        for piece, path in zip(self._pieces, files, strict=True):
-            if isinstance(piece, BankPiece):
-                diverged = read_arrays(path)[DIVERGED]
+        for piece, path in zip(self._of_banks, files, strict=False):
+            if piece.group not in self.spec.banks[piece.bank].groups:
+                arrays = read_arrays(path)
+                if DIVERGED not in arrays:
+                    raise InvalidInputError("the bank was deleted meanwhile: ask for the evaluation again")
+                diverged = arrays[DIVERGED]
                 found.append(NewGroup(piece.bank, piece.group, path, diverged.size, int(diverged.sum())))
         return found
 
@@ -279,7 +284,7 @@ class _SetsToRetrain:
     def measured(self, scores: np.ndarray, files: list[Path]) -> Json:
         """Return what the sets' retrainings say, given all shards' files, of which theirs are the last."""
         pipeline, found = self._pipeline, {}
-        place = len(pipeline._missing())
+        place = len(pipeline._of_banks)
         for name, sets in self.by_seeds.items():
             count = len(run_groups(pipeline.trainer, sets.runs, "resample"))
             retrained = Retrained(pipeline.trainer.network, files[place : place + count])

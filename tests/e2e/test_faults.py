@@ -11,10 +11,16 @@ import httpx2 as httpx
 import psutil
 
 from attribution_core.fingerprint import sha256_file
-from tests.conftest import Loaded
+from tests.conftest import MLP, Loaded
 from tests.service import Service, wait_for
 
 EKFAC = {"type": "ekfac", "projection": {"dim": 256}}
+RECIPE = {
+    "optimizer": {"type": "sgd", "momentum": 0.9},
+    "learning_rate": 0.05,
+    "epochs": 6,
+    "batch_size": 50,
+}
 QUERY = {"queries": [{"dataset": "test", "rows": [3]}], "top_k": 5}
 
 
@@ -53,6 +59,34 @@ def test_worker_killed_at_ten_random_moments_leaves_the_same_bytes(fragile: Load
         kill(service, "app.worker.main")
         assert service.finished(job)["state"] == "succeeded"
         assert artifact_hashes(service, f"disturbed-{round_}") == expected
+
+
+def test_a_bank_has_every_retraining_once_however_often_the_worker_is_killed(fragile: Loaded) -> None:
+    service, moments = fragile.service, random.Random(11)
+    body = {"name": "replayed", "architecture": MLP, "task": {"type": "classification"}, "recipe": RECIPE}
+    service.post("/v1/models", body, 201)
+    job = service.post("/v1/models/replayed/trainings", {"dataset": "digits"}, 202)
+    assert service.finished(job)["state"] == "succeeded"
+    fit = {"name": "replayed", "model": "replayed", "dataset": "digits", "method": {"type": "grad_dot"}}
+    assert service.finished(service.post("/v1/indexes", fit, 202))["state"] == "succeeded"
+    evaluation = {"queries": {"dataset": "test"}, "protocol": {"subsets": 96}}
+
+    def evaluated(kills: int) -> tuple[dict, dict]:
+        job = service.post("/v1/indexes/replayed/evaluations", evaluation, 202)
+        for _ in range(kills):
+            time.sleep(moments.uniform(0.5, 3))
+            kill(service, "app.worker.main")
+        finished = service.finished(job)
+        assert finished["state"] == "succeeded", finished["error"]
+        (bank,) = service.get("/v1/banks")["items"]
+        return service.get("/v1/indexes/replayed/evaluations")["items"][0]["quality"], bank
+
+    disturbed, bank = evaluated(kills=4)
+    assert bank["retrainings"] == 96
+    assert service.http.delete(f"/v1/banks/{bank['id']}").status_code == 204
+    undisturbed, again = evaluated(kills=0)
+    assert again["retrainings"] == 96
+    assert disturbed == undisturbed
 
 
 class Load:

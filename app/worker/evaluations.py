@@ -1,0 +1,83 @@
+"""The evaluation job: missing retrainings, then every measure; the result becomes the index's quality."""
+
+import shutil
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.replay import service as replays
+from app.storage.artifacts import ArtifactStore, crash_point
+from app.worker.runner import Kind, Runner, Running, computed
+from app.worker.sharded import assist, device_of, shard_files, work_through
+from attribution_core.evaluate.pipeline import Evaluated, EvaluationPipeline, NewGroup
+
+
+async def lead_evaluation(runner: Runner, running: Running) -> Callable[[AsyncSession], Awaitable[None]]:
+    """Retrain what is missing, measure, publish the retrainings, and return what makes them and the quality visible."""
+    pipeline, work, banks = await _prepared(runner, running)
+    await work_through(runner, running, pipeline, work)
+    files = shard_files(work, pipeline.stages()[0])
+    found = await computed(lambda: pipeline.conclude(files), running.progress)
+    assert isinstance(found, Evaluated)
+    running.progress.advance(0)
+    made = await computed(lambda: published_groups(runner.artifacts, work, banks, found.groups), running.progress)
+    assert isinstance(made, list)
+    calibration = None if found.calibration is None else found.calibration.as_json()
+
+    async def effect(session: AsyncSession) -> None:
+        crash_point("before-commit")
+        for bank_id, _ in banks:
+            await replays.add_groups(session, bank_id, [row for bank, row in made if bank == bank_id])
+        await replays.finish_evaluation(session, running.job.resource_id, found.quality, calibration)
+
+    return effect
+
+
+async def assist_evaluation(runner: Runner, running: Running) -> None:
+    """Retrain some of the groups beside the worker that leads."""
+
+    async def prepared() -> tuple[EvaluationPipeline, Path]:
+        pipeline, work, _ = await _prepared(runner, running)
+        return pipeline, work
+
+    await assist(runner, running, prepared)
+
+
+def published_groups(
+    artifacts: ArtifactStore, work: Path, banks: Sequence[tuple[str, str]], groups: Sequence[NewGroup]
+) -> list[tuple[str, dict[str, Any]]]:
+    """Publish retrained groups of banks, given as (id, folder); return the rows that name them, each with its bank's id.
+
+    Another evaluation may have published the same group: its bytes are the same.
+    """
+    rows = []
+    for group in groups:
+        bank_id, base = banks[group.bank]
+        folder = work / f"publish-{group.bank}-{group.group}"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        shutil.copyfile(group.path, folder / replays.GROUP_FILE)
+        published = artifacts.publish(folder, f"{base}/{group.group:06d}")
+        row = {
+            "ordinal": group.group,
+            "artifact": published.name,
+            "bytes": published.bytes,
+            "retrainings": group.retrainings,
+            "diverged": group.diverged,
+        }
+        rows.append((bank_id, row))
+    return rows
+
+
+async def _prepared(runner: Runner, running: Running) -> tuple[EvaluationPipeline, Path, list[tuple[str, str]]]:
+    async with runner.sessions.begin() as session:
+        spec, banks = await replays.evaluation_plan(session, running.job.resource_id, runner.settings, runner.artifacts)
+    work = runner.artifacts.workspace(running.job.id)
+    pipeline = await computed(lambda: EvaluationPipeline(spec, device_of(runner)), running.progress)
+    assert isinstance(pipeline, EvaluationPipeline)
+    return pipeline, work, banks
+
+
+EVALUATION = Kind(lead_evaluation, assist_evaluation)
