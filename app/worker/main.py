@@ -18,6 +18,7 @@ from app.storage.artifacts import ArtifactStore
 from app.worker.fits import FIT
 from app.worker.imports import IMPORT
 from app.worker.runner import OUTAGE, Runner
+from attribution_core.projection import check_projections
 
 log = structlog.get_logger("headwater.worker")
 
@@ -75,6 +76,7 @@ def main() -> None:
     """Start a worker with the environment's settings."""
     settings = Settings()
     configure_logging(settings, "worker")
+    check_projections()
     threads = settings.worker.threads or os.cpu_count() or 1
     torch.set_num_threads(threads)
     asyncio.run(work(settings))
