@@ -62,7 +62,7 @@ def digest(kind: str) -> str:
     blocks = [Block("small", 1, 2, 2), Block("large", 1, 9, 8), Block("groups", 2, 9, 8)]
     found = []
     for seed in _SEEDS:
-        spec = ProjectionSpec(type=kind, dim=_DIM)  # type: ignore[arg-type]
+        spec = ProjectionSpec(type=kind, dim=_DIM)
         parts = [
             (torch.arange(block.numel, dtype=torch.float64) % 11 - 5).view(1, block.groups, block.d_out, block.d_in)
             for block in blocks
