@@ -266,6 +266,8 @@ def test_impossible_questions_are_refused(steady: Loaded, kind: str, change: dic
         ({"measurement": "happiness"}, 422),
         ({"layers": ["nothing"]}, 422),
         ({"layers": []}, 422),
+        ({"layers": ["*", "!nothing.*"]}, 422),
+        ({"precision": "float8"}, 422),
         ({"store": {"dtype": "int1"}}, 422),
         ({"search": {"type": "hnsw"}}, 422),
     ],
@@ -296,7 +298,7 @@ FITTED = [
     ({"type": "lissa", "damping": 10, "depth": 3, "batch": 20}, {"layers": ["output"]}),
     ({"type": "arnoldi", "damping": 10, "iterations": 4, "rank": 3}, {"layers": ["output"]}),
     ({"type": "trak", "projection": _TINY, "curvature": "fisher"}, {"layers": ["output"]}),
-    ({"type": "grad_cos"}, {"store": {"dtype": "float16"}}),
+    ({"type": "grad_cos"}, {"store": {"dtype": "float16"}, "precision": "bfloat16", "layers": ["out*", "!hidden*"]}),
     ({"type": "representation"}, {}),
     ({"type": "grad_dot"}, {"search": {"type": "ivf", "lists": 8, "probes": 8}, "layers": ["output"]}),
 ]
