@@ -60,6 +60,7 @@ class DatasetReader:
         except (OSError, pa.ArrowInvalid) as error:
             raise CorruptArtifactError(f"data set {spec.name} cannot be read: {error}") from error
         self._schema = self._metadata.schema.to_arrow_schema()
+        self._last: tuple[list[int], pa.Table] | None = None
 
     @property
     def num_examples(self) -> int:
@@ -149,8 +150,12 @@ class DatasetReader:
         return pq.read_table(self.path, columns=columns, partitioning=None)
 
     def _read_groups(self, groups: np.ndarray) -> pa.Table:
-        with pq.ParquetFile(self.path) as file:
-            return file.read_row_groups(groups.tolist(), use_threads=False)
+        wanted = groups.tolist()
+        if self._last is None or self._last[0] != wanted:
+            # Batches are smaller than groups: the next one mostly wants the same.
+            with pq.ParquetFile(self.path) as file:
+                self._last = wanted, file.read_row_groups(wanted, use_threads=False)
+        return self._last[1]
 
     def _examples(self, rows: np.ndarray, table: pa.Table) -> Examples:
         names = [name for name in table.column_names if name.startswith(METADATA_PREFIX)]
