@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from attribution_core.bank_methods.datamodels import lasso_datamodel, ridge_datamodel
+from attribution_core.bank_methods.datamodels import ridge_datamodel
 from attribution_core.bank_methods.posterior import fit_posterior
 from attribution_core.evaluate.calibration import fit_affine
 from attribution_core.evaluate.conformal import coverage, fit_intervals, squared_scores_removed
@@ -19,7 +19,7 @@ from benchmarks.lds import Truth
 from benchmarks.workloads import WORKLOADS
 
 MIXTURE = ("ekfac5/scores-0.1", "ekfac5/scores-1.0", "dot5/scores-default")
-SPLITS = 5
+SPLITS = 3
 
 
 def splits(truth: Truth, fitted: int) -> Iterator[tuple[Retrainings, np.ndarray, np.ndarray, np.random.Generator]]:
@@ -40,7 +40,6 @@ def lds_row(truth: Truth, priors: list[np.ndarray], fitted: int) -> dict[str, fl
         contenders = {
             "best prior": max(priors, key=lambda scores: float(truth.correlations(scores).mean())),
             "prior": priors[0],
-            "lasso": lasso_datamodel(bank).scores,
             "ridge": ridge_datamodel(bank).scores,
             "posterior": fit_posterior(priors[:1], bank).scores,
             "mixture": fit_posterior(priors, bank).scores,

@@ -44,8 +44,8 @@ def lasso(
     penalties: np.ndarray,
     *,
     start: np.ndarray | None = None,
-    tolerance: float = 1e-4,
-    max_steps: int = 2000,
+    tolerance: float = 1e-3,
+    max_steps: int = 500,
 ) -> np.ndarray:
     """Return `argmin (1/2m) ‖f − Xβ‖² + λ‖β‖₁` for every query, (queries, n).
 

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -38,7 +40,7 @@ def test_posterior_equals_gaussian_conditioning_by_brute_force(seeds):
     probe = np.random.default_rng(1).normal(size=(3, 7))
     for query in range(4):
         # The joint Gaussian of effects, a vague intercept and outputs, with nothing eliminated by hand.
-        vague = 1e8
+        vague = 1e5
         joint = np.zeros((8, 8))
         joint[:7, :7] = dense(found.prior, query)
         joint[7, 7] = vague
@@ -82,7 +84,7 @@ def test_posterior_beats_its_prior_and_grows_with_retrainings():
     reached += [
         correlations(fit_posterior([scores], bank.of(np.arange(m))).scores, held).mean() for m in (10, 25, 50, 200)
     ]
-    assert all(later > before for before, later in zip(reached, reached[1:], strict=False))
+    assert all(later > before for before, later in pairwise(reached))
 
 
 def test_a_useless_prior_gets_no_weight_beside_a_good_one_and_scale_does_not_matter():
@@ -100,8 +102,8 @@ def test_noise_is_found_with_and_without_seeds():
     _, scores, bank = world(subsets=100, seeds=3)
     many = fit_posterior([scores], bank)
     one = fit_posterior([scores], bank.single_seed(np.random.default_rng(0)))
-    for found in (many, one):
-        assert np.median(found.noise) == pytest.approx(1.5**2, rel=0.5)
+    assert np.median(many.noise) == pytest.approx(1.5**2, rel=0.5)
+    assert 1.5**2 / 2 < np.median(one.noise) < 3 * 1.5**2  # with one seed, what the prior misses looks like noise
     assert many.hyperparameters.run is None
     assert one.hyperparameters.run is not None
 

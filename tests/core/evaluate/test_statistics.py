@@ -70,7 +70,7 @@ def test_interval_over_subsets_and_queries_covers_the_lds_of_many_subsets():
 
 def test_ceiling_is_what_a_perfect_predictor_of_expectations_reaches():
     effects, bank = planted(noise=6.0, subsets=400, seeds=4)
-    assert ceiling(bank) == pytest.approx(correlations(effects, bank).mean(), abs=0.02)
+    assert ceiling(bank) == pytest.approx(correlations(effects, bank).mean(), abs=0.03)
     assert ceiling(Retrainings(bank.masks, bank.values[:, :1])) is None
 
 

@@ -117,7 +117,7 @@ def test_stated_ninety_per_cent_covers_held_out_retrainings(name, realised):
     subsets, shares = len(truth.masks), []
     for split in range(4):
         order = np.random.default_rng(split).permutation(subsets)
-        conditioned, fitting, calibrating, held = np.split(order, np.array([3, 4, 7]) * subsets // 10)
+        conditioned, fitting, calibrating, held = np.split(order, np.array([2, 3, 8]) * subsets // 10)
         bank = truth.of(conditioned).single_seed(np.random.default_rng(split))
         posterior = fit_posterior([datamodel(bank)], bank)
         mean, variance = posterior.outputs(truth.masks)
