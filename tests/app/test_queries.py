@@ -306,7 +306,7 @@ FITTED = [
 
 def test_every_method_fits_and_answers(steady: Loaded) -> None:
     """One index each, submitted together; `ekfac` is the steady one, and `exact` is for models of one layer."""
-    one_moment = {name for name, spec in METHODS.items() if not spec.checkpoint_needs}
+    one_moment = {name for name, spec in METHODS.items() if spec.needs == ("checkpoints",)}
     assert {method["type"] for method, _ in FITTED} == one_moment - {"ekfac", "exact"}
     names = [f"other-{method['type'].replace('_', '-')}" for method, _ in FITTED]
     jobs = [steady.fit(name, method, **more) for name, (method, more) in zip(names, FITTED, strict=True)]
