@@ -352,6 +352,16 @@ class ExactMethod(MethodBase):
     )
 
 
+class AutoMethod(MethodBase):
+    """The first of exact, explicit, gauss_newton and ekfac that fits model and size; the index says which, and why."""
+
+    reference: ClassVar[str] = "The ladder and what it was measured on: docs/methods.md"
+    type: Literal["auto"]
+    l2: float = Field(
+        default=0.0, ge=0, le=1e6, description="What the model was trained with: the mean loss + l2/2 · ‖θ‖²."
+    )
+
+
 MethodSpec = Annotated[
     TrakMethod
     | EkfacMethod
@@ -377,3 +387,5 @@ METHODS: dict[str, type[MethodBase]] = {
     method.model_fields["type"].annotation.__args__[0]: method
     for method in MethodSpec.__origin__.__args__  # type: ignore[attr-defined]
 }
+# What an index can be asked for; `auto` becomes one of the others before anything is fitted.
+OFFERED: dict[str, type[MethodBase]] = {**METHODS, "auto": AutoMethod}

@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from attribution_core.method_spec import MethodSpec
+from attribution_core.auto import Choice
+from attribution_core.method_spec import AutoMethod, MethodSpec
 from attribution_core.spec import Name, Precision, SearchSpec, Spec, StoreSpec
 
 Reference = Annotated[str, StringConstraints(min_length=1, max_length=64)]
@@ -30,7 +31,7 @@ class IndexCreate(Spec):
     checkpoints: Literal["final", "all"] | Annotated[list[Reference], Field(min_length=1, max_length=256)] = Field(
         default="final", description="Scores are averaged over them."
     )
-    method: MethodSpec
+    method: Annotated[MethodSpec | AutoMethod, Field(discriminator="type")]
     measurement: str | None = Field(
         default=None, max_length=64, description="By the task if null, `margin` for classification."
     )
@@ -60,7 +61,8 @@ class IndexOut(BaseModel):
     model: str
     dataset: str
     checkpoints: list[str]
-    method: dict[str, Any]
+    method: dict[str, Any] = Field(description="With `auto`, the one it came to.")
+    choice: Choice | None = Field(description="How `auto` came to the method; null where one was named.")
     notion: str
     measurement: str
     layers: list[str] | None

@@ -19,9 +19,10 @@ from app.storage.artifacts import ArtifactStore, Published
 from app.storage.roots import resolve
 from app.web.pagination import Page, PageOf, cut
 from attribution_core.architectures.registry import ARCHITECTURES
+from attribution_core.auto import Choice, Situation, chosen
 from attribution_core.fit_spec import CheckpointRef, DatasetRef, FitSpec, FitSummary
 from attribution_core.layer_names import unmatched_layers
-from attribution_core.method_spec import METHODS, ExactMethod
+from attribution_core.method_spec import METHODS, OFFERED, AutoMethod, ExactMethod, MethodSpec
 from attribution_core.spec import TokenizerSpec
 
 _DEFAULT_MEASUREMENT = {"classification": "margin", "regression": "prediction", "causal_lm": "log_likelihood"}
@@ -40,7 +41,7 @@ def methods() -> list[MethodOut]:
             reference=method.reference,
             parameters=method.model_json_schema(),
         )
-        for name, method in METHODS.items()
+        for name, method in OFFERED.items()
     ]
 
 
@@ -57,13 +58,15 @@ async def create(
     model = await models.find(session, request.model)
     dataset = await datasets.find_ready(session, request.dataset)
     checkpoints = await models.chosen_checkpoints(session, model, request.checkpoints)
+    method, choice = _method(request, model, dataset)
     index = Index(
         id=new_id("idx"),
         name=request.name,
         model_id=model.id,
         dataset_id=dataset.id,
         checkpoint_ids=[checkpoint.id for checkpoint in checkpoints],
-        method=request.method.model_dump(mode="json"),
+        method=method.model_dump(mode="json"),
+        choice=None if choice is None else choice.model_dump(mode="json"),
         measurement=request.measurement or _DEFAULT_MEASUREMENT[model.task["type"]],
         layers=request.layers,
         precision=request.precision,
@@ -89,12 +92,28 @@ async def create(
         await session.flush()
     except IntegrityError:
         raise NameTaken(f"There is an index {request.name!r} already.", pointer="/name") from None
-    total = (dataset.num_examples or 0) * len(checkpoints) * len(request.method.stages)
+    total = (dataset.num_examples or 0) * len(checkpoints) * len(method.stages)
     job = await jobs.submit(session, "fit", "index", index.id, unit="examples", total=total)
     index.job_id = job.id
     await session.flush()
     await session.refresh(index)
     return index, job
+
+
+def _method(request: IndexCreate, model: Model, dataset: Dataset) -> tuple[MethodSpec, Choice | None]:
+    """Return the method to fit, and how it was chosen if the choice was left to us."""
+    if not isinstance(request.method, AutoMethod):
+        return request.method, None
+    arguments = model.architecture["arguments"]
+    situation = Situation(
+        architecture=model.architecture["name"],
+        task=model.task["type"],
+        num_parameters=model.num_parameters,
+        num_examples=dataset.num_examples or 0,
+        num_features=arguments["input_dim"] + 1 if model.architecture["name"] in ExactMethod.architectures else None,
+        all_layers=request.layers is None,
+    )
+    return chosen(request.method, situation)
 
 
 def check_fits(model: Model, dataset: Dataset, pointer: str = "/dataset") -> None:

@@ -19,6 +19,7 @@ class Index(Created, Base):
     dataset_id: Mapped[str] = mapped_column(ForeignKey("dataset.id"), index=True)
     checkpoint_ids: Mapped[list[Any]]
     method: Mapped[dict[str, Any]]
+    choice: Mapped[dict[str, Any] | None]
     measurement: Mapped[str]
     layers: Mapped[list[Any] | None]
     precision: Mapped[str]
