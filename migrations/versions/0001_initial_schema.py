@@ -145,6 +145,7 @@ def upgrade() -> None:
         sa.Column("name", sa.String(), nullable=False),
         sa.Column("model_id", sa.String(), nullable=False),
         sa.Column("dataset_id", sa.String(), nullable=False),
+        sa.Column("queries_id", sa.String(), nullable=True),
         sa.Column("checkpoint_ids", postgresql.JSONB(none_as_null=True, astext_type=sa.Text()), nullable=False),
         sa.Column("method", postgresql.JSONB(none_as_null=True, astext_type=sa.Text()), nullable=False),
         sa.Column("measurement", sa.String(), nullable=False),
@@ -169,11 +170,13 @@ def upgrade() -> None:
         ),
         sa.ForeignKeyConstraint(["dataset_id"], ["dataset.id"], name=op.f("fk_attribution_index_dataset_id")),
         sa.ForeignKeyConstraint(["model_id"], ["model.id"], name=op.f("fk_attribution_index_model_id")),
+        sa.ForeignKeyConstraint(["queries_id"], ["dataset.id"], name=op.f("fk_attribution_index_queries_id")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_attribution_index")),
         sa.UniqueConstraint("name", name=op.f("uq_attribution_index_name")),
     )
     op.create_index(op.f("ix_attribution_index_dataset_id"), "attribution_index", ["dataset_id"], unique=False)
     op.create_index(op.f("ix_attribution_index_model_id"), "attribution_index", ["model_id"], unique=False)
+    op.create_index(op.f("ix_attribution_index_queries_id"), "attribution_index", ["queries_id"], unique=False)
     op.create_table(
         "checkpoint",
         sa.Column("id", sa.String(), nullable=False),

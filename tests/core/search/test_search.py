@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from attribution_core.errors import CorruptArtifactError
-from attribution_core.search.exact import exact_top
 from attribution_core.search import faiss_index
+from attribution_core.search.exact import exact_top
 from attribution_core.search.faiss_index import RADII_FILE_NAME, VectorIndex
 from attribution_core.search.merge import Ranked, merged
 from attribution_core.spec import SearchSpec
