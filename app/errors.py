@@ -128,6 +128,12 @@ class NotReady(Problem):
     status, slug, title = 409, "not-ready", "Not ready"
 
 
+class RecipeMissing(Problem):
+    """The model was registered without a recipe, so it cannot be trained again."""
+
+    status, slug, title = 409, "recipe-missing", "The model has no recipe"
+
+
 class IdempotencyInFlight(Problem):
     """The first request with this key has not finished."""
 

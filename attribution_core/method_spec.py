@@ -312,6 +312,11 @@ class MagicMethod(MethodBase):
         """Parts of a fit, in order."""
         return ("recording", "masked", "replay") if self.subsets else ("recording", "replay")
 
+    @property
+    def trainings(self) -> int:
+        """How many times a fit goes through the steps of the training, forwards or backwards."""
+        return 1 + (2 * self.subsets + 2 if self.subsets else 0) + len(self.queries.rows)
+
 
 class RepresentationMethod(MethodBase):
     """Similarity of penultimate representations: evidence, not causation."""

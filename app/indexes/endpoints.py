@@ -12,6 +12,7 @@ from app.errors import (
     NotFound,
     NotReady,
     PayloadTooLarge,
+    RecipeMissing,
     problems,
 )
 from app.indexes import service
@@ -40,7 +41,7 @@ async def list_methods() -> Methods:
     dependencies=[require("write")],
     responses={
         200: {"model": IndexOut, "description": "The fitted index, with `Prefer: wait`."},
-        **problems(NotFound, NotReady, NameTaken, IdempotencyInFlight, PayloadTooLarge, CorruptArtifact),
+        **problems(NotFound, NotReady, RecipeMissing, NameTaken, IdempotencyInFlight, PayloadTooLarge, CorruptArtifact),
     },
 )
 async def create_index(

@@ -29,7 +29,8 @@ class IndexCreate(Spec):
     model: Reference = Field(description="Id or name.")
     dataset: Reference = Field(description="The training set; id or name.")
     checkpoints: Literal["final", "all"] | Annotated[list[Reference], Field(min_length=1, max_length=256)] = Field(
-        default="final", description="Scores are averaged over them."
+        default="final",
+        description="Scores are averaged over them, or follow each run through them; ignored by methods that train by the recipe.",
     )
     method: Annotated[MethodSpec | AutoMethod, Field(discriminator="type")]
     measurement: str | None = Field(
@@ -73,7 +74,9 @@ class IndexOut(BaseModel):
         description="Hash of weights, architecture, data, layers, method, projection, dtype and precision."
     )
     coverage: dict[str, Any] | None = Field(
-        description="Percentage of parameters attributed; layers covered and skipped."
+        description="Percentage of parameters attributed; layers covered and skipped. Where training was replayed, `replay`: its "
+        "metasmoothness in [-1, 1], and the rank correlation over masked retrainings of the derivative at best (`ceiling`, by finite "
+        "differences) and of the scores (`lds`)."
     )
     bytes: int | None
     dim: int | None = Field(description="Numbers stored per training example.")

@@ -9,7 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.datasets import service as datasets
 from app.db.ids import new_id
 from app.db.tables import Checkpoint, Dataset, Index, Job, Model
-from app.errors import InUse, InvalidRequest, NameTaken, NotFound, NotReady
+from app.errors import InUse, InvalidRequest, NameTaken, NotFound, NotReady, RecipeMissing
 from app.indexes import repository
 from app.indexes.schemas import IndexCreate, IndexOut, MethodOut
 from app.jobs import service as jobs
@@ -22,8 +22,9 @@ from attribution_core.architectures.registry import ARCHITECTURES
 from attribution_core.auto import Choice, Situation, chosen
 from attribution_core.fit_spec import CheckpointRef, DatasetRef, FitSpec, FitSummary
 from attribution_core.layer_names import unmatched_layers
-from attribution_core.method_spec import METHODS, OFFERED, AutoMethod, ExactMethod, MethodSpec
+from attribution_core.method_spec import METHODS, OFFERED, AutoMethod, ExactMethod, MagicMethod, MethodSpec
 from attribution_core.spec import TokenizerSpec
+from attribution_core.training.recipe import CheckpointInitialisation, Recipe
 
 _DEFAULT_MEASUREMENT = {"classification": "margin", "regression": "prediction", "causal_lm": "log_likelihood"}
 
@@ -53,12 +54,14 @@ async def create(
     Raises:
         InvalidRequest: if model, data set, checkpoints, method and measurement do not belong together.
         NotReady: if the data set is not imported.
+        RecipeMissing: if the method trains the model, and it has no recipe.
         NameTaken: if an index of that name exists.
     """
     model = await models.find(session, request.model)
     dataset = await datasets.find_ready(session, request.dataset)
-    checkpoints = await models.chosen_checkpoints(session, model, request.checkpoints)
     method, choice = _method(request, model, dataset)
+    trains = isinstance(method, MagicMethod)
+    checkpoints = [] if trains else await models.chosen_checkpoints(session, model, request.checkpoints)
     index = Index(
         id=new_id("idx"),
         name=request.name,
@@ -77,7 +80,13 @@ async def create(
         fingerprint="",
     )
     check_fits(model, dataset)
-    spec = _spec(index, model, dataset, checkpoints, settings, artifacts)
+    if isinstance(request.method, MagicMethod):
+        _check_trained(request)
+        queries = await _checked_queries(session, model, request.method)
+        index.queries_id = queries.id
+        index.method["queries"]["dataset"] = queries.id
+    trained = await _trained(session, index, model, dataset, artifacts)
+    spec = _spec(index, model, dataset, checkpoints, trained, settings, artifacts)
     if index.measurement not in spec.task.measurements:
         known = ", ".join(spec.task.measurements)
         raise InvalidRequest(f"A {spec.task.type} model is measured by {known}.", pointer="/measurement")
@@ -92,8 +101,8 @@ async def create(
         await session.flush()
     except IntegrityError:
         raise NameTaken(f"There is an index {request.name!r} already.", pointer="/name") from None
-    total = (dataset.num_examples or 0) * len(checkpoints) * len(method.stages)
-    job = await jobs.submit(session, "fit", "index", index.id, unit="examples", total=total)
+    unit, total = _work(spec)
+    job = await jobs.submit(session, "fit", "index", index.id, unit=unit, total=total)
     index.job_id = job.id
     await session.flush()
     await session.refresh(index)
@@ -209,7 +218,23 @@ async def fit_spec(session: AsyncSession, reference: str, settings: Settings, ar
     model = await models.find(session, index.model_id)
     dataset = await datasets.find_ready(session, index.dataset_id)
     checkpoints = await models.checkpoints_by_id(session, model.id, index.checkpoint_ids)
-    return _spec(index, model, dataset, checkpoints, settings, artifacts)
+    trained = await _trained(session, index, model, dataset, artifacts)
+    return _spec(index, model, dataset, checkpoints, trained, settings, artifacts)
+
+
+def dataset_ref(dataset: Dataset, artifacts: ArtifactStore, like: Dataset | None = None) -> DatasetRef:
+    """Return where an imported data set is; with `like`, its values are prepared as that training set's are."""
+    assert dataset.artifact is not None
+    spec = datasets.spec_of(dataset)
+    if like is not None:
+        spec = spec.model_copy(update={key: like.spec[key] for key in ("normalize", "max_length")})
+    return DatasetRef(
+        id=dataset.id,
+        folder=artifacts.open(dataset.artifact),
+        spec=spec,
+        sha256=dataset.sha256 or "",
+        num_examples=dataset.num_examples or 0,
+    )
 
 
 async def finish_fit(
@@ -252,10 +277,10 @@ def _spec(
     model: Model,
     dataset: Dataset,
     checkpoints: list[Checkpoint],
+    trained: dict[str, Any],
     settings: Settings,
     artifacts: ArtifactStore,
 ) -> FitSpec:
-    assert dataset.artifact is not None
     tokenizer = TokenizerSpec.model_validate(model.tokenizer) if model.tokenizer else None
     source = tokenizer.source if tokenizer else None
     return FitSpec.model_validate(
@@ -264,13 +289,7 @@ def _spec(
             "task": model.task,
             "tokenizer": model.tokenizer,
             "tokenizer_path": resolve(settings.roots, source, "/model") if source else None,
-            "dataset": DatasetRef(
-                id=dataset.id,
-                folder=artifacts.open(dataset.artifact),
-                spec=datasets.spec_of(dataset),
-                sha256=dataset.sha256 or "",
-                num_examples=dataset.num_examples or 0,
-            ),
+            "dataset": dataset_ref(dataset, artifacts),
             "checkpoints": [
                 CheckpointRef(
                     id=c.id,
@@ -282,6 +301,7 @@ def _spec(
                 )
                 for c in checkpoints
             ],
+            **trained,
             "method": index.method,
             "measurement": index.measurement,
             "layers": index.layers,
@@ -291,6 +311,66 @@ def _spec(
             "shard_size": index.shard_size,
         }
     )
+
+
+async def _trained(
+    session: AsyncSession, index: Index, model: Model, dataset: Dataset, artifacts: ArtifactStore
+) -> dict[str, Any]:
+    """Return what a fit that trains the model needs beyond the others: recipe, initial weights and queries.
+
+    Raises:
+        RecipeMissing: if the model has none.
+    """
+    if index.queries_id is None:
+        return {}
+    if model.recipe is None:
+        raise RecipeMissing(
+            f"{index.method['type']} trains the model, and {model.name!r} was registered without a `recipe`: optimizer, "
+            "learning_rate, schedule, weight_decay, epochs and batch_size.",
+            pointer="/method/type",
+        )
+    recipe, initial = Recipe.model_validate(model.recipe), None
+    if isinstance(recipe.initialisation, CheckpointInitialisation):
+        found = await models.any_checkpoint(session, recipe.initialisation.checkpoint)
+        path = artifacts.open(found.artifact) / models.WEIGHTS_FILE
+        initial = CheckpointRef(id=found.id, path=path, sha256=found.sha256)
+    queries = await datasets.find_ready(session, index.queries_id)
+    return {"recipe": recipe, "initial": initial, "queries": dataset_ref(queries, artifacts, dataset)}
+
+
+async def _checked_queries(session: AsyncSession, model: Model, method: MagicMethod) -> Dataset:
+    """Return the data set of a method's named queries.
+
+    Raises:
+        InvalidRequest: if the model cannot take it, or a row does not exist.
+    """
+    queries = await datasets.find_ready(session, method.queries.dataset)
+    check_fits(model, queries, "/method/queries/dataset")
+    for place, row in enumerate(method.queries.rows):
+        if row >= (queries.num_examples or 0):
+            pointer = f"/method/queries/rows/{place}"
+            raise InvalidRequest(f"Data set {queries.name!r} has {queries.num_examples} rows.", pointer=pointer)
+    return queries
+
+
+def _check_trained(request: IndexCreate) -> None:
+    """Refuse what a method that trains the model has no use for.
+
+    Raises:
+        InvalidRequest: naming the field.
+    """
+    if request.layers is not None:
+        raise InvalidRequest(f"{request.method.type} attributes all parameters.", pointer="/layers")
+    if request.precision != "float32":
+        raise InvalidRequest(f"{request.method.type} trains in float32.", pointer="/precision")
+
+
+def _work(spec: FitSpec) -> tuple[str, int]:
+    """Return the unit and the number of a fit's progress."""
+    n = spec.dataset.num_examples
+    if isinstance(spec.method, MagicMethod) and spec.recipe is not None:
+        return "steps", spec.recipe.epochs * spec.recipe.steps_per_epoch(n) * spec.method.trainings
+    return "examples", n * len(spec.checkpoints) * len(spec.method.stages)
 
 
 def _check_layers(index: Index, model: Model) -> None:

@@ -32,6 +32,11 @@ async def checkpoint(session: AsyncSession, model_id: str, checkpoint_id: str) -
     return (await session.execute(query)).scalar_one_or_none()
 
 
+async def any_checkpoint(session: AsyncSession, checkpoint_id: str) -> Checkpoint | None:
+    """Return a checkpoint of whatever model."""
+    return (await session.execute(select(Checkpoint).where(Checkpoint.id == checkpoint_id))).scalar_one_or_none()
+
+
 async def checkpoints(session: AsyncSession, model_id: str) -> Sequence[Checkpoint]:
     """Return all of a model's checkpoints, by run and step."""
     query = select(Checkpoint).where(Checkpoint.model_id == model_id).order_by(Checkpoint.run, Checkpoint.step)

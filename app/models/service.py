@@ -131,6 +131,18 @@ async def add_checkpoint(
     return checkpoint
 
 
+async def any_checkpoint(session: AsyncSession, checkpoint_id: str) -> Checkpoint:
+    """Return a checkpoint of whatever model.
+
+    Raises:
+        NotFound: if there is none.
+    """
+    checkpoint = await repository.any_checkpoint(session, checkpoint_id)
+    if checkpoint is None:
+        raise NotFound(f"There is no checkpoint {checkpoint_id[:64]!r}.")
+    return checkpoint
+
+
 async def list_checkpoints(session: AsyncSession, model: Model, page: Page) -> PageOf[CheckpointOut]:
     """Return one page of a model's checkpoints, newest first."""
     route = f"checkpoints:{model.id}"

@@ -17,6 +17,8 @@ class Index(Created, Base):
     name: Mapped[str] = mapped_column(unique=True)
     model_id: Mapped[str] = mapped_column(ForeignKey("model.id"), index=True)
     dataset_id: Mapped[str] = mapped_column(ForeignKey("dataset.id"), index=True)
+    # Where the queries of a method that names them are.
+    queries_id: Mapped[str | None] = mapped_column(ForeignKey("dataset.id"), index=True)
     checkpoint_ids: Mapped[list[Any]]
     method: Mapped[dict[str, Any]]
     choice: Mapped[dict[str, Any] | None]
