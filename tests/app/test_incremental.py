@@ -279,3 +279,12 @@ def test_an_extension_that_is_cancelled_changes_nothing_and_can_be_tried_again(l
     assert (found["generation"], found["pending"], found["drift"]) == (3, None, None)
     assert refreshed["progress"]["total"] == 3 * FIRST
     assert scores(service, "halted") == before, "a refresh of the same data is the same"
+    busy = loaded.fit("halted-again", EKFAC, dataset="halted")
+    job = service.post("/v1/indexes/halted/extensions", {"dataset": version["id"]}, 202)
+    service.post(f"/v1/jobs/{job['id']}/cancel", {})
+    is_problem(service.http.delete("/v1/datasets/halted"), 409, "in-use")
+    service.post(f"/v1/jobs/{job['id']}/retry", {})
+    done(loaded, busy)
+    done(loaded, job)
+    found = service.get("/v1/indexes/halted")
+    assert (found["generation"], found["pending"], found["training_examples"]) == (4, None, N)
