@@ -53,6 +53,34 @@ class IndexCreate(Spec):
     search: SearchSpec = SearchSpec()
 
 
+class ExtensionCreate(Spec):
+    """A later version to extend an index to."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"dataset": "mnist-train.v2"}]})
+
+    dataset: Reference = Field(description="A later version of the index's data set; id or name.")
+
+
+class Drift(BaseModel):
+    """How far the kept factors are from what the examples say that were appended since they were fitted."""
+
+    value: float = Field(
+        description="Relative Frobenius distance of the curvatures along kept eigenvectors; 0 is none."
+    )
+    layers: dict[str, float]
+
+
+class Pending(BaseModel):
+    """A generation that is being made, or was not made."""
+
+    generation: int
+    kind: Literal["extension", "refresh"]
+    status: Literal["building", "failed"]
+    dataset: str
+    job: str
+    error: dict[str, Any] | None
+
+
 class IndexOut(BaseModel):
     """An index."""
 
@@ -73,6 +101,12 @@ class IndexOut(BaseModel):
     fingerprint: str = Field(
         description="Hash of weights, architecture, data, layers, method, projection, dtype and precision."
     )
+    generation: int = Field(description="Counts extensions and refreshes; answers are those of exactly one.")
+    training_examples: int | None = Field(
+        description="The n of which each example has its share: deleted ones left out."
+    )
+    drift: Drift | None = Field(description="Null where every factor was fitted for this generation.")
+    pending: Pending | None = Field(description="The next generation; the present one answers until it is whole.")
     coverage: dict[str, Any] | None = Field(
         description="Percentage of parameters attributed; layers covered and skipped. Where training was replayed, `replay`: its "
         "metasmoothness in [-1, 1], and the rank correlation over masked retrainings of the derivative at best (`ceiling`, by finite "
@@ -112,6 +146,7 @@ class MethodOut(BaseModel):
     estimators: list[str] = Field(
         description="Of the effect of groups: `additive`, and `newton` where a method has it."
     )
+    extends: bool = Field(description="Whether a fitted index can take appended examples with its factors kept.")
     reference: str
     parameters: dict[str, Any] = Field(description="JSON Schema.")
 

@@ -29,7 +29,7 @@ async def work(settings: Settings) -> None:
     artifacts.prepare()
     database = create_engine(settings.database)
     name = f"{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(3)}"
-    kinds = {"import": IMPORT, "fit": FIT}
+    kinds = {"import": IMPORT, "fit": FIT, "extension": FIT, "refresh": FIT}
     runner = Runner(settings, create_sessionmaker(database), artifacts, name, kinds)
     tasks = [asyncio.create_task(_receive(settings, runner, name)), asyncio.create_task(_sweep(runner))]
     loop, stop = asyncio.get_running_loop(), asyncio.Event()

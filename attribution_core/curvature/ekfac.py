@@ -220,7 +220,7 @@ class EkfacFactors(Curvature):
         return damped
 
 
-def kronecker_eigenvalues(blocks: Sequence[Block], arrays: Mapping[str, np.ndarray], num_examples: int) -> Arrays:
+def kronecker_eigenvalues(blocks: Sequence[Block], arrays: Mapping[str, np.ndarray], num_examples: float) -> Arrays:
     """Return K-FAC's eigenvalues `λ_G λ_A` from the spectra of summed covariances, `A` a mean over positions and `G` a sum.
 
     A side that is not rotated counts as isotropic.

@@ -1,10 +1,23 @@
 """One file per table; importing this package defines them all."""
 
 from app.db.tables.api_key import ApiKey
-from app.db.tables.dataset import Dataset
+from app.db.tables.dataset import Dataset, DeletedExample
+from app.db.tables.generation import IndexGeneration
 from app.db.tables.idempotency import Idempotency
 from app.db.tables.index import Index
 from app.db.tables.job import Job, JobEvent, Shard
 from app.db.tables.model import Checkpoint, Model
 
-__all__ = ["ApiKey", "Checkpoint", "Dataset", "Idempotency", "Index", "Job", "JobEvent", "Model", "Shard"]
+__all__ = [
+    "ApiKey",
+    "Checkpoint",
+    "Dataset",
+    "DeletedExample",
+    "Idempotency",
+    "Index",
+    "IndexGeneration",
+    "Job",
+    "JobEvent",
+    "Model",
+    "Shard",
+]

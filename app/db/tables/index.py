@@ -30,6 +30,10 @@ class Index(Created, Base):
     shard_size: Mapped[int]
     status: Mapped[str]
     fingerprint: Mapped[str]
+    generation: Mapped[int] = mapped_column(server_default="1")
+    training_examples: Mapped[int | None]
+    drift: Mapped[dict[str, Any] | None]
+    pending: Mapped[dict[str, Any] | None]
     artifact: Mapped[str | None]
     coverage: Mapped[dict[str, Any] | None]
     bytes: Mapped[int | None]
