@@ -36,19 +36,14 @@ lint: install
 openapi: install
 	$(BIN)/headwater openapi > openapi.json
 
-# Data sets in R's formats are read without R.
-$(VENV)/.bench: $(STAMP)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group bench
-	touch $@
-
 # Hours; results are committed. The peers get an environment of their own.
-bench: $(VENV)/.bench
+bench: install
 	$(BIN)/python -m benchmarks.run $(BENCH)
 
-bench-quick: $(VENV)/.bench
+bench-quick: install
 	$(BIN)/python -m benchmarks.run mnist-mlp --timeout 600
 
-bench-scaling: $(VENV)/.bench
+bench-scaling: install
 	$(BIN)/python -m benchmarks.scaling
 
 clean:

@@ -98,6 +98,12 @@ class NotFound(Problem):
     status, slug, title = 404, "not-found", "Not found"
 
 
+class Gone(Problem):
+    """The example was deleted; it never comes back."""
+
+    status, slug, title = 410, "gone", "Deleted"
+
+
 class MethodNotAllowed(Problem):
     """The path exists, with other methods."""
 

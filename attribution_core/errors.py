@@ -41,6 +41,10 @@ class FingerprintMismatchError(AttributionError):
     """Stored results belong to other weights, data or parameters than those given."""
 
 
+class ProjectionMismatchError(AttributionError):
+    """This machine generates other projections than those that stored features were made with."""
+
+
 class CorruptArtifactError(AttributionError):
     """A stored file is missing, truncated or does not match its checksum."""
 

@@ -67,6 +67,22 @@ class DatasetRef(Spec):
         return self.spec.model_dump(mode="json", include={"kind", "shape", "normalize", "max_length"})
 
 
+class BaseRef(Spec):
+    """An earlier fit that this one extends by new rows: its factors are kept, its stored rows reused as they are.
+
+    Attributes:
+        folder: its artifact; needed while the extension is made, not afterwards.
+        fingerprint: its own.
+        num_examples: rows of its data set, with which the new data set begins.
+        fitted_examples: n of the fit that the factors come from.
+    """
+
+    folder: Path
+    fingerprint: str
+    num_examples: int = Field(ge=1)
+    fitted_examples: int = Field(ge=1)
+
+
 class FitSpec(Spec):
     """Everything a fit depends on; JSON in, JSON out.
 
@@ -77,6 +93,8 @@ class FitSpec(Spec):
         queries: where the method's named queries are, their values prepared as the training set's.
         layers: names or patterns (`layer_names`) of the attributed layers, all by default.
         precision: of forward and backward passes; gradients, curvatures and scores are float32 in any case.
+        left_out: rows of the data set that are not trained on, ascending: deleted examples. Rows keep their numbers.
+        base: the fit that this one extends, if it is no fit of its own.
         shard_size: training examples per shard; changes no score beyond rounding.
         batch_size: examples per pass; by memory if None.
     """
@@ -96,6 +114,8 @@ class FitSpec(Spec):
     precision: Precision = "float32"
     store: StoreSpec = StoreSpec()
     search: SearchSpec = SearchSpec()
+    left_out: list[int] = Field(default_factory=list)
+    base: BaseRef | None = None
     shard_size: int = Field(default=512, ge=1)
     batch_size: int | None = Field(default=None, ge=1)
     format: Literal[1] = 1
@@ -108,6 +128,21 @@ class FitSpec(Spec):
         if not self.checkpoints and self.recipe is None:
             raise ValueError("checkpoints are missing")
         return self
+
+    @property
+    def num_training(self) -> int:
+        """n: the rows of the data set that are trained on."""
+        return self.dataset.num_examples - len(self.left_out)
+
+    @property
+    def fitted_examples(self) -> int:
+        """The n of the fit that the factors come from."""
+        return self.num_training if self.base is None else self.base.fitted_examples
+
+    @property
+    def num_covered(self) -> int:
+        """Rows whose features an earlier fit has; those after them are computed."""
+        return 0 if self.base is None else self.base.num_examples
 
     def fingerprint(self) -> str:
         """Return the hash of all that decides scores: weights, architecture, data, layers, method, projection, dtype."""
@@ -123,13 +158,15 @@ class FitSpec(Spec):
                 "precision",
                 "store",
                 "search",
+                "left_out",
                 "format",
             },
         )
         weights = [self._identity(checkpoint) for checkpoint in self.checkpoints]
         tokenizer = sha256_file(self.tokenizer_path) if self.tokenizer_path else None
+        base = None if self.base is None else self.base.model_dump(mode="json", exclude={"folder"})
         data = [self.dataset.reading(), self.dataset.sha256, self.queries and self.queries.sha256]
-        return sha256_of([decides, data, weights, self._training(), tokenizer, PROJECTION_VERSION])
+        return sha256_of([decides, data, weights, self._training(), tokenizer, base, PROJECTION_VERSION])
 
     def runs(self) -> list[list[int]]:
         """Return the numbers of each training's checkpoints in the order of their steps."""
@@ -184,6 +221,8 @@ class FitSummary:
         bytes: of the artifact.
         recall: of the first search stage against an exact scan, measured on training rows as queries; None where nothing is searched for.
         coverage: percentage of parameters attributed, layers covered and skipped.
+        num_training: n, of which each example has its share.
+        drift: per layer and in all, how far kept factors are from what new rows say; None where every factor is new.
     """
 
     fingerprint: str
@@ -192,3 +231,5 @@ class FitSummary:
     bytes: int
     recall: float | None
     coverage: dict[str, Any]
+    num_training: int
+    drift: dict[str, Any] | None = None

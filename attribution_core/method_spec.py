@@ -33,6 +33,7 @@ class MethodBase(Spec):
     notion: ClassVar[Notion] = "predictive"
     needs: ClassVar[tuple[str, ...]] = ("checkpoints",)
     query_cost: ClassVar[Literal["inline", "job"]] = "inline"
+    extends: ClassVar[bool] = False  # whether a fitted index can take more rows with its factors kept
     reference: ClassVar[str] = ""
     # How the effect of a group of training examples can be told: as the sum of their scores, or with the curvature they leave.
     estimators: ClassVar[tuple[GroupEstimator, ...]] = ("additive",)
@@ -73,6 +74,7 @@ class FisherMethod(GradientMethodBase):
 class EkfacMethod(FisherMethod):
     """Influence functions with eigenvalue-corrected Kronecker-factored curvature (true Fisher)."""
 
+    extends: ClassVar[bool] = True
     reference: ClassVar[str] = (
         "George et al. 2018; Grosse et al. 2023, Studying LLM Generalization with Influence Functions"
     )
@@ -87,6 +89,7 @@ class EkfacMethod(FisherMethod):
 class KfacMethod(FisherMethod):
     """Influence functions with Kronecker-factored curvature, without the eigenvalue correction."""
 
+    extends: ClassVar[bool] = True
     reference: ClassVar[str] = (
         "Martens & Grosse 2015, Optimizing Neural Networks with Kronecker-factored Approximate Curvature"
     )
@@ -101,6 +104,7 @@ class KfacMethod(FisherMethod):
 class DiagonalMethod(FisherMethod):
     """Influence functions with the Fisher matrix's diagonal."""
 
+    extends: ClassVar[bool] = True
     reference: ClassVar[str] = "Becker & LeCun 1988; Kirkpatrick et al. 2017"
     type: Literal["diagonal"]
 
@@ -113,6 +117,7 @@ class DiagonalMethod(FisherMethod):
 class GaussNewtonMethod(FisherMethod):
     """Influence functions with the true Gauss-Newton matrix, solved for each query by conjugate gradients preconditioned with EK-FAC."""
 
+    extends: ClassVar[bool] = True
     reference: ClassVar[str] = "Teso et al. 2021; Bae et al. 2022; Wang et al. 2025 (ASTRA)"
     type: Literal["gauss_newton"]
     iterations: int = Field(default=20, ge=1, le=1000, description="Conjugate gradient steps at most.")
@@ -209,6 +214,7 @@ class ArnoldiMethod(HessianMethod):
 class LograMethod(GradientMethodBase):
     """Influence functions in a space where each layer's input and output gradient were projected apart, with that space's Fisher matrix."""
 
+    extends: ClassVar[bool] = True
     reference: ClassVar[str] = "Choe et al. 2024, What is Your Data Worth to GPT?"
     estimators: ClassVar[tuple[GroupEstimator, ...]] = ("additive", "newton")
     type: Literal["logra"]
@@ -219,6 +225,7 @@ class LograMethod(GradientMethodBase):
 class TrakMethod(GradientMethodBase):
     """TRAK: the linearised model's one-step update, in a random projection, averaged over checkpoints."""
 
+    extends: ClassVar[bool] = True
     reference: ClassVar[str] = "Park et al. 2023, TRAK: Attributing Model Behavior at Scale"
     estimators: ClassVar[tuple[GroupEstimator, ...]] = ("additive", "newton")
     type: Literal["trak"]
@@ -242,6 +249,7 @@ class TrakMethod(GradientMethodBase):
 class GradDotMethod(GradientMethodBase):
     """Inner product of the query's and the training example's gradients (one-checkpoint TracIn, identity curvature)."""
 
+    extends: ClassVar[bool] = True
     reference: ClassVar[str] = "Pruthi et al. 2020, Estimating Training Data Influence by Tracing Gradient Descent"
     type: Literal["grad_dot"]
 
@@ -249,6 +257,7 @@ class GradDotMethod(GradientMethodBase):
 class GradCosMethod(GradientMethodBase):
     """Cosine of the query's and the training example's gradients."""
 
+    extends: ClassVar[bool] = True
     reference: ClassVar[str] = "Hammoudeh & Lowd 2022, Identifying a Training-Set Attack's Target"
     type: Literal["grad_cos"]
 
@@ -312,11 +321,17 @@ class MagicMethod(MethodBase):
         """Parts of a fit, in order."""
         return ("recording", "masked", "replay") if self.subsets else ("recording", "replay")
 
+    @property
+    def trainings(self) -> int:
+        """How many times a fit goes through the steps of the training, forwards or backwards."""
+        return 1 + (2 * self.subsets + 2 if self.subsets else 0) + len(self.queries.rows)
+
 
 class RepresentationMethod(MethodBase):
     """Similarity of penultimate representations: evidence, not causation."""
 
     notion: ClassVar[Notion] = "corroborative"
+    extends: ClassVar[bool] = True
     reference: ClassVar[str] = "Hanawa et al. 2021, Evaluation of Similarity-based Explanations"
     type: Literal["representation"]
     similarity: Literal["cosine", "dot"] = "cosine"
@@ -352,6 +367,16 @@ class ExactMethod(MethodBase):
     )
 
 
+class AutoMethod(MethodBase):
+    """The first of exact, explicit, gauss_newton and ekfac that fits model and size; the index says which, and why."""
+
+    reference: ClassVar[str] = "The ladder and what it was measured on: docs/methods.md"
+    type: Literal["auto"]
+    l2: float = Field(
+        default=0.0, ge=0, le=1e6, description="What the model was trained with: the mean loss + l2/2 · ‖θ‖²."
+    )
+
+
 MethodSpec = Annotated[
     TrakMethod
     | EkfacMethod
@@ -377,3 +402,5 @@ METHODS: dict[str, type[MethodBase]] = {
     method.model_fields["type"].annotation.__args__[0]: method
     for method in MethodSpec.__origin__.__args__  # type: ignore[attr-defined]
 }
+# What an index can be asked for; `auto` becomes one of the others before anything is fitted.
+OFFERED: dict[str, type[MethodBase]] = {**METHODS, "auto": AutoMethod}

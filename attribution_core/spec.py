@@ -15,6 +15,7 @@ MAX_SELECTED_ROWS = 100_000
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 ColumnName = Annotated[str, StringConstraints(min_length=1, max_length=128)]
+DatasetFormat = Literal["parquet", "jsonl", "csv", "npz"]
 Row = Annotated[int, Field(ge=0, le=2**53)]
 
 
@@ -42,9 +43,7 @@ class DatasetSpec(Spec):
 
     name: Name = Field(description="Unique name.")
     kind: Literal["tensor", "image", "tabular", "tokens", "text"] = Field(description="What one input is.")
-    format: Literal["parquet", "jsonl", "csv", "npz"] | None = Field(
-        default=None, description="File format; by default told from the file name."
-    )
+    format: DatasetFormat | None = Field(default=None, description="File format; by default told from the file name.")
     source: str | None = Field(
         default=None, max_length=1024, description="`root:name/path` of a file under a root the operator configured."
     )

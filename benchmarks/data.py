@@ -10,6 +10,7 @@ import importlib.util
 import lzma
 import struct
 import subprocess
+import sys
 import warnings
 import zlib
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from benchmarks.environment import build_peers
 
 CACHE = Path(__file__).parent / ".cache"
 Arrays = dict[str, np.ndarray]
@@ -28,10 +31,19 @@ def load(name: str) -> Arrays:
     """Return a data set's arrays, fetched and converted at the first call."""
     path = CACHE / "data" / f"{name}.npz"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(path, **_MAKERS[name]())
+        if name in _FROM_R:
+            # The reader of R's formats brings pandas, which pyarrow would import wherever it finds it: it stays out of this environment.
+            subprocess.run([build_peers(), "-m", "benchmarks.data", name], cwd=Path(__file__).parent.parent, check=True)
+        else:
+            _make(name)
     with np.load(path) as file:
         return {key: file[key] for key in file.files}
+
+
+def _make(name: str) -> None:
+    path = CACHE / "data" / f"{name}.npz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(path, **_MAKERS[name]())
 
 
 def _mnist() -> Arrays:
@@ -115,3 +127,7 @@ def _lazy_load(package: str) -> dict[str, Callable[[], Any]]:
 
 
 _MAKERS: dict[str, Callable[[], Arrays]] = {"mnist": _mnist, "fashion": _fashion, "austen": _austen, "letter": _letter}
+_FROM_R = ("austen", "letter")
+
+if __name__ == "__main__":
+    _make(sys.argv[1])

@@ -1,27 +1,20 @@
-"""The linear datamodeling score: how well summed scores rank the outputs of real retrainings on random subsets.
-
-`LDS = mean_z Spearman_j(f_z(S_j), Σ_{i ∈ S_j} τ_i(z))`. Source: Park et al. 2023, definition 2.3.
-"""
+"""A workload's truth and how well scores agree with it; the statistics are `attribution_core.evaluate`'s."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from attribution_core.evaluate import lds
+from attribution_core.evaluate.ranks import percentiles, pooled_slope
+from attribution_core.evaluate.retrainings import Retrainings
+
 RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
-class Truth:
-    """What real retraining gave.
-
-    Attributes:
-        masks: which examples each subset keeps, (subsets, n) bool.
-        values: the queries' measurements, (subsets, seeds, queries).
-    """
-
-    masks: np.ndarray
-    values: np.ndarray
+class Truth(Retrainings):
+    """What real retraining gave."""
 
     @classmethod
     def read(cls, path: Path) -> "Truth":
@@ -32,46 +25,19 @@ class Truth:
 
     def correlations(self, scores: np.ndarray) -> np.ndarray:
         """Return each query's rank correlation, for scores (queries, n)."""
-        predicted = scores.astype(np.float64) @ self.masks.T  # (queries, subsets)
-        return _spearman(predicted, self.values.mean(1).T)
+        return lds.correlations(scores, self)
 
     def ceiling(self) -> float:
-        """Return the LDS that a perfect predictor of the expected output would reach: the root of the truth's reliability.
-
-        Half of the seeds against the other half gives the reliability of a half; Spearman and Brown's formula that of all.
-        """
-        seeds = self.values.shape[1]
-        if seeds == 1:
-            return 1.0
-        generator, halves = np.random.default_rng(0), []
-        for _ in range(20):
-            order = generator.permutation(seeds)
-            first, second = (self.values[:, part].mean(1).T for part in (order[: seeds // 2], order[seeds // 2 :]))
-            halves.append(float(_spearman(first, second).mean()))
-        half = float(np.mean(halves))
-        return float(np.sqrt(2 * half / (1 + half)))
+        """Return the LDS that a perfect predictor of the expected output would reach; 1 where training has no noise to measure."""
+        found = lds.ceiling(self)
+        return 1.0 if found is None else found
 
     def slope(self, scores: np.ndarray) -> float:
         """Return the slope of predicted on true outputs within queries, pooled: 1 where effects have the right size."""
-        predicted = scores.astype(np.float64) @ self.masks.T
-        true = self.values.mean(1).T
-        predicted = predicted - predicted.mean(1, keepdims=True)
-        true = true - true.mean(1, keepdims=True)
-        return float((predicted * true).sum() / (true * true).sum())
+        bank = self.usable
+        return pooled_slope(lds.predicted_outputs(scores, bank.masks), bank.means.T)
 
 
 def interval(correlations: np.ndarray) -> tuple[float, float]:
     """Return the 95 % bootstrap interval over queries of a mean correlation."""
-    generator = np.random.default_rng(0)
-    means = correlations[generator.integers(0, len(correlations), (RESAMPLES, len(correlations)))].mean(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def _spearman(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Return the rank correlation of each pair of rows; ties share their mean rank's order of appearance."""
-    ranks = [values.argsort(1).argsort(1).astype(np.float64) for values in (first, second)]
-    centred = [values - values.mean(1, keepdims=True) for values in ranks]
-    norms = [np.linalg.norm(values, axis=1) for values in centred]
-    product: np.ndarray = (centred[0] * centred[1]).sum(1) / (norms[0] * norms[1])
-    return product
+    return percentiles(lds.bootstrap_queries(correlations, RESAMPLES, np.random.default_rng(0)), 0.95)

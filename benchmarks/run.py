@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,38 +18,26 @@ import numpy as np
 
 from benchmarks.cost import damping_name
 from benchmarks.data import CACHE
+from benchmarks.environment import build_peers
 from benchmarks.lds import Truth, interval
 from benchmarks.ours import dataset_of
-from benchmarks.plan import ENTRIES, Entry
+from benchmarks.plan import ENTRIES, Damping, Entry
 from benchmarks.report import write_report
 from benchmarks.workloads import WORKLOADS, Workload, prepare, retrain
 
 RESULTS = Path(__file__).parent / "results"
-PEERS = CACHE / "peers"
-_REQUIREMENTS = Path(__file__).parent / "peers" / "requirements.txt"
 _ROOT = Path(__file__).parent.parent
 
 
-def build_peers() -> Path:
-    """Return the peers' own python, made at the first call."""
-    python, stamp = PEERS / "bin" / "python", PEERS / "installed.txt"
-    wanted = _REQUIREMENTS.read_text()
-    if not stamp.exists() or stamp.read_text() != wanted:
-        subprocess.run([sys.executable, "-m", "venv", PEERS], check=True)
-        pip = [python, "-m", "pip", "install", "--quiet", "--constraint", _ROOT / "constraints.txt"]
-        subprocess.run([*pip, "torch"], check=True)
-        subprocess.run([*pip, "--requirement", _REQUIREMENTS], check=True)
-        stamp.write_text(wanted)
-    return python
-
-
-def measure(entry: Entry, workload: Workload, checkpoints: int, timeout: int, resume: bool) -> Path:
+def measure(
+    entry: Entry, workload: Workload, checkpoints: int, dampings: Sequence[Damping], timeout: int, resume: bool
+) -> Path:
     """Run one entry unless it is there and return its folder: `scores-<damping>.npy` and `cost.json`, or `error.txt`."""
     label = re.sub(r"\W+", "-", f"{entry.peer}-{entry.label}")
     out = CACHE / "runs" / workload.name / f"{label}-{checkpoints}"
     command = [
         *("--workload", workload.name, "--method", json.dumps(entry.method), "--checkpoints", str(checkpoints)),
-        *("--damping", *map(damping_name, entry.dampings), "--out", str(out)),
+        *("--damping", *map(damping_name, dampings), "--out", str(out)),
     ]
     stamp = out / "command.json"
     if resume and stamp.exists() and json.loads(stamp.read_text()) == command:
@@ -59,13 +48,13 @@ def measure(entry: Entry, workload: Workload, checkpoints: int, timeout: int, re
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(_ROOT)}
     try:
         done = subprocess.run(
-            [python, "-m", entry.module, *command],
-            check=False,
+            [str(python), "-m", entry.module, *command],
             env=environment,
             cwd=_ROOT,
             capture_output=True,
             text=True,
             timeout=timeout,
+            check=False,
         )
         failed = done.stderr.strip().splitlines()[-1:] if done.returncode else []
         error = (failed or [f"exit code {done.returncode}"])[0] if done.returncode else None
@@ -77,7 +66,7 @@ def measure(entry: Entry, workload: Workload, checkpoints: int, timeout: int, re
     return out
 
 
-def judged(entry: Entry, checkpoints: int, folder: Path, truth: Truth) -> dict[str, Any]:
+def judged(entry: Entry, checkpoints: int, dampings: Sequence[Damping], folder: Path, truth: Truth) -> dict[str, Any]:
     """Return an entry's row: cost, LDS at every damping, and the LDS at a damping that was chosen on other queries."""
     row: dict[str, Any] = {
         "peer": entry.peer,
@@ -90,7 +79,7 @@ def judged(entry: Entry, checkpoints: int, folder: Path, truth: Truth) -> dict[s
         return row | {"error": error.read_text()}
     row |= {name: value for name, value in json.loads((folder / "cost.json").read_text()).items() if name not in row}
     quality, correlations = {}, {}
-    for damping in map(damping_name, entry.dampings):
+    for damping in map(damping_name, dampings):
         scores = np.load(folder / f"scores-{damping}.npy")
         if not np.isfinite(scores).all():
             quality[damping] = {"error": "scores are not finite"}
@@ -145,19 +134,17 @@ def bench(workload: Workload, entries: list[Entry], timeout: int, resume: bool) 
     for entry in entries:
         if entry.workloads and workload.name not in entry.workloads:
             continue
+        dampings: Sequence[Damping] = entry.dampings
         for checkpoints in entry.checkpoints:
             if checkpoints > 1 and workload.name == "letter-logistic":
                 continue  # the optimum is one, whatever the seed
-            folder = measure(entry, workload, checkpoints, timeout, resume)
-            rows.append(judged(entry, checkpoints, folder, truth))
-            print(
-                workload.name,
-                entry.peer,
-                entry.label,
-                checkpoints,
-                rows[-1].get("error") or rows[-1]["held_out_lds"],
-                flush=True,
-            )
+            folder = measure(entry, workload, checkpoints, dampings, timeout, resume)
+            row = judged(entry, checkpoints, dampings, folder, truth)
+            rows.append(row)
+            print(workload.name, entry.peer, entry.label, checkpoints, row.get("error") or row.get("best"), flush=True)
+            if "best" in row:
+                best = next(damping for damping in dampings if damping_name(damping) == row["best"])
+                dampings = tuple(dict.fromkeys((None, best)))
     found = {
         "workload": workload.name,
         "n": truth.masks.shape[1],

@@ -1,13 +1,17 @@
 """Data sets: import, list, look at, delete."""
 
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
-from fastapi import APIRouter, Path, Query, Request, Response
+from fastapi import APIRouter, Query, Request, Response
+from fastapi import Path as PathParameter
+from pydantic import BaseModel
 
 from app.datasets import service
-from app.datasets.schemas import DatasetOut, ExampleOut
+from app.datasets.schemas import DatasetOut, DeletionCreate, DeletionOut, ExampleOut, VersionCreate
 from app.errors import (
     CorruptArtifact,
+    Gone,
     IdempotencyInFlight,
     InUse,
     NameTaken,
@@ -24,37 +28,56 @@ from app.web.boundary import TransactionalRoute
 from app.web.deps import IdempotencyKey, PageDep, PreferWait, ResourcesDep, SessionDep, answer_when_finished, require
 from app.web.effects import after_commit, undo_on_error
 from app.web.pagination import PageOf
+from app.web.resources import Resources
 from app.web.strict_json import parse_strictly
 from app.web.uploads import form_of, json_part, saved_file, validated
 from attribution_core.spec import DatasetSpec
 
 router = APIRouter(prefix="/datasets", tags=["datasets"], route_class=TransactionalRoute)
-Row = Annotated[int, Path(ge=0, le=2**53, description="Row number, from 0.")]
+M = TypeVar("M", bound=BaseModel)
+Row = Annotated[int, PathParameter(ge=0, le=2**53, description="Row number, from 0.")]
 _SPEC = DatasetSpec.model_json_schema()
-_EXAMPLE = {"name": "mnist-train", "kind": "image", "input": "image", "target": "label", "metadata": ["source"]}
-_BODY: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["file", "spec"],
-                    "additionalProperties": False,
-                    "properties": {
-                        "file": {"type": "string", "format": "binary", "description": "parquet, jsonl, csv or npz."},
-                        "spec": {"type": "string", "description": "A data set spec as JSON text."},
-                    },
-                },
-                "encoding": {"spec": {"contentType": "text/plain"}},
-            },
-            "application/json": {
-                "schema": _SPEC,
-                "examples": {"from a root": {"value": {**_EXAMPLE, "source": "imports:mnist.parquet"}}},
-            },
+_EXAMPLE = {
+    "name": "mnist-train",
+    "kind": "image",
+    "input": "image",
+    "target": "label",
+    "metadata": ["source"],
+    "source": "imports:mnist.parquet",
+}
+
+
+def _body(schema: dict[str, Any], spec: str, title: str, example: dict[str, Any]) -> dict[str, Any]:
+    """Describe a body that is a file with its spec, or a spec that names a source."""
+    parts = {
+        "type": "object",
+        "required": ["file", "spec"],
+        "additionalProperties": False,
+        "properties": {
+            "file": {"type": "string", "format": "binary", "description": "parquet, jsonl, csv or npz."},
+            "spec": {"type": "string", "description": spec},
         },
     }
-}
+    form = {"schema": parts, "encoding": {"spec": {"contentType": "text/plain"}}}
+    named = {"schema": schema, "examples": {title: {"value": example}}}
+    content = {"multipart/form-data": form, "application/json": named}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+async def _sent(request: Request, resources: Resources, model: type[M]) -> tuple[M, tuple[Path, str] | None]:
+    """Return a request's spec, and the uploaded file under a name of ours with the client's name for it."""
+    if request.headers.get("content-type", "").startswith("multipart/form-data"):
+        form = await form_of(request, "file", "spec")
+        spec = json_part(form, "spec", model)
+        async with saved_file(form, resources.uploads) as (path, name):
+            kept = path.with_suffix(".data")
+            path.rename(kept)
+            undo_on_error(request, lambda: kept.unlink(missing_ok=True))
+        return spec, (kept, name)
+    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip()
+    if kind != "application/json":
+        raise UnsupportedMedia("This endpoint takes multipart/form-data or application/json.")
+    return validated(model, parse_strictly(await request.body())), None
 
 
 @router.post(
@@ -63,7 +86,7 @@ _BODY: dict[str, Any] = {
     status_code=202,
     response_model=JobOut,
     dependencies=[require("write")],
-    openapi_extra=_BODY,
+    openapi_extra=_body(_SPEC, "A data set spec as JSON text.", "from a root", _EXAMPLE),
     responses={
         200: {"model": DatasetOut, "description": "The imported data set, with `Prefer: wait`."},
         **problems(NameTaken, IdempotencyInFlight, PayloadTooLarge, UnsupportedMedia, StorageFull),
@@ -82,27 +105,85 @@ async def create_dataset(
     Send the file as multipart with a JSON `spec`, or only the spec with a `source` under a configured root. Every row is checked; if any
     has a problem nothing is imported and the data set's `error` lists the first hundred with their row numbers.
     """
-    if request.headers.get("content-type", "").startswith("multipart/form-data"):
-        form = await form_of(request, "file", "spec")
-        spec = json_part(form, "spec", DatasetSpec)
-        async with saved_file(form, resources.uploads) as (path, name):
-            kept = path.with_suffix(".data")
-            dataset, job = await service.create(session, spec, resources.settings, (kept, name))
-            path.rename(kept)
-            undo_on_error(request, lambda: kept.unlink(missing_ok=True))
-    else:
-        kind = request.headers.get("content-type", "application/json").partition(";")[0].strip()
-        if kind != "application/json":
-            raise UnsupportedMedia("This endpoint takes multipart/form-data or application/json.")
-        spec = validated(DatasetSpec, parse_strictly(await request.body()))
-        dataset, job = await service.create(session, spec, resources.settings, None)
+    spec, upload = await _sent(request, resources, DatasetSpec)
+    dataset, job = await service.create(session, spec, resources.settings, upload)
     response.headers["Location"] = f"/v1/jobs/{job.id}"
 
     async def finished(session: Any) -> DatasetOut:
-        return service.shown(await service.find(session, dataset.id))
+        return await service.shown(session, await service.find(session, dataset.id))
 
     answer_when_finished(request, finished)
     return shown_job(job)
+
+
+@router.post(
+    "/{dataset}/versions",
+    summary="Append examples",
+    status_code=202,
+    response_model=JobOut,
+    dependencies=[require("write")],
+    openapi_extra=_body(
+        VersionCreate.model_json_schema(),
+        "A version as JSON text, `{}` if there is nothing to say.",
+        "from a root",
+        {"source": "imports:more.parquet"},
+    ),
+    responses={
+        200: {"model": DatasetOut, "description": "The new version, with `Prefer: wait`."},
+        **problems(
+            NotFound,
+            NotReady,
+            NameTaken,
+            IdempotencyInFlight,
+            PayloadTooLarge,
+            UnsupportedMedia,
+            StorageFull,
+            CorruptArtifact,
+        ),
+    },
+)
+async def create_version(
+    request: Request,
+    response: Response,
+    session: SessionDep,
+    resources: ResourcesDep,
+    dataset: str,
+    _key: IdempotencyKey = None,
+    _prefer: PreferWait = None,
+) -> JobOut:
+    """Import a file's rows after those of a data set, as a new immutable data set: its next version.
+
+    Rows of the parent keep their numbers; the new rows must have the same columns of the same types. The parent stays as it is.
+    """
+    spec, upload = await _sent(request, resources, VersionCreate)
+    version, job = await service.create_version(session, dataset, spec, resources.settings, upload)
+    response.headers["Location"] = f"/v1/jobs/{job.id}"
+
+    async def finished(session: Any) -> DatasetOut:
+        return await service.shown(session, await service.find(session, version.id))
+
+    answer_when_finished(request, finished)
+    return shown_job(job)
+
+
+@router.post(
+    "/{dataset}/deletions",
+    summary="Delete examples",
+    dependencies=[require("write")],
+    responses=problems(NotFound, NotReady, IdempotencyInFlight, PayloadTooLarge, CorruptArtifact),
+)
+async def delete_examples(
+    session: SessionDep,
+    resources: ResourcesDep,
+    dataset: str,
+    deletion: DeletionCreate,
+    _key: IdempotencyKey = None,
+) -> DeletionOut:
+    """Delete examples from a data set and from every version that holds them; they are gone from all answers at once, for good.
+
+    Fits from now on leave them out; indexes that there are keep their factors until they are refreshed.
+    """
+    return await service.delete_examples(session, resources.artifacts, dataset, deletion.selector)
 
 
 @router.get("", summary="List data sets", dependencies=[require("read")], responses=problems())
@@ -114,7 +195,7 @@ async def list_datasets(session: SessionDep, page: PageDep) -> PageOf[DatasetOut
 @router.get("/{dataset}", summary="Get a data set", dependencies=[require("read")], responses=problems(NotFound))
 async def get_dataset(session: SessionDep, dataset: str) -> DatasetOut:
     """Return a data set by id or name, with the report of its import."""
-    return service.shown(await service.find(session, dataset))
+    return await service.shown(session, await service.find(session, dataset))
 
 
 @router.delete(
@@ -151,18 +232,18 @@ async def list_examples(
 ) -> PageOf[ExampleOut]:
     """Return examples by row, optionally those that a filter selects."""
     found = await service.find_ready(session, dataset)
-    return await service.examples(resources.artifacts, found, page, filter)
+    return await service.examples(session, resources.artifacts, found, page, filter)
 
 
 @router.get(
     "/{dataset}/examples/{row}",
     summary="Get an example",
     dependencies=[require("read")],
-    responses=problems(NotFound, NotReady, CorruptArtifact),
+    responses=problems(NotFound, Gone, NotReady, CorruptArtifact),
 )
 async def get_example(session: SessionDep, resources: ResourcesDep, dataset: str, row: Row) -> ExampleOut:
     """Return one example's id, target and metadata."""
-    return await service.example(resources.artifacts, await service.find_ready(session, dataset), row)
+    return await service.example(session, resources.artifacts, await service.find_ready(session, dataset), row)
 
 
 @router.get(
@@ -172,11 +253,11 @@ async def get_example(session: SessionDep, resources: ResourcesDep, dataset: str
     response_class=Response,
     responses={
         200: {"content": {"image/png": {}, "text/plain": {}}, "description": "A picture of an image, text otherwise."},
-        **problems(NotFound, NotReady, CorruptArtifact),
+        **problems(NotFound, Gone, NotReady, CorruptArtifact),
     },
 )
 async def preview_example(session: SessionDep, resources: ResourcesDep, dataset: str, row: Row) -> Response:
     """Return the input as a PNG for images, as plain text otherwise. Browsers are told to run nothing in it."""
-    preview = await service.preview(resources.artifacts, await service.find_ready(session, dataset), row)
+    preview = await service.preview(session, resources.artifacts, await service.find_ready(session, dataset), row)
     headers = {"Content-Security-Policy": "default-src 'none'; sandbox", "Content-Disposition": "inline"}
     return Response(preview.content, media_type=preview.media_type, headers=headers)

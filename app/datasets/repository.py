@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
-from sqlalchemy import or_, select
+from sqlalchemy import CTE, BigInteger, cast, func, literal, or_, select
+from sqlalchemy.dialects.postgresql import ARRAY, insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from app.db.tables import Dataset
+from app.db.tables import Dataset, DeletedExample
 from app.web.pagination import Page, newest_first
 
 
@@ -18,3 +19,42 @@ async def find(session: AsyncSession, reference: str, *, lock: bool = False) -> 
 async def page(session: AsyncSession, page_: Page) -> Sequence[Dataset]:
     """Return data sets, newest first."""
     return (await session.execute(newest_first(select(Dataset), Dataset.id, page_, "datasets"))).scalars().all()
+
+
+def _lineages(ids: Sequence[str]) -> CTE:
+    """Every given data set with each version that it was made from, itself included."""
+    own = select(Dataset.id.label("of"), Dataset.id.label("id"), Dataset.parent_id).where(Dataset.id.in_(ids))
+    found = own.cte("lineage", recursive=True)
+    before = select(found.c.of, Dataset.id, Dataset.parent_id).join(Dataset, Dataset.id == found.c.parent_id)
+    return found.union_all(before)
+
+
+async def lineage(session: AsyncSession, dataset: Dataset, *, lock: bool = False) -> Sequence[Dataset]:
+    """Return a data set and the versions that it was made from, the first version first."""
+    ids = select(_lineages([dataset.id]).c.id)
+    query = select(Dataset).where(Dataset.id.in_(ids)).order_by(Dataset.version)
+    return (await session.execute(query.with_for_update(key_share=True) if lock else query)).scalars().all()
+
+
+async def deleted_rows(session: AsyncSession, dataset_id: str) -> list[int]:
+    """Return the deleted rows of a data set, ascending."""
+    ids = select(_lineages([dataset_id]).c.id)
+    query = select(DeletedExample.row).where(DeletedExample.dataset_id.in_(ids)).order_by(DeletedExample.row)
+    return list((await session.execute(query)).scalars().all())
+
+
+async def deleted_counts(session: AsyncSession, ids: Sequence[str]) -> dict[str, int]:
+    """Return how many rows of each data set are deleted, for those where some are."""
+    found = _lineages(ids)
+    query = select(found.c.of, func.count()).join(DeletedExample, DeletedExample.dataset_id == found.c.id)
+    return dict((await session.execute(query.group_by(found.c.of))).tuples().all())
+
+
+async def add_deleted(session: AsyncSession, dataset_id: str, rows: Sequence[int]) -> int:
+    """Record rows as deleted; returns how many were not yet."""
+    if not rows:
+        return 0
+    values = func.unnest(cast(list(rows), ARRAY(BigInteger))).column_valued("row")
+    statement = insert(DeletedExample).from_select(["dataset_id", "row"], select(literal(dataset_id), values))
+    added = await session.execute(statement.on_conflict_do_nothing().returning(DeletedExample.row))
+    return len(added.scalars().all())

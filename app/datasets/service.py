@@ -14,10 +14,10 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.datasets import repository
 from app.datasets.previews import Preview, preview_of
-from app.datasets.schemas import Column, DatasetOut, ExampleOut
+from app.datasets.schemas import Column, DatasetOut, DeletionOut, ExampleOut, VersionCreate
 from app.db.ids import new_id
 from app.db.tables import Dataset, Job
-from app.errors import InUse, InvalidRequest, NameTaken, NotFound, NotReady
+from app.errors import Gone, InUse, InvalidRequest, NameTaken, NotFound, NotReady
 from app.jobs import service as jobs
 from app.settings import Settings
 from app.storage.artifacts import ArtifactStore, Published
@@ -27,7 +27,8 @@ from app.web.strict_json import parse_strictly
 from attribution_core.data.formats import format_of
 from attribution_core.data.importer import DatasetSummary
 from attribution_core.data.reader import DatasetReader
-from attribution_core.spec import DatasetSpec, Filter, check_filter_size
+from attribution_core.errors import InvalidInputError
+from attribution_core.spec import DatasetSpec, Filter, Selector, check_filter_size
 
 _FILTER: TypeAdapter[Filter] = TypeAdapter(Filter)
 
@@ -41,6 +42,39 @@ async def create(
         InvalidRequest: if the source or its format cannot be told.
         NameTaken: if a data set of that name exists.
     """
+    return await _submitted(session, spec, settings, upload, None)
+
+
+async def create_version(
+    session: AsyncSession,
+    reference: str,
+    request: VersionCreate,
+    settings: Settings,
+    upload: tuple[Path, str] | None,
+) -> tuple[Dataset, Job]:
+    """Register a data set of a parent's rows and new ones, and submit its import.
+
+    Raises:
+        NotFound: if there is no such parent.
+        NotReady: if the parent is not imported.
+        InvalidRequest: if the source or its format cannot be told.
+        NameTaken: if a data set of that name exists.
+    """
+    parent = await find_ready(session, reference)
+    first = (await repository.lineage(session, parent))[0]
+    suffix = f".v{parent.version + 1}"
+    named = {"name": request.name or f"{first.name[: 64 - len(suffix)]}{suffix}"}
+    spec = spec_of(parent).model_copy(update={**named, "format": request.format, "source": request.source})
+    return await _submitted(session, spec, settings, upload, parent)
+
+
+async def _submitted(
+    session: AsyncSession,
+    spec: DatasetSpec,
+    settings: Settings,
+    upload: tuple[Path, str] | None,
+    parent: Dataset | None,
+) -> tuple[Dataset, Job]:
     if upload is not None and spec.source is not None:
         raise InvalidRequest("Give either a file or a source.", pointer="/spec/source")
     if upload is None:
@@ -56,6 +90,8 @@ async def create(
         status="importing",
         spec=spec.model_copy(update={"format": kind}).model_dump(mode="json"),
         upload=str(upload[0].name) if upload else None,
+        parent_id=None if parent is None else parent.id,
+        version=1 if parent is None else parent.version + 1,
     )
     session.add(dataset)
     try:
@@ -97,14 +133,15 @@ async def find_ready(session: AsyncSession, reference: str) -> Dataset:
 async def list_datasets(session: AsyncSession, page: Page) -> PageOf[DatasetOut]:
     """Return one page of data sets, newest first."""
     rows, following = cut(await repository.page(session, page), page, "datasets")
-    return PageOf[DatasetOut](items=[shown(row) for row in rows], next=following)
+    deleted = await repository.deleted_counts(session, [row.id for row in rows])
+    return PageOf[DatasetOut](items=[_shown(row, deleted.get(row.id, 0)) for row in rows], next=following)
 
 
 async def delete(session: AsyncSession, reference: str, artifacts: ArtifactStore, uploads: Path) -> Callable[[], None]:
     """Delete a data set; returns what removes its files once that is committed.
 
     Raises:
-        InUse: if an index was fitted to it, or it is still being imported.
+        InUse: if an index was fitted to it, a later version was made from it, or it is still being imported.
     """
     dataset = await find(session, reference, lock=True)
     if dataset.status == "importing":
@@ -113,7 +150,7 @@ async def delete(session: AsyncSession, reference: str, artifacts: ArtifactStore
     try:
         await session.flush()
     except IntegrityError:
-        raise InUse("An index was fitted to this data set; delete the index first.") from None
+        raise InUse("An index or a later version refers to this data set; delete those first.") from None
     artifact, upload = f"datasets/{dataset.id}", dataset.upload
 
     def remove() -> None:
@@ -124,14 +161,54 @@ async def delete(session: AsyncSession, reference: str, artifacts: ArtifactStore
     return remove
 
 
-async def examples(artifacts: ArtifactStore, dataset: Dataset, page: Page, condition: str | None) -> PageOf[ExampleOut]:
-    """Return one page of examples by row, those that a filter selects."""
+async def delete_examples(
+    session: AsyncSession, artifacts: ArtifactStore, reference: str, selector: Selector
+) -> DeletionOut:
+    """Make examples disappear from every answer; a repeated deletion changes nothing.
+
+    A row belongs to the version that brought it, so it is gone from all versions that hold it.
+
+    Raises:
+        NotFound: if there is no such data set.
+        NotReady: if it is not imported.
+        InvalidRequest: if a row does not exist, or none would be left.
+    """
+    dataset = await find_ready(session, reference)
+    versions = await repository.lineage(session, dataset, lock=True)
+    before = await deleted_rows(session, dataset.id)
+    rows = await asyncio.to_thread(_selected, reader_of(artifacts, dataset), selector)
+    if len(np.union1d(rows, before)) == dataset.num_examples:
+        raise InvalidRequest("No example would be left.", pointer="/selector")
+    count, start = 0, 0
+    for version in versions:
+        stop = version.num_examples or 0
+        own = rows[(rows >= start) & (rows < stop)]
+        count, start = count + await repository.add_deleted(session, version.id, own.tolist()), stop
+    return DeletionOut(dataset=dataset.id, deleted=count, total=len(before) + count)
+
+
+async def deleted_rows(session: AsyncSession, dataset_id: str) -> list[int]:
+    """Return the deleted rows of a data set, ascending."""
+    return await repository.deleted_rows(session, dataset_id)
+
+
+async def is_version_of(session: AsyncSession, dataset: Dataset, ancestor_id: str) -> bool:
+    """Return whether a data set was made from another one, which is not itself."""
+    return ancestor_id in [version.id for version in (await repository.lineage(session, dataset))[:-1]]
+
+
+async def examples(
+    session: AsyncSession, artifacts: ArtifactStore, dataset: Dataset, page: Page, condition: str | None
+) -> PageOf[ExampleOut]:
+    """Return one page of examples by row, those that a filter selects; deleted ones are not there."""
+    deleted = await deleted_rows(session, dataset.id)
     chosen = None if condition is None else parsed_filter(condition)
     reader = reader_of(artifacts, dataset)
     after = page.number_after(f"examples:{dataset.id}:{condition or ''}"[:256])
 
     def read() -> tuple[list[dict[str, Any]], bool]:
         rows = np.arange(reader.num_examples) if chosen is None else reader.matching(chosen)
+        rows = np.setdiff1d(rows, deleted) if deleted else rows
         rows = rows if after is None else rows[rows > after]
         return reader.describe(rows[: page.limit]), len(rows) > page.limit
 
@@ -140,34 +217,39 @@ async def examples(artifacts: ArtifactStore, dataset: Dataset, page: Page, condi
     return PageOf[ExampleOut](items=[_example(dataset, entry) for entry in found], next=following)
 
 
-async def example(artifacts: ArtifactStore, dataset: Dataset, row: int) -> ExampleOut:
+async def example(session: AsyncSession, artifacts: ArtifactStore, dataset: Dataset, row: int) -> ExampleOut:
     """Return one example.
 
     Raises:
         NotFound: if the row does not exist.
+        Gone: if it was deleted.
     """
-    reader = _with_row(artifacts, dataset, row)
+    reader = await _with_row(session, artifacts, dataset, row)
     found = await asyncio.to_thread(lambda: reader.describe(np.array([row])))
     return _example(dataset, found[0])
 
 
-async def preview(artifacts: ArtifactStore, dataset: Dataset, row: int) -> Preview:
+async def preview(session: AsyncSession, artifacts: ArtifactStore, dataset: Dataset, row: int) -> Preview:
     """Return one example's input as a picture or text.
 
     Raises:
         NotFound: if the row does not exist.
+        Gone: if it was deleted.
     """
-    reader = _with_row(artifacts, dataset, row)
+    reader = await _with_row(session, artifacts, dataset, row)
     return await asyncio.to_thread(lambda: preview_of(reader, row))
 
 
-async def import_plan(session: AsyncSession, dataset_id: str, settings: Settings) -> tuple[Path, DatasetSpec]:
-    """Return the file to import and how."""
+async def import_plan(
+    session: AsyncSession, dataset_id: str, settings: Settings, artifacts: ArtifactStore
+) -> tuple[Path, DatasetSpec, DatasetReader | None]:
+    """Return the file to import and how, and the data set whose rows come first."""
     dataset = await find(session, dataset_id)
     spec = DatasetSpec.model_validate(dataset.spec)
+    parent = None if dataset.parent_id is None else reader_of(artifacts, await find_ready(session, dataset.parent_id))
     if dataset.upload is not None:
-        return settings.data_dir / "uploads" / dataset.upload, spec
-    return resolve(settings.roots, spec.source or ""), spec
+        return settings.data_dir / "uploads" / dataset.upload, spec, parent
+    return resolve(settings.roots, spec.source or ""), spec, parent
 
 
 async def finish_import(session: AsyncSession, dataset_id: str, summary: DatasetSummary, published: Published) -> None:
@@ -218,8 +300,12 @@ def reader_of(artifacts: ArtifactStore, dataset: Dataset) -> DatasetReader:
     return _reader(artifacts.open(dataset.artifact), spec_of(dataset).model_dump_json())
 
 
-def shown(dataset: Dataset) -> DatasetOut:
+async def shown(session: AsyncSession, dataset: Dataset) -> DatasetOut:
     """Return a data set as clients see it."""
+    return _shown(dataset, (await repository.deleted_counts(session, [dataset.id])).get(dataset.id, 0))
+
+
+def _shown(dataset: Dataset, deleted: int) -> DatasetOut:
     return DatasetOut(
         id=dataset.id,
         name=dataset.name,
@@ -233,6 +319,9 @@ def shown(dataset: Dataset) -> DatasetOut:
         input_shape=dataset.input_shape,
         columns=None if dataset.columns is None else [Column(**column) for column in dataset.columns],
         bytes=dataset.bytes,
+        version=dataset.version,
+        parent=dataset.parent_id,
+        deleted=deleted,
         job=dataset.job_id,
         error=dataset.error,
         created_at=dataset.created_at,
@@ -249,10 +338,27 @@ def _reader(folder: Path, spec: str) -> DatasetReader:
     return DatasetReader(folder, DatasetSpec.model_validate_json(spec))
 
 
-def _with_row(artifacts: ArtifactStore, dataset: Dataset, row: int) -> DatasetReader:
+def _selected(reader: DatasetReader, selector: Selector) -> np.ndarray:
+    """Return the rows a selector names, ascending; also those that were deleted before."""
+    try:
+        if selector.ids is not None:
+            return np.unique(reader.rows_of_ids(selector.ids))
+        if selector.where is not None:
+            return reader.matching(selector.where)
+    except InvalidInputError as error:
+        raise InvalidRequest(str(error), pointer="/selector") from None
+    rows = np.unique(np.asarray(selector.rows or [], dtype=np.int64))
+    if len(rows) and rows[-1] >= reader.num_examples:
+        raise InvalidRequest(f"Row {rows[-1]} does not exist: there are {reader.num_examples}.", pointer="/selector")
+    return rows
+
+
+async def _with_row(session: AsyncSession, artifacts: ArtifactStore, dataset: Dataset, row: int) -> DatasetReader:
     reader = reader_of(artifacts, dataset)
     if not 0 <= row < reader.num_examples:
         raise NotFound(f"Data set {dataset.name!r} has no row {row}; it has {reader.num_examples}.")
+    if row in await deleted_rows(session, dataset.id):
+        raise Gone(f"Row {row} of data set {dataset.name!r} was deleted.")
     return reader
 
 

@@ -50,7 +50,8 @@ class Operations:
                 return self.predict(payload)
             case "select":
                 index = self._cache.get(payload["artifact"], payload["fit"])
-                return {"rows": selected(index, Selector.model_validate(payload["selector"]), "/forget").tolist()}
+                selector = Selector.model_validate(payload["selector"])
+                return {"rows": selected(index, selector, payload["deleted"], "/forget").tolist()}
             case "self_influence":
                 return self.self_influence(payload)
         raise InvalidInputError(f"the engine has no operation {operation}")
@@ -60,7 +61,7 @@ class Operations:
         first = payloads[0]
         index = self._cache.get(first["artifact"], first["fit"])
         batches = [_queries(index, payload["queries"]) for payload in payloads]
-        allowed = _allowed(index, first["filter"])
+        allowed = _allowed(index, first["filter"], first["deleted"])
         answers: list[Json] = []
         for group in _same_shape(batches):
             query = index.query(Batch.joined([batches[number] for number in group]), first["damping"])
@@ -96,7 +97,8 @@ class Operations:
         for number, subset in enumerate(payload["subsets"]):
             selector = Selector.model_validate(subset["selector"])
             if selector.top_positive is None and selector.top_negative is None:
-                shared[number] = _left_out(index, subset, selected(index, selector))
+                rows = selected(index, selector, payload["deleted"])
+                shared[number] = _left_out(index, subset, rows, payload["deleted"])
         effects, exact = np.zeros((len(query), len(payload["subsets"]))), True
         spreads = np.zeros_like(effects)
         if shared:
@@ -110,7 +112,7 @@ class Operations:
         ]
         for number, subset in enumerate(payload["subsets"]):
             if number not in shared:
-                for place, rows in enumerate(_top(index, query, subset, payload["rescore"])):
+                for place, rows in enumerate(_top(index, query, subset, payload)):
                     rows_of[place][number] = rows
                     one = query[place : place + 1]
                     part, exact_here = self._effects(index, one, [rows], payload)
@@ -127,9 +129,10 @@ class Operations:
         index = self._cache.get(payload["artifact"], payload["fit"])
         scores = index.self_influence()
         sign = -1 if payload["order"] == "desc" else 1
-        order = np.lexsort((np.arange(len(scores)), sign * scores))
+        present = _present(index, payload["deleted"])
+        order = present[np.lexsort((present, sign * scores[present]))]
         rows = order[payload["offset"] : payload["offset"] + payload["limit"]]
-        return {"rows": rows.tolist(), "scores": scores[rows].tolist(), "total": len(scores)}
+        return {"rows": rows.tolist(), "scores": scores[rows].tolist(), "total": len(order)}
 
     def _effects(self, index: Index, query: Query, groups: list[np.ndarray], payload: Json) -> tuple[np.ndarray, bool]:
         """Return group effects, and whether they are exact; very large groups are summed from stored features."""
@@ -199,34 +202,51 @@ def training_seconds(payload: Json) -> Json:
     return {"seconds_per_step": trainer.estimate_seconds(runs) / (steps * len(runs))}
 
 
-def selected(index: Index, selector: Selector, pointer: str = "/subsets") -> np.ndarray:
-    """Return the training rows a selector names, for selectors that do not depend on a query."""
+def selected(index: Index, selector: Selector, deleted: Sequence[int] = (), pointer: str = "/subsets") -> np.ndarray:
+    """Return the training rows a selector names, for selectors that do not depend on a query.
+
+    Raises:
+        InvalidInputError: if a row or id does not exist, or was deleted.
+    """
     reader = index.context.source.reader
-    if selector.ids is not None:
-        return np.unique(reader.rows_of_ids(selector.ids))
     if selector.where is not None:
-        return reader.matching(selector.where)
-    rows = np.unique(np.asarray(selector.rows or [], dtype=np.int64))
+        return np.setdiff1d(reader.matching(selector.where), _rows(deleted))
+    named = _rows(selector.rows or []) if selector.ids is None else reader.rows_of_ids(selector.ids)
+    rows = np.unique(named)
+    gone = np.intersect1d(rows, _rows(deleted))
+    if len(gone):
+        raise InvalidInputError(f"training row {gone[0]} was deleted", pointer)
     if len(rows) and rows[-1] >= reader.num_examples:
         raise InvalidInputError(f"training row {rows[-1]} does not exist: there are {reader.num_examples}", pointer)
     return rows
 
 
-def _left_out(index: Index, subset: Json, rows: np.ndarray) -> np.ndarray:
+def _rows(rows: Sequence[int]) -> np.ndarray:
+    return np.asarray(rows, dtype=np.int64)
+
+
+def _present(index: Index, deleted: Sequence[int]) -> np.ndarray:
+    """Return the rows that were not deleted, ascending."""
+    return np.setdiff1d(np.arange(index.num_examples), _rows(deleted))
+
+
+def _left_out(index: Index, subset: Json, rows: np.ndarray, deleted: Sequence[int]) -> np.ndarray:
     n = index.num_examples
     left_out = removed_rows(n, keep=rows) if subset["keep"] else removed_rows(n, remove=rows)
-    if len(left_out) == n:
+    left_out = np.setdiff1d(left_out, _rows(deleted))  # they are no part of what a subset changes
+    if len(left_out) == n - len(deleted):
         raise InvalidInputError("nothing would be left to train on", "/subsets")
     return left_out
 
 
-def _top(index: Index, query: Query, subset: Json, rescore: bool) -> list[np.ndarray]:
+def _top(index: Index, query: Query, subset: Json, payload: Json) -> list[np.ndarray]:
     """Return per query the rows left out when a subset names each query's own top examples."""
     selector = Selector.model_validate(subset["selector"])
     wanted = min(selector.top_positive or selector.top_negative or 0, index.num_examples)
-    found = index.attribute(query, wanted, None, rescore=rescore)
+    allowed = _allowed(index, None, payload["deleted"])
+    found = index.attribute(query, wanted, allowed, rescore=payload["rescore"])
     picked = [one.positive.rows if selector.top_positive else one.negative.rows for one in found]
-    return [_left_out(index, subset, np.sort(rows)) for rows in picked]
+    return [_left_out(index, subset, np.sort(rows), payload["deleted"]) for rows in picked]
 
 
 @lru_cache(maxsize=64)
@@ -263,11 +283,13 @@ def _same_shape(batches: Sequence[Batch]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _allowed(index: Index, condition: Json | None) -> np.ndarray | None:
-    if condition is None:
+def _allowed(index: Index, condition: Json | None, deleted: Sequence[int]) -> np.ndarray | None:
+    if condition is None and not deleted:
         return None
-    mask = np.zeros(index.num_examples, dtype=bool)
-    mask[index.context.source.reader.matching(_FILTER.validate_python(condition))] = True
+    mask = np.full(index.num_examples, condition is None)
+    if condition is not None:
+        mask[index.context.source.reader.matching(_FILTER.validate_python(condition))] = True
+    mask[_rows(deleted)] = False
     return mask
 
 

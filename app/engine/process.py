@@ -21,6 +21,7 @@ from app.log import configure_logging
 from app.settings import Settings
 from app.storage.artifacts import ArtifactStore
 from attribution_core.errors import AttributionError, CorruptArtifactError, FingerprintMismatchError
+from attribution_core.projection import check_projections
 
 MAX_BATCH = 64
 log = structlog.get_logger("headwater.engine")
@@ -105,6 +106,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     settings = Settings()
     configure_logging(settings, "engine")
+    check_projections()
     torch.set_num_threads(settings.engine.threads or os.cpu_count() or 1)
     device = settings.engine.device
     used = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device

@@ -4,7 +4,9 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from app.db.tables import Job
 from app.errors import (
+    Conflict,
     CorruptArtifact,
     IdempotencyInFlight,
     InUse,
@@ -12,10 +14,11 @@ from app.errors import (
     NotFound,
     NotReady,
     PayloadTooLarge,
+    RecipeMissing,
     problems,
 )
-from app.indexes import service
-from app.indexes.schemas import IndexCreate, IndexOut, Methods, QualityOut
+from app.indexes import generations, service
+from app.indexes.schemas import ExtensionCreate, IndexCreate, IndexOut, Methods, QualityOut
 from app.jobs.schemas import JobOut
 from app.jobs.service import shown as shown_job
 from app.web.boundary import TransactionalRoute
@@ -24,6 +27,16 @@ from app.web.effects import after_commit
 from app.web.pagination import PageOf
 
 router = APIRouter(tags=["indexes"], route_class=TransactionalRoute)
+
+
+def _submitted(request: Request, response: Response, index_id: str, job: Job) -> JobOut:
+    response.headers["Location"] = f"/v1/jobs/{job.id}"
+
+    async def finished(session: Any) -> IndexOut:
+        return service.shown(await service.find(session, index_id))
+
+    answer_when_finished(request, finished)
+    return shown_job(job)
 
 
 @router.get("/methods", summary="List methods", dependencies=[require("read")], responses=problems())
@@ -40,7 +53,7 @@ async def list_methods() -> Methods:
     dependencies=[require("write")],
     responses={
         200: {"model": IndexOut, "description": "The fitted index, with `Prefer: wait`."},
-        **problems(NotFound, NotReady, NameTaken, IdempotencyInFlight, PayloadTooLarge, CorruptArtifact),
+        **problems(NotFound, NotReady, RecipeMissing, NameTaken, IdempotencyInFlight, PayloadTooLarge, CorruptArtifact),
     },
 )
 async def create_index(
@@ -57,13 +70,7 @@ async def create_index(
     The fit runs in deterministic shards on the workers; the index appears when every byte of it is published.
     """
     created, job = await service.create(session, index, resources.settings, resources.artifacts)
-    response.headers["Location"] = f"/v1/jobs/{job.id}"
-
-    async def finished(session: Any) -> IndexOut:
-        return service.shown(await service.find(session, created.id))
-
-    answer_when_finished(request, finished)
-    return shown_job(job)
+    return _submitted(request, response, created.id, job)
 
 
 @router.get("/indexes", summary="List indexes", dependencies=[require("read")], responses=problems())
@@ -88,6 +95,61 @@ async def get_index(session: SessionDep, index: str) -> IndexOut:
 async def delete_index(request: Request, session: SessionDep, resources: ResourcesDep, index: str) -> None:
     """Delete an index and its files."""
     after_commit(request, await service.delete(session, index, resources.artifacts))
+
+
+@router.post(
+    "/indexes/{index}/extensions",
+    summary="Extend an index",
+    status_code=202,
+    response_model=JobOut,
+    dependencies=[require("write")],
+    responses={
+        200: {"model": IndexOut, "description": "The extended index, with `Prefer: wait`."},
+        **problems(NotFound, NotReady, Conflict, IdempotencyInFlight, PayloadTooLarge, CorruptArtifact),
+    },
+)
+async def create_extension(
+    request: Request,
+    response: Response,
+    session: SessionDep,
+    resources: ResourcesDep,
+    index: str,
+    extension: ExtensionCreate,
+    _key: IdempotencyKey = None,
+    _prefer: PreferWait = None,
+) -> JobOut:
+    """Take in the examples that a later version of the data set appends: only they are computed, factors and stored rows are kept.
+
+    The index switches to the new generation when all of it is published; until then the one before answers. `drift` says how far the
+    kept factors are from the new examples.
+    """
+    found, job = await generations.extend(session, index, extension.dataset, resources.settings, resources.artifacts)
+    return _submitted(request, response, found.id, job)
+
+
+@router.post(
+    "/indexes/{index}/refresh",
+    summary="Refresh an index",
+    status_code=202,
+    response_model=JobOut,
+    dependencies=[require("write")],
+    responses={
+        200: {"model": IndexOut, "description": "The refreshed index, with `Prefer: wait`."},
+        **problems(NotFound, NotReady, Conflict, IdempotencyInFlight, PayloadTooLarge, CorruptArtifact),
+    },
+)
+async def refresh_index(
+    request: Request,
+    response: Response,
+    session: SessionDep,
+    resources: ResourcesDep,
+    index: str,
+    _key: IdempotencyKey = None,
+    _prefer: PreferWait = None,
+) -> JobOut:
+    """Fit everything anew to the index's data set, without its deleted examples; the generation before answers until that is published."""
+    found, job = await generations.refresh(session, index, resources.settings, resources.artifacts)
+    return _submitted(request, response, found.id, job)
 
 
 @router.get(

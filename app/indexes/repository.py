@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from sqlalchemy import or_, select
+from sqlalchemy import delete, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from app.db.tables import Index
+from app.db.tables import Index, IndexGeneration
 from app.web.pagination import Page, newest_first
 
 
@@ -18,3 +18,31 @@ async def find(session: AsyncSession, reference: str, *, lock: bool = False) -> 
 async def page(session: AsyncSession, page_: Page) -> Sequence[Index]:
     """Return indexes, newest first."""
     return (await session.execute(newest_first(select(Index), Index.id, page_, "indexes"))).scalars().all()
+
+
+async def generation(session: AsyncSession, index_id: str, number: int) -> IndexGeneration:
+    """Return one generation of an index."""
+    query = select(IndexGeneration).where(IndexGeneration.index_id == index_id, IndexGeneration.number == number)
+    return (await session.execute(query)).scalar_one()
+
+
+async def generation_of_job(session: AsyncSession, job_id: str) -> IndexGeneration | None:
+    """Return the generation that a job makes; None if it was given up."""
+    query = select(IndexGeneration).where(IndexGeneration.job_id == job_id)
+    return (await session.execute(query)).scalar_one_or_none()
+
+
+async def generation_numbers(session: AsyncSession, index_id: str) -> Sequence[int]:
+    """Return the numbers of an index's generations, ascending."""
+    query = select(IndexGeneration.number).where(IndexGeneration.index_id == index_id)
+    return (await session.execute(query.order_by(IndexGeneration.number))).scalars().all()
+
+
+async def drop_generations(session: AsyncSession, index_id: str, before: int) -> Sequence[int]:
+    """Forget the generations before one; returns their numbers."""
+    dropped = await session.execute(
+        delete(IndexGeneration)
+        .where(IndexGeneration.index_id == index_id, IndexGeneration.number < before)
+        .returning(IndexGeneration.number)
+    )
+    return dropped.scalars().all()

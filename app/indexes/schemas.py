@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from attribution_core.method_spec import MethodSpec
+from attribution_core.auto import Choice
+from attribution_core.method_spec import AutoMethod, MethodSpec
 from attribution_core.spec import Name, Precision, SearchSpec, Spec, StoreSpec
 
 Reference = Annotated[str, StringConstraints(min_length=1, max_length=64)]
@@ -28,9 +29,10 @@ class IndexCreate(Spec):
     model: Reference = Field(description="Id or name.")
     dataset: Reference = Field(description="The training set; id or name.")
     checkpoints: Literal["final", "all"] | Annotated[list[Reference], Field(min_length=1, max_length=256)] = Field(
-        default="final", description="Scores are averaged over them."
+        default="final",
+        description="Scores are averaged over them, or follow each run through them; ignored by methods that train by the recipe.",
     )
-    method: MethodSpec
+    method: Annotated[MethodSpec | AutoMethod, Field(discriminator="type")]
     measurement: str | None = Field(
         default=None, max_length=64, description="By the task if null, `margin` for classification."
     )
@@ -51,6 +53,34 @@ class IndexCreate(Spec):
     search: SearchSpec = SearchSpec()
 
 
+class ExtensionCreate(Spec):
+    """A later version to extend an index to."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"dataset": "mnist-train.v2"}]})
+
+    dataset: Reference = Field(description="A later version of the index's data set; id or name.")
+
+
+class Drift(BaseModel):
+    """How far the kept factors are from what the examples say that were appended since they were fitted."""
+
+    value: float = Field(
+        description="Relative Frobenius distance of the curvatures along kept eigenvectors; 0 is none."
+    )
+    layers: dict[str, float]
+
+
+class Pending(BaseModel):
+    """A generation that is being made, or was not made."""
+
+    generation: int
+    kind: Literal["extension", "refresh"]
+    status: Literal["building", "failed"]
+    dataset: str
+    job: str
+    error: dict[str, Any] | None
+
+
 class IndexOut(BaseModel):
     """An index."""
 
@@ -60,7 +90,8 @@ class IndexOut(BaseModel):
     model: str
     dataset: str
     checkpoints: list[str]
-    method: dict[str, Any]
+    method: dict[str, Any] = Field(description="With `auto`, the one it came to.")
+    choice: Choice | None = Field(description="How `auto` came to the method; null where one was named.")
     notion: str
     measurement: str
     layers: list[str] | None
@@ -70,8 +101,16 @@ class IndexOut(BaseModel):
     fingerprint: str = Field(
         description="Hash of weights, architecture, data, layers, method, projection, dtype and precision."
     )
+    generation: int = Field(description="Counts extensions and refreshes; answers are those of exactly one.")
+    training_examples: int | None = Field(
+        description="The n of which each example has its share: deleted ones left out."
+    )
+    drift: Drift | None = Field(description="Null where every factor was fitted for this generation.")
+    pending: Pending | None = Field(description="The next generation; the present one answers until it is whole.")
     coverage: dict[str, Any] | None = Field(
-        description="Percentage of parameters attributed; layers covered and skipped."
+        description="Percentage of parameters attributed; layers covered and skipped. Where training was replayed, `replay`: its "
+        "metasmoothness in [-1, 1], and the rank correlation over masked retrainings of the derivative at best (`ceiling`, by finite "
+        "differences) and of the scores (`lds`)."
     )
     bytes: int | None
     dim: int | None = Field(description="Numbers stored per training example.")
@@ -107,6 +146,7 @@ class MethodOut(BaseModel):
     estimators: list[str] = Field(
         description="Of the effect of groups: `additive`, and `newton` where a method has it."
     )
+    extends: bool = Field(description="Whether a fitted index can take appended examples with its factors kept.")
     reference: str
     parameters: dict[str, Any] = Field(description="JSON Schema.")
 

@@ -1,6 +1,7 @@
 """Fitting indexes: what belongs together, what a worker needs to know, and what it reports."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy.exc import IntegrityError
@@ -8,21 +9,23 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.datasets import service as datasets
 from app.db.ids import new_id
-from app.db.tables import Checkpoint, Dataset, Index, Job, Model
-from app.errors import InUse, InvalidRequest, NameTaken, NotFound, NotReady
+from app.db.tables import Checkpoint, Dataset, Index, IndexGeneration, Job, Model
+from app.errors import InUse, InvalidRequest, NameTaken, NotFound, NotReady, RecipeMissing
 from app.indexes import repository
 from app.indexes.schemas import IndexCreate, IndexOut, MethodOut
 from app.jobs import service as jobs
 from app.models import service as models
 from app.settings import Settings
-from app.storage.artifacts import ArtifactStore, Published
+from app.storage.artifacts import ArtifactStore
 from app.storage.roots import resolve
 from app.web.pagination import Page, PageOf, cut
 from attribution_core.architectures.registry import ARCHITECTURES
-from attribution_core.fit_spec import CheckpointRef, DatasetRef, FitSpec, FitSummary
+from attribution_core.auto import Choice, Situation, chosen
+from attribution_core.fit_spec import CheckpointRef, DatasetRef, FitSpec
 from attribution_core.layer_names import unmatched_layers
-from attribution_core.method_spec import METHODS, ExactMethod
+from attribution_core.method_spec import METHODS, OFFERED, AutoMethod, ExactMethod, MagicMethod, MethodSpec
 from attribution_core.spec import TokenizerSpec
+from attribution_core.training.recipe import CheckpointInitialisation, Recipe
 
 _DEFAULT_MEASUREMENT = {"classification": "margin", "regression": "prediction", "causal_lm": "log_likelihood"}
 
@@ -37,10 +40,11 @@ def methods() -> list[MethodOut]:
             needs=list(method.needs),
             query_cost=method.query_cost,
             estimators=list(method.estimators),
+            extends=method.extends,
             reference=method.reference,
             parameters=method.model_json_schema(),
         )
-        for name, method in METHODS.items()
+        for name, method in OFFERED.items()
     ]
 
 
@@ -52,18 +56,22 @@ async def create(
     Raises:
         InvalidRequest: if model, data set, checkpoints, method and measurement do not belong together.
         NotReady: if the data set is not imported.
+        RecipeMissing: if the method trains the model, and it has no recipe.
         NameTaken: if an index of that name exists.
     """
     model = await models.find(session, request.model)
     dataset = await datasets.find_ready(session, request.dataset)
-    checkpoints = await models.chosen_checkpoints(session, model, request.checkpoints)
+    method, choice = _method(request, model, dataset)
+    trains = isinstance(method, MagicMethod)
+    checkpoints = [] if trains else await models.chosen_checkpoints(session, model, request.checkpoints)
     index = Index(
         id=new_id("idx"),
         name=request.name,
         model_id=model.id,
         dataset_id=dataset.id,
         checkpoint_ids=[checkpoint.id for checkpoint in checkpoints],
-        method=request.method.model_dump(mode="json"),
+        method=method.model_dump(mode="json"),
+        choice=None if choice is None else choice.model_dump(mode="json"),
         measurement=request.measurement or _DEFAULT_MEASUREMENT[model.task["type"]],
         layers=request.layers,
         precision=request.precision,
@@ -72,9 +80,20 @@ async def create(
         shard_size=settings.worker.shard_size,
         status="fitting",
         fingerprint="",
+        generation=1,
+    )
+    left_out = await datasets.deleted_rows(session, dataset.id)
+    first = IndexGeneration(
+        index_id=index.id, number=1, dataset_id=dataset.id, left_out=left_out, base=None, fingerprint=""
     )
     check_fits(model, dataset)
-    spec = _spec(index, model, dataset, checkpoints, settings, artifacts)
+    if isinstance(request.method, MagicMethod):
+        _check_trained(request)
+        queries = await _checked_queries(session, model, request.method)
+        index.queries_id = queries.id
+        index.method["queries"]["dataset"] = queries.id
+    trained = await _trained(session, index, model, dataset, artifacts)
+    spec = _spec(index, first, model, dataset, checkpoints, trained, settings, artifacts)
     if index.measurement not in spec.task.measurements:
         known = ", ".join(spec.task.measurements)
         raise InvalidRequest(f"A {spec.task.type} model is measured by {known}.", pointer="/measurement")
@@ -82,19 +101,37 @@ async def create(
         known = " and ".join(ExactMethod.architectures)
         raise InvalidRequest(f"Exact attribution is for the architectures {known}.", pointer="/method/type")
     spec.check_trajectory()
+    check_deletions(spec)
     _check_layers(index, model)
-    index.fingerprint = spec.fingerprint()
+    index.fingerprint = first.fingerprint = spec.fingerprint()
     session.add(index)
     try:
         await session.flush()
     except IntegrityError:
         raise NameTaken(f"There is an index {request.name!r} already.", pointer="/name") from None
-    total = (dataset.num_examples or 0) * len(checkpoints) * len(request.method.stages)
-    job = await jobs.submit(session, "fit", "index", index.id, unit="examples", total=total)
-    index.job_id = job.id
+    unit, total = _work(spec)
+    job = await jobs.submit(session, "fit", "index", index.id, unit=unit, total=total)
+    index.job_id = first.job_id = job.id
+    session.add(first)
     await session.flush()
     await session.refresh(index)
     return index, job
+
+
+def _method(request: IndexCreate, model: Model, dataset: Dataset) -> tuple[MethodSpec, Choice | None]:
+    """Return the method to fit, and how it was chosen if the choice was left to us."""
+    if not isinstance(request.method, AutoMethod):
+        return request.method, None
+    arguments = model.architecture["arguments"]
+    situation = Situation(
+        architecture=model.architecture["name"],
+        task=model.task["type"],
+        num_parameters=model.num_parameters,
+        num_examples=dataset.num_examples or 0,
+        num_features=arguments["input_dim"] + 1 if model.architecture["name"] in ExactMethod.architectures else None,
+        all_layers=request.layers is None,
+    )
+    return chosen(request.method, situation)
 
 
 def check_fits(model: Model, dataset: Dataset, pointer: str = "/dataset") -> None:
@@ -131,6 +168,20 @@ def check_fits(model: Model, dataset: Dataset, pointer: str = "/dataset") -> Non
         raise InvalidRequest(f"The model has {classes} classes, the data set {dataset.num_classes}.", pointer=pointer)
 
 
+def check_deletions(spec: FitSpec) -> None:
+    """Refuse methods that repeat a training on the whole data set, where examples of it were deleted.
+
+    Raises:
+        InvalidRequest: saying so.
+    """
+    if spec.left_out and "recipe" in spec.method.needs:
+        raise InvalidRequest(
+            f"{spec.method.type} repeats a training on every example, and {len(spec.left_out)} of this data set were deleted: "
+            "import it without them.",
+            pointer="/dataset",
+        )
+
+
 async def find(session: AsyncSession, reference: str, *, lock: bool = False) -> Index:
     """Return an index by id or name.
 
@@ -143,14 +194,14 @@ async def find(session: AsyncSession, reference: str, *, lock: bool = False) -> 
     return index
 
 
-async def find_ready(session: AsyncSession, reference: str) -> Index:
+async def find_ready(session: AsyncSession, reference: str, *, lock: bool = False) -> Index:
     """Return a fitted index.
 
     Raises:
         NotFound: if there is none.
         NotReady: if it is being fitted, or its fit failed.
     """
-    index = await find(session, reference)
+    index = await find(session, reference, lock=lock)
     if index.status != "ready":
         raise NotReady(f"Index {index.name!r} is {index.status}; see its job {index.job_id}.")
     return index
@@ -166,31 +217,43 @@ async def delete(session: AsyncSession, reference: str, artifacts: ArtifactStore
     """Delete an index; returns what removes its files once that is committed.
 
     Raises:
-        InUse: if it is being fitted.
+        InUse: if it or its next generation is being fitted.
     """
     index = await find(session, reference, lock=True)
-    if index.status == "fitting":
+    if index.status == "fitting" or (index.pending is not None and index.pending["status"] == "building"):
         raise InUse("The index is being fitted; cancel its job first.")
     # A job that was stopped after publishing leaves files that no row names.
-    artifact, job_id = f"indexes/{index.id}", index.job_id
+    last = max(await repository.generation_numbers(session, index.id))
+    names = [artifact_name(index.id, number) for number in range(1, last + 1)]
+    job_ids = [index.job_id, index.pending["job"] if index.pending else None]
     await session.delete(index)
     await session.flush()
 
     def remove() -> None:
-        artifacts.delete(artifact)
-        if job_id is not None:
+        for name in names:
+            artifacts.delete(name)
+        for job_id in filter(None, job_ids):
             artifacts.drop_workspace(job_id)
 
     return remove
 
 
 async def fit_spec(session: AsyncSession, reference: str, settings: Settings, artifacts: ArtifactStore) -> FitSpec:
-    """Return everything the fit of an index depends on."""
+    """Return everything that the generation of an index which answers depends on."""
     index = await find(session, reference)
+    generation = await repository.generation(session, index.id, index.generation)
+    return await spec_of(session, index, generation, settings, artifacts)
+
+
+async def spec_of(
+    session: AsyncSession, index: Index, generation: IndexGeneration, settings: Settings, artifacts: ArtifactStore
+) -> FitSpec:
+    """Return everything that a generation of an index depends on."""
     model = await models.find(session, index.model_id)
-    dataset = await datasets.find_ready(session, index.dataset_id)
+    dataset = await datasets.find_ready(session, generation.dataset_id)
     checkpoints = await models.checkpoints_by_id(session, model.id, index.checkpoint_ids)
-    return _spec(index, model, dataset, checkpoints, settings, artifacts)
+    trained = await _trained(session, index, model, dataset, artifacts)
+    return _spec(index, generation, model, dataset, checkpoints, trained, settings, artifacts)
 
 
 def dataset_ref(dataset: Dataset, artifacts: ArtifactStore, like: Dataset | None = None) -> DatasetRef:
@@ -214,16 +277,6 @@ async def set_quality(
     """Attach what an evaluation measured to an index."""
     index = await find(session, index_id, lock=True)
     index.quality, index.calibration = quality, calibration
-
-
-async def finish_fit(
-    session: AsyncSession, index_id: str, summary: FitSummary, published: Published, timings: dict[str, float]
-) -> None:
-    """Make a fitted index visible."""
-    index = await find(session, index_id, lock=True)
-    index.status, index.error = "ready", None
-    index.artifact, index.bytes, index.dim = published.name, published.bytes, summary.dim
-    index.coverage, index.recall, index.timings = summary.coverage, summary.recall, timings
 
 
 async def fail_fit(session: AsyncSession, index_id: str, error: dict[str, Any]) -> None:
@@ -251,11 +304,27 @@ def shown(index: Index) -> IndexOut:
     )
 
 
+def artifact_name(index_id: str, number: int) -> str:
+    """Return the name of a generation's files."""
+    return f"indexes/{index_id}" if number == 1 else f"indexes/{index_id}.{number}"
+
+
+def _base(index: Index, generation: IndexGeneration, artifacts: ArtifactStore) -> dict[str, Any] | None:
+    """Return what a generation extends; its files are asked for while the extension is made only."""
+    if generation.base is None:
+        return None
+    name = generation.base["artifact"]
+    folder = artifacts.open(name) if generation.number > index.generation else Path(name)
+    return {"folder": folder, **{key: value for key, value in generation.base.items() if key != "artifact"}}
+
+
 def _spec(
     index: Index,
+    generation: IndexGeneration,
     model: Model,
     dataset: Dataset,
     checkpoints: list[Checkpoint],
+    trained: dict[str, Any],
     settings: Settings,
     artifacts: ArtifactStore,
 ) -> FitSpec:
@@ -279,15 +348,77 @@ def _spec(
                 )
                 for c in checkpoints
             ],
+            **trained,
             "method": index.method,
             "measurement": index.measurement,
             "layers": index.layers,
             "precision": index.precision,
             "store": index.store,
             "search": index.search,
+            "left_out": generation.left_out,
+            "base": _base(index, generation, artifacts),
             "shard_size": index.shard_size,
         }
     )
+
+
+async def _trained(
+    session: AsyncSession, index: Index, model: Model, dataset: Dataset, artifacts: ArtifactStore
+) -> dict[str, Any]:
+    """Return what a fit that trains the model needs beyond the others: recipe, initial weights and queries.
+
+    Raises:
+        RecipeMissing: if the model has none.
+    """
+    if index.queries_id is None:
+        return {}
+    if model.recipe is None:
+        raise RecipeMissing(
+            f"{index.method['type']} trains the model, and {model.name!r} was registered without a `recipe`: optimizer, "
+            "learning_rate, schedule, weight_decay, epochs and batch_size.",
+            pointer="/method/type",
+        )
+    recipe, initial = Recipe.model_validate(model.recipe), None
+    if isinstance(recipe.initialisation, CheckpointInitialisation):
+        found = await models.any_checkpoint(session, recipe.initialisation.checkpoint)
+        path = artifacts.open(found.artifact) / models.WEIGHTS_FILE
+        initial = CheckpointRef(id=found.id, path=path, sha256=found.sha256)
+    queries = await datasets.find_ready(session, index.queries_id)
+    return {"recipe": recipe, "initial": initial, "queries": dataset_ref(queries, artifacts, dataset)}
+
+
+async def _checked_queries(session: AsyncSession, model: Model, method: MagicMethod) -> Dataset:
+    """Return the data set of a method's named queries.
+
+    Raises:
+        InvalidRequest: if the model cannot take it, or a row does not exist.
+    """
+    queries = await datasets.find_ready(session, method.queries.dataset)
+    check_fits(model, queries, "/method/queries/dataset")
+    for place, row in enumerate(method.queries.rows):
+        if row >= (queries.num_examples or 0):
+            pointer = f"/method/queries/rows/{place}"
+            raise InvalidRequest(f"Data set {queries.name!r} has {queries.num_examples} rows.", pointer=pointer)
+    return queries
+
+
+def _check_trained(request: IndexCreate) -> None:
+    """Refuse what a method that trains the model has no use for.
+
+    Raises:
+        InvalidRequest: naming the field.
+    """
+    if request.layers is not None:
+        raise InvalidRequest(f"{request.method.type} attributes all parameters.", pointer="/layers")
+    if request.precision != "float32":
+        raise InvalidRequest(f"{request.method.type} trains in float32.", pointer="/precision")
+
+
+def _work(spec: FitSpec) -> tuple[str, int]:
+    """Return the unit and the number of a fit's progress."""
+    if isinstance(spec.method, MagicMethod) and spec.recipe is not None:
+        return "steps", spec.recipe.epochs * spec.recipe.steps_per_epoch(spec.num_training) * spec.method.trainings
+    return "examples", spec.num_training * len(spec.checkpoints) * len(spec.method.stages)
 
 
 def _check_layers(index: Index, model: Model) -> None:

@@ -169,6 +169,10 @@ class Answer(BaseModel):
     recall: float | None = Field(
         description="Share of the exact top 10 the first search stage finds, measured at build time."
     )
+    generation: int = Field(description="The index's generation that answered.")
+    drift: float | None = Field(
+        description="How far kept factors are from examples appended since; null where every factor is this generation's."
+    )
     quality: dict[str, Any] | None = Field(description="Measured against real retraining; null if nothing was.")
     elapsed_ms: float
 

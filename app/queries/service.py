@@ -56,6 +56,7 @@ class Asked:
     training: Dataset
     engine: Json
     queries: list[QueryOut]
+    deleted: list[int]
 
     @property
     def damping(self) -> float | None:
@@ -141,7 +142,9 @@ async def unlearning(
     forget = request.forget.model_dump(mode="json", by_alias=True, exclude_none=True)
     subset = {"selector": forget, "keep": False}
     rows = (await resources.engine.call("select", {**asked.engine, "queries": [], "selector": forget}))["rows"]
-    kept = np.setdiff1d(np.arange(asked.training.num_examples or 0), np.asarray(rows, dtype=np.int64))
+    kept = np.setdiff1d(
+        np.arange(asked.training.num_examples or 0), np.asarray([*rows, *asked.deleted], dtype=np.int64)
+    )
     samples = [_sample(np.asarray(rows, dtype=np.int64)), _sample(kept)]
     training = {key: asked.engine["training"][key] for key in ("folder", "spec")}
     extra = [{**training, "rows": sample.tolist()} for sample in samples if len(sample)]
@@ -185,14 +188,15 @@ async def self_influence(
     offset = page.number_after(route) or 0
     fit = await indexes.fit_spec(session, index.id, resources.settings, resources.artifacts)
     training = await datasets.find_ready(session, index.dataset_id)
-    await release(session)
     payload = {
         "artifact": index.artifact,
         "fit": fit.model_dump(mode="json", by_alias=True),
+        "deleted": await datasets.deleted_rows(session, training.id),
         "order": order,
         "offset": offset,
         "limit": page.limit,
     }
+    await release(session)
     found = await resources.engine.call("self_influence", payload)
     reader = datasets.reader_of(resources.artifacts, training)
     described = reader.describe(np.asarray(found["rows"], dtype=np.int64))
@@ -234,17 +238,21 @@ async def resolved(
             )
         indexes.check_fits(model, dataset, f"/queries/{number}/dataset")
         queries.append({**_located(artifacts, dataset, training), "rows": selection.rows})
-        asked.extend(_query_rows(artifacts, dataset, selection, number))
+        asked.extend(
+            _query_rows(artifacts, dataset, selection, number, await datasets.deleted_rows(session, dataset.id))
+        )
+    deleted = await datasets.deleted_rows(session, training.id)
     await release(session)
     engine = {
         "artifact": index.artifact,
         "fit": fit.model_dump(mode="json", by_alias=True),
         "training": _located(artifacts, training, training),
+        "deleted": deleted,
         "queries": queries,
         "damping": tuned_damping(index) if request.damping is None else request.damping,
         "rescore": request.rescore,
     }
-    return Asked(index, training, engine, asked)
+    return Asked(index, training, engine, asked, deleted)
 
 
 def group_question(asked: Asked, estimator: GroupEstimator, interval: float | None) -> Json:
@@ -288,12 +296,18 @@ def _located(artifacts: ArtifactStore, dataset: Dataset, training: Dataset) -> J
     return {"folder": str(artifacts.open(dataset.artifact)), "spec": spec.model_dump_json()}
 
 
-def _query_rows(artifacts: ArtifactStore, dataset: Dataset, selection: QuerySelection, number: int) -> list[QueryOut]:
+def _query_rows(
+    artifacts: ArtifactStore, dataset: Dataset, selection: QuerySelection, number: int, deleted: list[int]
+) -> list[QueryOut]:
     rows = selection.rows or []
     outside = [place for place, row in enumerate(rows) if row >= (dataset.num_examples or 0)]
     if outside:
         pointer = f"/queries/{number}/rows/{outside[0]}"
         raise InvalidRequest(f"Data set {dataset.name!r} has {dataset.num_examples} rows.", pointer=pointer)
+    gone = np.flatnonzero(np.isin(rows, deleted))
+    if len(gone):
+        pointer = f"/queries/{number}/rows/{gone[0]}"
+        raise InvalidRequest(f"Row {rows[gone[0]]} of data set {dataset.name!r} was deleted.", pointer=pointer)
     described = datasets.reader_of(artifacts, dataset).describe(np.asarray(rows, dtype=np.int64))
     return [
         QueryOut(dataset=dataset.id, row=entry["row"], id=entry["id"], target=entry["target"]) for entry in described
@@ -337,6 +351,8 @@ def _said(asked: Asked, found: Json, began: float) -> Json:
         else (default if asked.engine["damping"] is None else asked.engine["damping"]),
         "approximate": found["approximate"],
         "recall": found["recall"],
+        "generation": asked.index.generation,
+        "drift": asked.index.drift["value"] if asked.index.drift else None,
         "quality": asked.index.quality,
         "elapsed_ms": round(1000 * (time.perf_counter() - began), 1),
     }

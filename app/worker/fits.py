@@ -1,18 +1,20 @@
-"""The fit job: a sharded pipeline whose result becomes an index."""
+"""The jobs that make an index or a new generation of one: a sharded pipeline whose result becomes an index."""
 
 import shutil
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from app.indexes import service as indexes
+from app.indexes import generations
 from app.storage.artifacts import crash_point
 from app.worker.runner import Kind, Runner, Running, computed, stopwatch
 from app.worker.sharded import assist, device_of, shard_files, work_through
 from attribution_core.errors import Cancelled
 from attribution_core.fit_spec import FitSummary
-from attribution_core.methods.fit import FitPipeline, build_pipeline
+from attribution_core.methods.extend import pipeline_of
+from attribution_core.methods.fit import FitPipeline
 from attribution_core.methods.magic import MagicPipeline
 
 
@@ -20,6 +22,8 @@ async def lead_fit(runner: Runner, running: Running) -> Callable[[AsyncSession],
     """Work through all stages, assemble, publish, and return what makes the index visible."""
     job, clock = running.job, stopwatch()
     pipeline, work = await _prepared(runner, running)
+    async with runner.sessions() as session:
+        name = await generations.artifact_of(session, job.id)
     timings = await work_through(runner, running, pipeline, work)
     assemble_clock = stopwatch()
     files = shard_files(work, pipeline.stages()[-1])
@@ -27,12 +31,13 @@ async def lead_fit(runner: Runner, running: Running) -> Callable[[AsyncSession],
     summary = await computed(lambda: _assembled(pipeline, folder, files, running), running.progress)
     assert isinstance(summary, FitSummary)
     running.progress.advance(0)
-    published = runner.artifacts.publish(folder, f"indexes/{job.resource_id}")
+    published = runner.artifacts.publish(folder, name)
     timings |= {"assemble": assemble_clock(), "total": clock()}
 
     async def effect(session: AsyncSession) -> None:
         crash_point("before-commit")
-        await indexes.finish_fit(session, job.resource_id, summary, published, timings)
+        superseded = await generations.finish(session, job.id, summary, published, timings)
+        running.after_success.extend(partial(runner.artifacts.delete, name) for name in superseded)
 
     return effect
 
@@ -44,9 +49,9 @@ async def assist_fit(runner: Runner, running: Running) -> None:
 
 async def _prepared(runner: Runner, running: Running) -> tuple[FitPipeline | MagicPipeline, Path]:
     async with runner.sessions() as session:
-        spec = await indexes.fit_spec(session, running.job.resource_id, runner.settings, runner.artifacts)
+        spec = await generations.spec_of_job(session, running.job.id, runner.settings, runner.artifacts)
     work = runner.artifacts.workspace(running.job.id)
-    pipeline = await computed(lambda: build_pipeline(spec, work, device_of(runner)), running.progress)
+    pipeline = await computed(lambda: pipeline_of(spec, work, device_of(runner)), running.progress)
     assert isinstance(pipeline, FitPipeline | MagicPipeline)
     return pipeline, work
 

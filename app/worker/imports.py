@@ -13,12 +13,12 @@ async def run_import(runner: Runner, running: Running) -> Callable[[AsyncSession
     """Convert the file in the job's workspace, publish it, and return what makes it visible."""
     job = running.job
     async with runner.sessions() as session:
-        source, spec = await datasets.import_plan(session, job.resource_id, runner.settings)
+        source, spec, parent = await datasets.import_plan(session, job.resource_id, runner.settings, runner.artifacts)
     if source.parent == runner.settings.data_dir / "uploads":
         running.after_success.append(lambda: source.unlink(missing_ok=True))
     folder = runner.artifacts.workspace(job.id) / "dataset"
     folder.mkdir(exist_ok=True)
-    summary = await computed(lambda: import_dataset(source, spec, folder, running.progress), running.progress)
+    summary = await computed(lambda: import_dataset(source, spec, folder, running.progress, parent), running.progress)
     assert isinstance(summary, DatasetSummary)
     running.progress.advance(0)
     published = runner.artifacts.publish(folder, f"datasets/{job.resource_id}")

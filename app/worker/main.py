@@ -21,6 +21,7 @@ from app.worker.imports import IMPORT
 from app.worker.runner import OUTAGE, Runner
 from app.worker.trainings import TRAINING
 from app.worker.verifications import VERIFICATION
+from attribution_core.projection import check_projections
 
 log = structlog.get_logger("headwater.worker")
 
@@ -34,6 +35,8 @@ async def work(settings: Settings) -> None:
     kinds = {
         "import": IMPORT,
         "fit": FIT,
+        "extension": FIT,
+        "refresh": FIT,
         "training": TRAINING,
         "evaluation": EVALUATION,
         "verification": VERIFICATION,
@@ -84,6 +87,7 @@ def main() -> None:
     """Start a worker with the environment's settings."""
     settings = Settings()
     configure_logging(settings, "worker")
+    check_projections()
     threads = settings.worker.threads or os.cpu_count() or 1
     torch.set_num_threads(threads)
     asyncio.run(work(settings))

@@ -103,7 +103,7 @@ def _without_padding(gradients: list[LayerGradient], batch: Batch) -> list[Layer
 
     A weight used several times has the positions of one use after those of the other.
     """
-    if batch.mask is None:
+    if batch.mask is None or bool(batch.mask.all()):
         return gradients
     tokens = batch.mask.shape[1]
     masked = []

@@ -3,7 +3,8 @@
 All vectors of a batch share one forward and one backward pass; each then takes a second differentiation of its own.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from attribution_core.data.batch import Batch
+from attribution_core.errors import UnsupportedLayerError
 from attribution_core.gradients import GradientCapture
 from attribution_core.gradients.attention import in_steps
 from attribution_core.gradients.parameters import ParameterLayout
@@ -45,12 +47,16 @@ class HessianProducts:
         return [base + part / max(count, 1) for base, part in zip(total, summed, strict=True)]
 
     def summed(self, batch: Batch, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Return `Σ_i H_i v` over one batch, without the penalty."""
+        """Return `Σ_i H_i v` over one batch, without the penalty.
+
+        Raises:
+            UnsupportedLayerError: if torch cannot differentiate some layer twice.
+        """
         layout = ParameterLayout(self.capture)
         named = {name: value.clone().requires_grad_() for name, value in layout.parameters().items()}
         leaves = list(named.values())
         # Fused attention cannot be differentiated twice.
-        with torch.enable_grad(), in_steps(self.capture.module):
+        with torch.enable_grad(), in_steps(self.capture.module), _refusing_single_derivatives():
             output = functional_call(self.capture.module, named, *_call(batch))
             vectors = layout.unpacked(parts)
             given = [vectors[name].to(value.dtype) for name, value in named.items()]
@@ -74,6 +80,16 @@ class HessianProducts:
         slope = torch.autograd.grad(self.task.loss(inner, batch).sum(), inner, create_graph=True)
         (bent,) = _pulled(slope, [inner], [pushed])
         return _pulled([output], leaves, [bent])
+
+
+@contextmanager
+def _refusing_single_derivatives() -> Iterator[None]:
+    try:
+        yield
+    except NotImplementedError as error:
+        raise UnsupportedLayerError(
+            f"this model has no second derivatives in torch ({error}): use a method without a Hessian"
+        ) from error
 
 
 def _pulled(outputs: Sequence[Tensor], inputs: Sequence[Tensor], given: Sequence[Tensor]) -> list[Tensor]:

@@ -39,7 +39,9 @@ def conjugate_gradients(
         moved = product(direction)
         bend = _dot(direction, moved)
         if bool((bend < 0).any()):
-            raise SingularCurvatureError("the curvature is not positive definite: use a larger damping", "/damping")
+            raise SingularCurvatureError(
+                "the curvature is not positive definite: use a larger damping, or curvature gauss_newton", "/damping"
+            )
         step = torch.where(bend > 0, alignment / bend.clamp(min=torch.finfo(bend.dtype).tiny), 0)
         solution += step * direction
         residual -= step * moved
@@ -69,8 +71,14 @@ def lissa(products: list[Product], vectors: Tensor, damping: float, scale: float
     total = vectors.clone()
     for product in products:
         total = vectors + total - (product(total) + damping * total) / scale
-    if not bool(total.isfinite().all()):
-        raise SingularCurvatureError("the series diverges: use a larger damping", "/damping")
+    # With positive curvature below 2σ no term is longer than v; what grows beyond that has met negative or greater curvature.
+    bound = 1.001 * (len(products) + 1) * vectors.norm(dim=1)
+    if not bool((total.norm(dim=1) <= bound).all()):
+        raise SingularCurvatureError(
+            "the series diverges, as the curvature has a negative direction or is steeper on some mini-batch than on all examples: "
+            "use a larger damping, larger batches, or curvature gauss_newton",
+            "/damping",
+        )
     return total / scale
 
 

@@ -4,8 +4,9 @@ Two passes: the first checks every value and settles the columns' types, the sec
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,21 @@ import pyarrow.parquet as pq
 
 from attribution_core.data import content
 from attribution_core.data.formats import Unreadable, format_of, read_rows
-from attribution_core.data.reader import FILE_NAME, METADATA_PREFIX, ROW_GROUP_SIZE, decoded_png
+from attribution_core.data.reader import (
+    FILE_NAME,
+    METADATA_PREFIX,
+    ROW_GROUP_SIZE,
+    DatasetReader,
+    decoded_png,
+    described_schema,
+)
 from attribution_core.errors import InvalidInputError
 from attribution_core.fingerprint import canonical_json
 from attribution_core.progress import Progress
 from attribution_core.spec import DatasetSpec
 
 MAX_LISTED_PROBLEMS = 100
+_TYPES: dict[str, type] = {"string": str, "int64": int, "float64": float, "bool": bool}
 
 
 class DatasetProblems(InvalidInputError):  # noqa: N818, it is a list of them
@@ -81,8 +90,12 @@ class _Findings:
             self.problems.append({"row": row, "column": column, "problem": text})
 
 
-def import_dataset(source: Path, spec: DatasetSpec, into: Path, progress: Progress) -> DatasetSummary:
-    """Convert a file to canonical Parquet in the folder `into`.
+def import_dataset(
+    source: Path, spec: DatasetSpec, into: Path, progress: Progress, parent: DatasetReader | None = None
+) -> DatasetSummary:
+    """Convert a file to canonical Parquet in the folder `into`; with a parent, its rows come first and keep their numbers.
+
+    The result is what importing both files as one would give.
 
     Raises:
         DatasetProblems: with every row's problems, after the whole file was read.
@@ -91,26 +104,38 @@ def import_dataset(source: Path, spec: DatasetSpec, into: Path, progress: Progre
     kind = spec.format or format_of(source.name)
     if kind is None:
         raise InvalidInputError("the file name does not tell its format; set `format`", "/format")
-    findings = _examined(source, kind, spec, progress)
+    findings = _examined(source, kind, spec, progress, parent)
     if findings.rows == 0:
         raise InvalidInputError("the data set is empty")
+    if parent is not None and not findings.total:
+        _check_continued(parent, spec, findings)
     if findings.total:
         raise DatasetProblems(findings.problems, findings.total)
     schema = _schema(spec, findings)
-    sha256 = _written(source, kind, spec, schema, into / FILE_NAME, progress)
+    first = 0 if parent is None else parent.num_examples
+    new = _new_rows(source, kind, spec, schema, first)
+    rows = new if parent is None else chain(parent.canonical_rows(), new)
+    sha256 = _written(rows, spec, schema, into / FILE_NAME, progress)
     classes = findings.target_types == {int} and findings.min_target >= 0
     return DatasetSummary(
-        num_examples=findings.rows,
+        num_examples=first + findings.rows,
         sha256=sha256,
-        columns=_described(schema),
+        columns=described_schema(schema),
         target_type=_target_type(findings) if spec.target else None,
         num_classes=findings.max_target + 1 if spec.target and classes else None,
         input_shape=_input_shape(spec, findings.shape),
     )
 
 
-def _examined(source: Path, kind: str, spec: DatasetSpec, progress: Progress) -> _Findings:
-    findings = _Findings(metadata_types={name: set() for name in spec.metadata}, shape=tuple(spec.shape or ()) or None)
+def _examined(
+    source: Path, kind: str, spec: DatasetSpec, progress: Progress, parent: DatasetReader | None
+) -> _Findings:
+    if parent is None:
+        findings = _Findings(
+            metadata_types={name: set() for name in spec.metadata}, shape=tuple(spec.shape or ()) or None
+        )
+    else:
+        findings = _found_before(parent, spec)
     for start, columns in read_rows(source, kind, _wanted(spec), _texts(spec)):
         length = len(next(iter(columns.values())))
         for offset in range(length):
@@ -124,6 +149,26 @@ def _examined(source: Path, kind: str, spec: DatasetSpec, progress: Progress) ->
     if len(findings.target_types) > 1 and list in findings.target_types:
         findings.problem(0, spec.target or "", "the column mixes numbers and lists")
     return findings
+
+
+def _found_before(parent: DatasetReader, spec: DatasetSpec) -> _Findings:
+    """Return what examining the parent's rows would have found."""
+    shape = None if spec.kind in ("text", "tokens") else np.shape(parent.read([0]).inputs[0])
+    ids = set(parent.ids) if spec.id else set()
+    metadata: dict[str, set[type]] = {name: {_TYPES[kind]} for name, kind in parent.metadata_columns.items()}
+    findings = _Findings(ids=ids, metadata_types=metadata, shape=shape)
+    for target in parent.targets or []:
+        _note_target(0, "", target, findings)
+    return findings
+
+
+def _check_continued(parent: DatasetReader, spec: DatasetSpec, findings: _Findings) -> None:
+    """Note columns whose type would be another with the new rows than it was: stored rows are not converted."""
+    now = described_schema(_schema(spec, findings))
+    for before, after in zip(parent.described_columns, now, strict=True):
+        # A list's element has another name once it was written.
+        if before["type"] != after["type"] and not after["type"].startswith("list"):
+            findings.problem(0, after["name"], f"the column is {before['type']} so far, and {after['type']} here")
 
 
 def _examine_row(row: int, values: dict[str, Any], spec: DatasetSpec, findings: _Findings) -> None:
@@ -240,31 +285,38 @@ def _target_type(findings: _Findings) -> str:
     return "real" if float in findings.target_types else "class"
 
 
-def _written(source: Path, kind: str, spec: DatasetSpec, schema: pa.Schema, path: Path, progress: Progress) -> str:
+def _written(
+    rows: Iterable[dict[str, Any]], spec: DatasetSpec, schema: pa.Schema, path: Path, progress: Progress
+) -> str:
     digest = hashlib.sha256(canonical_json([spec.kind, [f"{entry.name}:{entry.type}" for entry in schema]]))
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-        for table in _tables(source, kind, spec, schema, digest.update):
+        for table in _tables(rows, spec, schema, digest.update):
             writer.write_table(table, row_group_size=ROW_GROUP_SIZE)
             progress.advance(len(table))
     return digest.hexdigest()
 
 
 def _tables(
-    source: Path, kind: str, spec: DatasetSpec, schema: pa.Schema, update: Callable[[bytes], None]
+    rows: Iterable[dict[str, Any]], spec: DatasetSpec, schema: pa.Schema, update: Callable[[bytes], None]
 ) -> Iterator[pa.Table]:
     """Yield the canonical rows in full row groups, feeding each row's content to the hash."""
     pending: list[dict[str, Any]] = []
+    for row in rows:
+        update(_row_bytes(row, spec))
+        pending.append(row)
+        if len(pending) == ROW_GROUP_SIZE:
+            yield _table(pending, schema)
+            pending = []
+    if pending:
+        yield _table(pending, schema)
+
+
+def _new_rows(source: Path, kind: str, spec: DatasetSpec, schema: pa.Schema, first: int) -> Iterator[dict[str, Any]]:
+    """Yield a file's rows in canonical form, numbered from `first` on."""
     for start, columns in read_rows(source, kind, _wanted(spec), _texts(spec)):
         for offset in range(len(next(iter(columns.values())))):
             values = {name: column[offset] for name, column in columns.items()}
-            row = _canonical_row(start + offset, values, spec, schema)
-            update(_row_bytes(row, spec))
-            pending.append(row)
-        if len(pending) >= ROW_GROUP_SIZE:
-            yield _table(pending[:ROW_GROUP_SIZE], schema)
-            pending = pending[ROW_GROUP_SIZE:]
-    if pending:
-        yield _table(pending, schema)
+            yield _canonical_row(first + start + offset, values, spec, schema)
 
 
 def _table(rows: Sequence[dict[str, Any]], schema: pa.Schema) -> pa.Table:
@@ -295,15 +347,6 @@ def _row_bytes(row: dict[str, Any], spec: DatasetSpec) -> bytes:
     raw = value.encode() if isinstance(value, str) else np.ascontiguousarray(value).tobytes()
     rest = canonical_json([list(np.shape(value)), {name: entry for name, entry in row.items() if name != "input"}])
     return len(raw).to_bytes(8, "little") + raw + len(rest).to_bytes(8, "little") + rest
-
-
-def _described(schema: pa.Schema) -> list[dict[str, str]]:
-    columns = []
-    for entry in schema:
-        role = "metadata" if entry.name.startswith(METADATA_PREFIX) else entry.name
-        kind = {"double": "float64"}.get(str(entry.type), str(entry.type))
-        columns.append({"name": entry.name.removeprefix(METADATA_PREFIX), "type": kind, "role": role})
-    return columns
 
 
 def _input_shape(spec: DatasetSpec, shape: tuple[int, ...] | None) -> list[int] | None:

@@ -4,7 +4,7 @@ Canonical is one file `examples.parquet` with columns `id`, `input`, `target` an
 """
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -60,6 +60,7 @@ class DatasetReader:
         except (OSError, pa.ArrowInvalid) as error:
             raise CorruptArtifactError(f"data set {spec.name} cannot be read: {error}") from error
         self._schema = self._metadata.schema.to_arrow_schema()
+        self._last: tuple[list[int], pa.Table] | None = None
 
     @property
     def num_examples(self) -> int:
@@ -71,6 +72,34 @@ class DatasetReader:
         """Metadata field names with their types: string, int64, float64 or bool."""
         names = [name for name in self._schema.names if name.startswith(METADATA_PREFIX)]
         return {name.removeprefix(METADATA_PREFIX): _type_name(self._schema.field(name).type) for name in names}
+
+    @property
+    def described_columns(self) -> list[dict[str, str]]:
+        """Every column as `{"name", "type", "role"}`."""
+        return described_schema(self._schema)
+
+    @property
+    def ids(self) -> list[str]:
+        """Every row's id."""
+        found: list[str] = self._labels["id"].to_pylist()
+        return found
+
+    @property
+    def targets(self) -> list[Any] | None:
+        """Every row's target; None when the data set has none."""
+        return self._labels["target"].to_pylist() if "target" in self._schema.names else None
+
+    def canonical_rows(self) -> Iterator[dict[str, Any]]:
+        """Yield every row as it is stored, number lists as arrays."""
+        arrays = {"tensor": np.float32, "tabular": np.float32, "tokens": np.int32}
+        for group in range(self._metadata.num_row_groups):
+            table = self._read_groups(np.array([group]))
+            columns = {name: table[name].to_pylist() for name in table.column_names if name != "input"}
+            column = table["input"].combine_chunks()
+            dtype = arrays.get(self.spec.kind)
+            columns["input"] = column.to_pylist() if dtype is None else _lists(column, dtype)
+            for values in zip(*columns.values(), strict=True):
+                yield dict(zip(columns, values, strict=True))
 
     @cached_property
     def input_shape(self) -> list[int] | None:
@@ -143,14 +172,18 @@ class DatasetReader:
 
     @cached_property
     def _row_of_id(self) -> dict[str, int]:
-        return {name: row for row, name in enumerate(self._labels["id"].to_pylist())}
+        return {name: row for row, name in enumerate(self.ids)}
 
     def _read_columns(self, columns: list[str]) -> pa.Table:
         return pq.read_table(self.path, columns=columns, partitioning=None)
 
     def _read_groups(self, groups: np.ndarray) -> pa.Table:
-        with pq.ParquetFile(self.path) as file:
-            return file.read_row_groups(groups.tolist(), use_threads=False)
+        wanted = groups.tolist()
+        if self._last is None or self._last[0] != wanted:
+            # Batches are smaller than groups: the next one mostly wants the same.
+            with pq.ParquetFile(self.path) as file:
+                self._last = wanted, file.read_row_groups(wanted, use_threads=False)
+        return self._last[1]
 
     def _examples(self, rows: np.ndarray, table: pa.Table) -> Examples:
         names = [name for name in table.column_names if name.startswith(METADATA_PREFIX)]
@@ -193,6 +226,16 @@ def decoded_png(data: bytes) -> np.ndarray:
     with Image.open(io.BytesIO(data)) as image:
         pixels = np.asarray(image)
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
+
+
+def described_schema(schema: pa.Schema) -> list[dict[str, str]]:
+    """Return a canonical schema's columns as `{"name", "type", "role"}`."""
+    columns = []
+    for entry in schema:
+        role = "metadata" if entry.name.startswith(METADATA_PREFIX) else entry.name
+        name = entry.name.removeprefix(METADATA_PREFIX)
+        columns.append({"name": name, "type": _type_name(entry.type), "role": role})
+    return columns
 
 
 def _type_name(kind: pa.DataType) -> str:

@@ -4,11 +4,12 @@
    account of its uncertainty, `Σ_{i removed} τ_i(z)²` or a posterior's variance, and b_z the least-squares fit of `(f − f̂)² − a` on u over the fit subsets,
    half of it (on the log scale) shared by all queries.
 2. Conformity over the calibration subsets: `r_{z,j} = |f_z(S_j) − f̂_z(S_j)| / σ_z(S_j)`.
-3. Quantile: of r over queries and all n calibration subsets together, the one at the share `⌈(n + 1)(1 − α)⌉ / n`. Coverage of about `1 − α` then
-   holds for an exchangeable new subset on average over queries, up to the dependence between queries of one subset.
+3. Quantile: of r over queries and all n calibration subsets together, the one at the share `(1 − α)(n + 1) / n`: a query of an exchangeable new subset is
+   then covered with probability at least `1 − α`, however the queries of one subset depend on each other.
 4. Interval: `f̂_z(S) ± quantile · σ_z(S)`: it shrinks with u, down to the noise.
 
-Source: Vovk et al. 2005; Lei et al. 2018, section 5.2 (locally weighted conformal prediction).
+Source: Vovk et al. 2005; Lei et al. 2018, section 5.2 (locally weighted); Lee, Barber & Willett 2023
+(hierarchical conformal prediction).
 """
 
 from dataclasses import dataclass
@@ -113,7 +114,7 @@ def fit_intervals(
     growth = _growth(squares, noise, uncertainty[:, fitting])
     scale = np.sqrt(noise[:, None] + growth[:, None] * uncertainty[:, calibrating])
     conformity = np.abs(residuals[:, calibrating]) / scale[:, :, None]
-    share = min(np.ceil((len(calibrating) + 1) * level) / len(calibrating), 1.0)
+    share = min((len(calibrating) + 1) * level / len(calibrating), 1.0)
     quantile = float(np.quantile(conformity[np.isfinite(conformity)], share, method="higher"))
     return Intervals(noise, growth, quantile, level, len(fitting), len(calibrating), realised)
 

@@ -92,7 +92,8 @@ class FeatureStore:
 
     def read_weighted(self, rows: np.ndarray) -> np.ndarray:
         """Return the given rows, each multiplied by its weight, as they are searched."""
-        return self.read(rows) * self.weights[rows, None]
+        found: np.ndarray = self.read(rows) * self.weights[rows, None]
+        return found
 
     def _decoded(self, number: int, chosen: np.ndarray | slice) -> np.ndarray:
         rows, scales = _mapped_rows(self.paths[number])[chosen], self._scales[number]

@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 # Numbers formed at once where per-example gradients must be materialised.
-MAX_NUMBERS = 1 << 24
+MAX_NUMBERS = 1 << 22
+# Rows of an embedding per position above which its gradient is not materialised for inner products.
+_SPARSE = 16
 
 
 @dataclass(frozen=True)
@@ -98,11 +100,12 @@ class LayerGradient:
 
     def inner(self, matrices: Tensor) -> Tensor:
         """Return inner products with `matrices` (queries, groups, d_out, d_in) as (queries, batch)."""
-        if self.one_hot:
+        # A large vocabulary's gradient is mostly zeros; a small one's costs less than gathering a row per query and position.
+        if self.one_hot and self.block.d_out > _SPARSE * self.positions:
             used = matrices[:, 0, self.outputs]  # (queries, batch, positions, d_in)
             return torch.einsum("qbtd,btd->qb", used, self.inputs[:, 0])
-        # Ghost products need no gradient, but cost one matrix product per query and position.
-        if len(matrices) * self.positions <= len(matrices) + self.positions:
+        # Ghost products need no gradient, but pass over d_out numbers per query and position.
+        if not self.one_hot and len(matrices) * self.positions <= max(self.block.d_in, self.positions):
             return self._ghost(matrices)
         flat = matrices.flatten(1)
         return torch.cat([flat @ gradients.flatten(1).T for _, gradients in self.materialised()], dim=1)

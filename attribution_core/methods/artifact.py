@@ -14,6 +14,8 @@ from attribution_core.fingerprint import sha256_file, sha256_of
 FACTORS_FILE = "factors.safetensors"
 FEATURES_FOLDER = "features"
 GRADIENTS_FOLDER = "gradients"
+# Sums over rows added since the factors were fitted.
+APPENDED_FILE = "appended.safetensors"
 INDEX_FILE = "index.json"
 
 

@@ -46,6 +46,7 @@ from attribution_core.method_spec import (
     TracinMethod,
     TrakMethod,
 )
+from attribution_core.methods import trak
 from attribution_core.methods.base import CheckedCapture, Checkpoint, FeatureMethod, GradientMethod
 from attribution_core.methods.exact import Exact
 from attribution_core.methods.grad_cos import GradCos
@@ -98,6 +99,8 @@ class FitContext:
             raise FingerprintMismatchError(
                 f"data set {spec.dataset.id} has {self.source.reader.num_examples} examples, not {spec.dataset.num_examples}"
             )
+        # The rows that are trained on, ascending.
+        self.training_rows = np.setdiff1d(np.arange(spec.dataset.num_examples), np.asarray(spec.left_out, np.int64))
         self._checkpoints: dict[int, Checkpoint] = {}
         self._probes: dict[int, Observed] = {}
         self._output_bytes: dict[int, int] = {}
@@ -126,7 +129,7 @@ class FitContext:
                 module=module,
                 task=self.task,
                 measurement=self.spec.measurement,
-                num_examples=self.spec.dataset.num_examples,
+                num_examples=self.spec.num_training,
                 capture=capture,
             )
         return self._checkpoints[number]
@@ -157,7 +160,8 @@ class FitContext:
             raise InvalidInputError(f"{method.type} keeps vectors, not factors", "/store/layout")
         if asked != "auto":
             return asked
-        large = self.spec.dataset.num_examples > MAX_FACTORED_EXAMPLES
+        # An extension keeps the layout of the fit it extends.
+        large = self.spec.fitted_examples > MAX_FACTORED_EXAMPLES
         width = FACTOR_BYTES.get(self.spec.store.dtype)
         if not possible or large or width is None or self.spec.search.type != "flat":
             return "vectors"
@@ -188,7 +192,8 @@ class FitContext:
             case RepresentationMethod():
                 return Representation(checkpoint, spec.similarity)
             case TrakMethod():
-                return Trak(checkpoint, self._projection(spec, number), own or None, spec)
+                kernel = trak.resized(own, self.spec.num_training / self.spec.fitted_examples) if own else None
+                return Trak(checkpoint, self._projection(spec, number), kernel, spec)
             case LograMethod():
                 projection = self._projection(spec, number)
                 if not isinstance(projection, FactoredProjection):
@@ -212,7 +217,7 @@ class FitContext:
 
     def batches(self, number: int, rows: np.ndarray | None = None) -> Iterator[Batch]:
         """Yield training examples as one checkpoint takes them; all by default."""
-        chosen = np.arange(self.spec.dataset.num_examples) if rows is None else rows
+        chosen = self.training_rows if rows is None else rows
         return self.source.batches(chosen, self.batch_size(number))
 
     def _curvature(self, number: int, fitted: Arrays) -> Curvature:
@@ -237,7 +242,7 @@ class FitContext:
                 return Lissa(self.products(number), partial(self._drawn, spec), partial(self.batches, number), blocks)
             case TracinMethod():
                 # A score of one step on one example's loss, where the other methods' is of the mean loss.
-                return Multiple(self._share(number) * self.spec.dataset.num_examples)
+                return Multiple(self._share(number) * self.spec.num_training)
         return Identity()
 
     def _share(self, number: int) -> float:
@@ -249,7 +254,7 @@ class FitContext:
     def _pseudo_rows(self, number: int, fisher: Fisher, examples: int | None) -> PseudoRows:
         """Return the pseudo-gradients of evenly spread training examples, as many as fit the memory set aside."""
         checkpoint = self.checkpoint(number)
-        first = self.source.batch([0])
+        first = self.source.batch(self.training_rows[:1])
         draws = fisher.draws(checkpoint.run(first), self.task, first)
         rows = self._spread(min(examples or MAX_ROWS, max(1, _CURVATURE_BYTES // PseudoRows([draws]).nbytes)))
         return PseudoRows(self._draws(number, fisher, rows), rows)
@@ -263,18 +268,19 @@ class FitContext:
         """Return training examples that leave together, as one checkpoint sees them."""
         fisher = self.fisher or Fisher("auto", 1, 0)
         batches, draws = partial(self.batches, number, rows), partial(self._draws, number, fisher, rows)
-        return Group(rows, self.spec.dataset.num_examples, weights, batches, draws)
+        return Group(rows, self.spec.num_training, weights, batches, draws)
 
     def _drawn(self, method: LissaMethod) -> Iterator[Batch]:
         """Yield LiSSA's mini-batches."""
         generator = np.random.default_rng(method.seed)
-        n = self.spec.dataset.num_examples
+        rows = self.training_rows
         for _ in range(method.depth):
-            yield self.source.batch(np.sort(generator.choice(n, min(method.batch, n), replace=False)))
+            chosen = generator.choice(len(rows), min(method.batch, len(rows)), replace=False)
+            yield self.source.batch(rows[np.sort(chosen)])
 
     def _spread(self, count: int | None) -> np.ndarray:
-        n = self.spec.dataset.num_examples
-        return np.unique(np.linspace(0, n - 1, min(count or n, n)).round().astype(np.int64))
+        n = self.spec.num_training
+        return self.training_rows[np.unique(np.linspace(0, n - 1, min(count or n, n)).round().astype(np.int64))]
 
     def kept_bytes(self, number: int) -> int:
         """Return the bytes of one training example's gradients and draws, as one pass keeps them for the next."""

@@ -61,7 +61,7 @@ class DenseScores:
         write_description(into, described)
         size = sum(path.stat().st_size for path in into.rglob("*") if path.is_file())
         queries, examples = self.scores.shape
-        return FitSummary(spec.fingerprint(), examples, queries, size, None, dict(self.coverage))
+        return FitSummary(spec.fingerprint(), examples, queries, size, None, dict(self.coverage), spec.num_training)
 
 
 class DenseIndex:

@@ -40,11 +40,13 @@ class Exact(FeatureMethod):
     """
 
     exact_rows: ClassVar[bool] = True
+    shared: ClassVar[bool] = False
 
     def __init__(self, checkpoint: Checkpoint, spec: ExactMethod, training: Callable[[], Iterable[Batch]]) -> None:
         super().__init__(checkpoint)
         self.spec = spec
         self._training = training
+        self._rows = np.empty(0, np.int64)
         self._check_architecture()
 
     @property
@@ -60,7 +62,8 @@ class Exact(FeatureMethod):
             SingularCurvatureError: if one of the examples alone determines a parameter.
         """
         measured = self.encode_query(batch).rows
-        changes = self._model.parameter_changes(batch.rows.cpu().numpy(), self.spec.estimator)
+        model = self._model
+        changes = model.parameter_changes(np.searchsorted(self._rows, batch.rows.cpu().numpy()), self.spec.estimator)
         rows = torch.from_numpy(changes).to(measured)
         return TrainRows(rows, torch.ones_like(rows[:, 0]), (measured * rows).sum(1))
 
@@ -113,12 +116,14 @@ class Exact(FeatureMethod):
 
     def _read(self) -> tuple[np.ndarray, np.ndarray]:
         """Return features (n, d), with ones if there is a bias, and targets as the loss takes them."""
-        features, targets = [], []
+        features, targets, rows = [], [], []
         for batch in self._training():
+            rows.append(batch.rows.cpu().numpy())
             run = self.checkpoint.run(batch)
             (gradient,) = run.gradients(self.checkpoint.task.loss(run.output, batch))
             features.append(gradient.inputs.flatten(1).double().cpu().numpy())
             targets.append(required_targets(batch).cpu().numpy())
+        self._rows = np.concatenate(rows)  # where an example is among those trained on
         joined = np.concatenate(targets)
         if not self._is_classification:
             joined = joined.reshape(len(joined), -1).astype(np.float64)

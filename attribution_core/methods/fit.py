@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,6 +52,8 @@ from attribution_core.sharding import Stage, shard_ranges
 from attribution_core.spec import RegressionTask
 
 Arrays = dict[str, np.ndarray]
+# Rows up to which stored self-influence was divided by which n.
+Segment = tuple[int, int]
 # Gradients that one pass keeps in memory for the next.
 KEPT_BYTES = 256 << 20
 _MATRIX_SHARDS = 8
@@ -60,17 +63,18 @@ _EXACT = "exact"
 
 @dataclass(frozen=True)
 class Shard:
-    """Rows `start … stop - 1` under one checkpoint."""
+    """Training examples number `start … stop - 1` under one checkpoint, every `step`-th of them; examples left out have no number."""
 
     ordinal: int
     checkpoint: int
     start: int
     stop: int
+    step: int = 1
 
     @property
     def units(self) -> int:
         """Training examples in it."""
-        return self.stop - self.start
+        return len(range(self.start, self.stop, self.step))
 
 
 class FitPipeline:
@@ -86,6 +90,8 @@ class FitPipeline:
         self.spec = spec
         self.work = work
         self.context = FitContext(spec, device)
+        # What is computed: all rows that are trained on, or those that no earlier fit covers.
+        self.rows = self.context.training_rows[self.context.training_rows >= spec.num_covered]
         self._reductions: dict[str, Arrays] = {}
         self._methods: dict[int, FeatureMethod] = {}
         self._kept: dict[int, list[Observed]] = {}
@@ -136,24 +142,24 @@ class FitPipeline:
         return reduced
 
     def _reduction(self, stage: str, number: int, files: Sequence[Path]) -> Arrays:
-        n, method = self.spec.dataset.num_examples, self.spec.method
+        n, method = self.spec.num_training, self.spec.method
         match stage:
             case "covariance":
-                solved = Eigenbasis.solve(_summed(files))
+                solved = Eigenbasis.solve(summed_arrays(files))
                 if isinstance(method, KfacMethod):
                     blocks = self.context.checkpoint(number).capture.blocks
                     solved |= kronecker_eigenvalues(blocks, solved, n)
                 return {name: value for name, value in solved.items() if not name.startswith("spectrum.")}
             case "eigenvalues":
-                return {name: (value / n).astype(np.float32) for name, value in _summed(files).items()}
+                return {name: (value / n).astype(np.float32) for name, value in summed_arrays(files).items()}
             case "hessian":
                 assert isinstance(method, HessianMethod)
-                mean = _summed(files)["hessian"] / n
+                mean = summed_arrays(files)["hessian"] / n
                 return spectrum(mean + method.l2 * np.eye(len(mean)))
             case "krylov":
                 return read_arrays(files[0])
             case "kernel":
-                return trak.eigen(_summed(files)["kernel"])
+                return trak.eigen(summed_arrays(files)["kernel"])
             case _:
                 return self._feature_kernel(number, files)
 
@@ -162,19 +168,29 @@ class FitPipeline:
         write_arrays(into / FACTORS_FILE, self._fitted(self.spec.method.stages))
         self._write_features(into, feature_files)
         self._write_search(into)
-        first = self.context.checkpoint(0).capture.coverage
-        coverage = {"percent": first.percent, "covered": list(first.covered), "skipped": list(first.skipped)}
-        described = {"fingerprint": self.spec.fingerprint(), "coverage": coverage}
-        write_description(into, {**described, "recall": None})
+        self._describe(into, recall=None)
         index = LoadedIndex(into, self.spec, self.context)
         recall = measured_recall(index, self._exact_scores(index, feature_files))
+        self._describe(into, recall=recall)
+        return self._summary(into, index, recall)
+
+    def _describe(self, into: Path, *, recall: float | None, before: Sequence[Segment] = ()) -> None:
+        segments = [*before, (self.spec.dataset.num_examples, self.spec.num_training)]
+        described = {"fingerprint": self.spec.fingerprint(), "coverage": self._coverage(), "segments": segments}
         write_description(into, {**described, "recall": recall})
+
+    def _coverage(self) -> dict[str, Any]:
+        first = self.context.checkpoint(0).capture.coverage
+        return {"percent": first.percent, "covered": list(first.covered), "skipped": list(first.skipped)}
+
+    def _summary(self, into: Path, index: LoadedIndex, recall: float) -> FitSummary:
         size = sum(path.stat().st_size for path in into.rglob("*") if path.is_file())
-        return FitSummary(self.spec.fingerprint(), len(index.store), index.dim, size, recall, coverage)
+        n = self.spec.num_training
+        return FitSummary(self.spec.fingerprint(), len(index.store), index.dim, size, recall, self._coverage(), n)
 
     def _shards(self, stage: str) -> tuple[Shard, ...]:
         """Return a stage's shards; those whose result is a large matrix are few."""
-        n, size = self.spec.dataset.num_examples, self.spec.shard_size
+        n, size = len(self.rows), self.spec.shard_size
         if stage in ("hessian", "kernel"):
             size = max(size, -(-n // _MATRIX_SHARDS))
         ranges = shard_ranges(n, n if stage == "krylov" else size)
@@ -189,11 +205,11 @@ class FitPipeline:
 
     def _basis(self, number: int) -> Eigenbasis:
         before = [stage for stage in self.spec.method.stages if stage == "covariance"]
-        fitted = _of_checkpoint(self._fitted(before), number)
+        fitted = of_checkpoint(self._fitted(before), number)
         return Eigenbasis(self.context.checkpoint(number).capture.blocks, fitted, self.context.device)
 
     def _counted(self, shard: Shard, progress: Progress) -> Iterator[Batch]:
-        for batch in self.context.batches(shard.checkpoint, np.arange(shard.start, shard.stop)):
+        for batch in self.context.batches(shard.checkpoint, self.rows[shard.start : shard.stop : shard.step]):
             yield batch
             progress.advance(len(batch))
 
@@ -277,7 +293,16 @@ class FitPipeline:
             encoded.append(self._encoded(method, part))
             if isinstance(part, Observed):
                 progress.advance(len(part))
-        return {name: np.concatenate([arrays[name] for arrays in encoded]) for name in encoded[0]}
+        return {name: self._placed(shard, [arrays[name] for arrays in encoded]) for name in encoded[0]}
+
+    def _placed(self, shard: Shard, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """Join batches and put zeros where examples are left out, so that a shard file holds consecutive rows of the data set."""
+        first = self.rows[shard.start] if shard.start else self.spec.num_covered
+        end = self.rows[shard.stop] if shard.stop < len(self.rows) else self.spec.dataset.num_examples
+        joined = np.concatenate(parts)
+        placed = np.zeros((end - first, *joined.shape[1:]), joined.dtype)
+        placed[self.rows[shard.start : shard.stop] - first] = joined
+        return placed
 
     def _encoded(self, method: FeatureMethod, part: Observed | Batch) -> Arrays:
         if not isinstance(method, GradientMethod):
@@ -302,7 +327,7 @@ class FitPipeline:
     def _recall_side(self, method: GradientMethod) -> QuerySide:
         """Return the preconditioned queries by which recall is measured, made once per checkpoint."""
         if method not in self._recall_sides:
-            queries = self.context.source.batch(recall_rows(self.spec.dataset.num_examples))
+            queries = self.context.source.batch(recall_rows(self.context.training_rows))
             self._recall_sides[method] = method.precondition(method.encode_query(queries), method.default_damping)
         return self._recall_sides[method]
 
@@ -320,7 +345,7 @@ class FitPipeline:
                 joined.append(np.mean([shard[_EXACT] for shard in shards], axis=0))
                 continue
             if query is None:
-                query = index.query(self.context.source.batch(recall_rows(len(index.store))), None)
+                query = index.query(self.context.source.batch(recall_rows(self.context.training_rows)), None)
             rows, weights = _side_by_side(shards)
             joined.append(rows @ query.rows.T * weights[:, None])
         return np.concatenate(joined).T
@@ -328,17 +353,19 @@ class FitPipeline:
     def _feature_kernel(self, number: int, files: Sequence[Path]) -> Arrays:
         method, shards = self.spec.method, (read_arrays(path) for path in files)
         if isinstance(method, TrakMethod) and method.curvature != "fisher":
-            # For squared errors the curvature of the loss in the prediction is 1.
-            weighted = method.curvature == "gauss_newton" and not isinstance(self.spec.task, RegressionTask)
-            return trak.kernel_of(shards, weighted=weighted)
+            return trak.kernel_of(shards, weighted=self._weighs_rows(method))
         if isinstance(method, LograMethod):
             member = self.context.method(number, {})
             assert isinstance(member, Logra)
-            return fisher_of(shards, member.projection)
+            return fisher_of(shards, member.projection, self.spec.num_training)
         return {}
 
-    def _write_features(self, into: Path, files: Sequence[Path]) -> None:
-        """Join each range's shards of all checkpoints side by side."""
+    def _weighs_rows(self, method: TrakMethod) -> bool:
+        # For squared errors the curvature of the loss in the prediction is 1.
+        return method.curvature == "gauss_newton" and not isinstance(self.spec.task, RegressionTask)
+
+    def _write_features(self, into: Path, files: Sequence[Path], first: int = 0) -> None:
+        """Join each range's shards of all checkpoints side by side, in files numbered from `first` on."""
         ranges = len(files) // len(self.spec.checkpoints)
         for number in range(ranges):
             shards = [read_arrays(path) for path in files[number::ranges]]
@@ -347,9 +374,9 @@ class FitPipeline:
                 own = np.mean([shard["self_influence"] for shard in shards], axis=0)
             else:
                 own = self._late_self_influence(shards) * weights
-            write_shard(into / FEATURES_FOLDER, number, rows, weights, own, dtype=self.spec.store.dtype)
+            write_shard(into / FEATURES_FOLDER, first + number, rows, weights, own, dtype=self.spec.store.dtype)
             if self.context.layout == "factors":
-                write_gradients(into / GRADIENTS_FOLDER, number, [_gradients_of(shard) for shard in shards])
+                write_gradients(into / GRADIENTS_FOLDER, first + number, [_gradients_of(shard) for shard in shards])
 
     def _late_self_influence(self, shards: Sequence[Arrays]) -> np.ndarray:
         """Return `mean_m ⟨(K + λ)⁻¹ P∇m_i, φ_i⟩` of one range's rows, known only now that the kernel is."""
@@ -376,8 +403,12 @@ def build_pipeline(spec: FitSpec, work: Path, device: str = "cpu") -> FitPipelin
 
 def fit(spec: FitSpec, work: Path, into: Path, progress: Progress, device: str = "cpu") -> FitSummary:
     """Run a whole fit in this process; the service runs the same parts as jobs."""
-    pipeline = build_pipeline(spec, work, device)
-    files: list[Path] = []
+    return run(build_pipeline(spec, work, device), into, progress)
+
+
+def run(pipeline: FitPipeline | MagicPipeline, into: Path, progress: Progress) -> FitSummary:
+    """Run all parts of a pipeline in this process, and remove its work."""
+    work, files = pipeline.work, list[Path]()
     for stage in pipeline.stages():
         files = [work / stage.name / f"{shard.ordinal:05d}.safetensors" for shard in stage.shards]
         for shard, path in zip(stage.shards, files, strict=True):
@@ -389,11 +420,13 @@ def fit(spec: FitSpec, work: Path, into: Path, progress: Progress, device: str =
     return summary
 
 
-def _of_checkpoint(arrays: Arrays, number: int) -> Arrays:
+def of_checkpoint(arrays: Arrays, number: int) -> Arrays:
+    """Return the arrays `<number>.<name>` by name."""
     return {name.split(".", 1)[1]: value for name, value in arrays.items() if name.startswith(f"{number}.")}
 
 
-def _summed(files: Sequence[Path]) -> Arrays:
+def summed_arrays(files: Sequence[Path]) -> Arrays:
+    """Return the sums over files of arrays of the same name."""
     total: Arrays = {}
     for path in files:
         for name, value in read_arrays(path).items():

@@ -23,6 +23,7 @@ class GradCos(GradientMethod):
     """
 
     linear = False
+    shared = False
 
     def __init__(self, checkpoint: Checkpoint, projection: Projection, weight: float = 1.0) -> None:
         super().__init__(checkpoint, Identity(), 0.0, projection)

@@ -107,6 +107,7 @@ class LoadedIndex:
             raise FingerprintMismatchError("the index was fitted to other weights, data or parameters; fit it again")
         self.folder, self.spec = folder, spec
         self.recall: float | None = described["recall"]
+        self._segments: list[tuple[int, int]] = described["segments"]
         self.context = context or FitContext(spec, device)
         self.store = FeatureStore(folder / FEATURES_FOLDER, spec.dataset.num_examples)
         fitted = read_arrays(folder / FACTORS_FILE)
@@ -173,9 +174,10 @@ class LoadedIndex:
         Args:
             query: encoded queries.
             top_k: examples per sign.
-            allowed: (n,) bool, all training examples by default.
+            allowed: (n,) bool, all training examples by default; those left out of training never are.
             rescore: replace the candidates' scores by exact ones, where they differ.
         """
+        allowed = self._trained_on(allowed)
         if self.gradients is not None:
             return self._scanned(query, top_k, allowed)
         if rescore and self.rescores:
@@ -262,7 +264,23 @@ class LoadedIndex:
 
     def self_influence(self) -> np.ndarray:
         """Return `τ_i(z_i)` at the default damping, (n,) float32."""
-        return self.store.self_influence
+        return self._self_influence
+
+    @cached_property
+    def _self_influence(self) -> np.ndarray:
+        """Stored values are shares of the training set there was when they were computed."""
+        found, start = self.store.self_influence.copy(), 0
+        for stop, n in self._segments if self.members[0].shared else []:
+            found[start:stop] *= n / self.spec.num_training
+            start = stop
+        return found
+
+    def _trained_on(self, allowed: np.ndarray | None) -> np.ndarray | None:
+        if not self.spec.left_out:
+            return allowed
+        mask = np.zeros(len(self.store), dtype=bool)
+        mask[self.context.training_rows] = True
+        return mask if allowed is None else mask & allowed
 
     @cached_property
     def _search(self) -> VectorIndex:

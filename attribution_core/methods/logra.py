@@ -68,13 +68,11 @@ class Logra(FeatureMethod):
         return torch.from_numpy(effect).to(query)
 
 
-def fisher_of(shards: Iterable[Arrays], projection: FactoredProjection) -> dict[str, np.ndarray]:
-    """Return each layer's eigenvalues `values.N` and eigenvectors `vectors.N` of `mean φφᵀ`."""
+def fisher_of(shards: Iterable[Arrays], projection: FactoredProjection, count: int) -> dict[str, np.ndarray]:
+    """Return each layer's eigenvalues `values.N` and eigenvectors `vectors.N` of `mean φφᵀ` over `count` training examples."""
     totals: list[np.ndarray | float] = [0.0] * len(projection.slices)
-    count = 0
     for shard in shards:
         rows = shard["rows"].astype(np.float64)
-        count += len(rows)
         for number, part in enumerate(projection.slices):
             totals[number] = totals[number] + rows[:, part].T @ rows[:, part]
     found: dict[str, np.ndarray] = {}

@@ -11,9 +11,10 @@ from attribution_core.methods.loaded import LoadedIndex, top_rows
 TOP = 10
 
 
-def recall_rows(num_examples: int) -> np.ndarray:
+def recall_rows(training_rows: np.ndarray) -> np.ndarray:
     """Return the training rows that are asked for."""
-    return np.unique(np.linspace(0, num_examples - 1, min(RECALL_QUERIES, num_examples)).astype(np.int64))
+    n = len(training_rows)
+    return training_rows[np.unique(np.linspace(0, n - 1, min(RECALL_QUERIES, n)).astype(np.int64))]
 
 
 def measured_recall(index: LoadedIndex, exact: np.ndarray) -> float:
@@ -28,7 +29,7 @@ def measured_recall(index: LoadedIndex, exact: np.ndarray) -> float:
     if index.gradients is not None and not index.spec.store.lossy:
         return 1.0  # every example is scored by its whole gradient: there is no first stage
     n = len(index.store)
-    query = index.query(index.context.source.batch(recall_rows(n)), None)
+    query = index.query(index.context.source.batch(recall_rows(index.context.training_rows)), None)
     found: list[float] = []
     for scores, candidates in zip(exact, index.candidates(query, TOP, None), strict=True):
         for sign in (1, -1):

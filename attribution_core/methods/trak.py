@@ -138,11 +138,15 @@ def kernel_of(shards: Iterable[Arrays], *, weighted: bool) -> dict[str, np.ndarr
     """
     total: np.ndarray | float = 0.0
     for shard in shards:
-        rows = shard["rows"].astype(np.float64)
-        if weighted:
-            rows = bent(rows, shard["weights"].astype(np.float64))
+        rows = kernel_rows(shard, weighted=weighted)
         total = total + rows.T @ rows
     return eigen(np.asarray(total))
+
+
+def kernel_rows(shard: Arrays, *, weighted: bool) -> np.ndarray:
+    """Return a shard's rows (count, k) as they enter the kernel, float64."""
+    rows: np.ndarray = shard["rows"].astype(np.float64)
+    return bent(rows, shard["weights"].astype(np.float64)) if weighted else rows
 
 
 def bent(rows: np.ndarray, misfits: np.ndarray) -> np.ndarray:
@@ -154,6 +158,11 @@ def eigen(kernel: np.ndarray) -> dict[str, np.ndarray]:
     """Return eigenvalues (k,) and eigenvectors (k, k) of a kernel."""
     values, vectors = np.linalg.eigh(kernel)
     return {"values": values.clip(min=0).astype(np.float32), "vectors": vectors.astype(np.float32)}
+
+
+def resized(kernel: Arrays, ratio: float) -> dict[str, np.ndarray]:
+    """Return the kernel of `ratio` times as many examples of the same kind: it is a sum over them."""
+    return {**kernel, "values": kernel["values"] if ratio == 1 else (kernel["values"] * ratio).astype(np.float32)}
 
 
 def solve(kernel: Arrays, rows: np.ndarray, damping: float) -> np.ndarray:

@@ -1,25 +1,22 @@
 """Seeded random projections that keep inner products in expectation: E⟨Px, Py⟩ = ⟨x, y⟩."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from attribution_core.gradients import Block
 from attribution_core.method_spec import ProjectionSpec
 from attribution_core.projection.base import Projection
-from attribution_core.projection.dense import GaussianProjection, RademacherProjection
+from attribution_core.projection.build import built
+from attribution_core.projection.check import check_projections
 from attribution_core.projection.factored import FactoredProjection
-from attribution_core.projection.sjlt import SparseProjection
 
-__all__ = ["FactoredProjection", "Projection", "build_projection"]
-
-_TYPES: dict[str, Callable[[int, int], Projection]] = {
-    "sjlt": SparseProjection,
-    "rademacher": RademacherProjection,
-    "gaussian": GaussianProjection,
-}
+__all__ = ["FactoredProjection", "Projection", "build_projection", "check_projections"]
 
 
 def build_projection(spec: ProjectionSpec, blocks: Sequence[Block] = ()) -> Projection:
-    """Return the projection a spec names, of gradients of the given layers."""
-    if spec.type == "factored":
-        return FactoredProjection(spec.dim, spec.seed, blocks)
-    return _TYPES[spec.type](spec.dim, spec.seed)
+    """Return the projection a spec names, of gradients of the given layers.
+
+    Raises:
+        ProjectionMismatchError: if this machine generates other projections than those defined.
+    """
+    check_projections()
+    return built(spec, blocks)

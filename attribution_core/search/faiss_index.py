@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import faiss
 import numpy as np
@@ -71,7 +71,7 @@ class VectorIndex:
     """
 
     def __init__(self, index: faiss.Index, rows: Rows, radii: np.ndarray | None = None) -> None:
-        self._index = index
+        self._index: Any = index  # FAISS's type stubs know too little of its classes
         self._rows = rows
         self._radii = radii
 
@@ -84,7 +84,7 @@ class VectorIndex:
         with _one_thread():
             if spec.type != "flat":
                 return cls._clustered(spec, rows)
-            index = faiss.IndexFlatIP(rows.dim)
+            index: Any = faiss.IndexFlatIP(rows.dim)
             for _, block in rows.weighted_blocks():
                 index.add(_padded(block, rows.dim))
             return cls(index, rows)
@@ -100,7 +100,7 @@ class VectorIndex:
         faiss.set_deserialization_vector_byte_limit(path.stat().st_size)
         faiss.set_deserialization_loop_limit(path.stat().st_size)
         try:
-            index = faiss.read_index(str(path))
+            index: Any = faiss.read_index(str(path))
         except RuntimeError as error:
             raise CorruptArtifactError(f"{path.name} cannot be read: {error}") from error
         if not isinstance(index, faiss.IndexIVF):
@@ -151,7 +151,7 @@ class VectorIndex:
 
     @classmethod
     def _clustered(cls, spec: SearchSpec, rows: Rows) -> "VectorIndex":
-        index = _trained(spec, rows)
+        index: Any = _trained(spec, rows)
         squares, sizes = np.zeros(index.nlist), np.zeros(index.nlist)
         for _, block in rows.weighted_blocks():
             part = _padded(block, index.d)
@@ -220,12 +220,13 @@ class VectorIndex:
         return ordered(Ranked(np.broadcast_to(numbers, scores.shape), scores), k)
 
 
-def _trained(spec: SearchSpec, rows: Rows) -> faiss.IndexIVF:
+def _trained(spec: SearchSpec, rows: Rows) -> Any:
     n = len(rows)
     lists = min(spec.lists or max(1, round(4 * n**0.5)), n)
     parts = min(spec.subquantizers or -(-rows.dim // _DIMS_PER_CODE), rows.dim)
     dim = -(-rows.dim // parts) * parts if spec.type == "ivfpq" else rows.dim
     centres = faiss.IndexFlatL2(dim)
+    index: Any
     if spec.type == "ivfpq":
         index = faiss.IndexIVFPQ(centres, dim, lists, parts, spec.bits, faiss.METRIC_INNER_PRODUCT)
         index.pq.cp.niter = 10

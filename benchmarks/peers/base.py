@@ -94,8 +94,8 @@ class Peer(ABC):
     def fit(self) -> None:
         """Compute all that does not depend on queries or damping."""
 
-    def prepare(self, damping: float | None) -> None:  # noqa: B027, most have nothing to prepare
-        """Compute what depends on the damping but on no query."""
+    def prepare(self, damping: float | None) -> None:  # noqa: B027
+        """Compute what depends on the damping but on no query; nothing by default."""
 
     @abstractmethod
     def scores(self, damping: float | None) -> np.ndarray:

@@ -149,7 +149,6 @@ def upgrade() -> None:
         sa.Column("method", postgresql.JSONB(none_as_null=True, astext_type=sa.Text()), nullable=False),
         sa.Column("measurement", sa.String(), nullable=False),
         sa.Column("layers", postgresql.JSONB(none_as_null=True, astext_type=sa.Text()), nullable=True),
-        sa.Column("precision", sa.String(), nullable=False),
         sa.Column("store", postgresql.JSONB(none_as_null=True, astext_type=sa.Text()), nullable=False),
         sa.Column("search", postgresql.JSONB(none_as_null=True, astext_type=sa.Text()), nullable=False),
         sa.Column("shard_size", sa.BigInteger(), nullable=False),

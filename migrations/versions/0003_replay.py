@@ -1,6 +1,6 @@
-"""Banks of retrainings, replays, and indexes built on them.
+"""Banks of retrainings, replays, and indexes built on them, chosen for the caller, or of named queries.
 
-Revision: 0003, after 0001
+Revision: 0003, after 0002
 """
 
 import sqlalchemy as sa
@@ -8,7 +8,7 @@ from alembic import op
 from sqlalchemy.dialects import postgresql
 
 revision = "0003"
-down_revision = "0001"
+down_revision = "0002"
 branch_labels = None
 depends_on = None
 
@@ -83,15 +83,25 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("index_id", "prior_id", name=op.f("pk_index_prior")),
     )
     op.create_index(op.f("ix_index_prior_prior_id"), "index_prior", ["prior_id"], unique=False)
-    op.add_column("attribution_index", sa.Column("calibration", _JSON, nullable=True))
-    op.add_column("attribution_index", sa.Column("bank_id", sa.String(), nullable=True))
+    for column in (
+        sa.Column("calibration", _JSON, nullable=True),
+        sa.Column("choice", _JSON, nullable=True),
+        sa.Column("precision", sa.String(), server_default="float32", nullable=False),
+        sa.Column("bank_id", sa.String(), nullable=True),
+        sa.Column("queries_id", sa.String(), nullable=True),
+    ):
+        op.add_column("attribution_index", column)
+    op.alter_column("attribution_index", "precision", server_default=None)
     op.create_foreign_key(op.f("fk_attribution_index_bank_id"), "attribution_index", "bank", ["bank_id"], ["id"])
+    op.create_foreign_key(
+        op.f("fk_attribution_index_queries_id"), "attribution_index", "dataset", ["queries_id"], ["id"]
+    )
+    op.create_index(op.f("ix_attribution_index_queries_id"), "attribution_index", ["queries_id"], unique=False)
 
 
 def downgrade() -> None:
     """Drop what was added."""
-    op.drop_constraint(op.f("fk_attribution_index_bank_id"), "attribution_index", type_="foreignkey")
-    op.drop_column("attribution_index", "bank_id")
-    op.drop_column("attribution_index", "calibration")
+    for column in ("queries_id", "bank_id", "precision", "choice", "calibration"):
+        op.drop_column("attribution_index", column)
     for table in ("index_prior", "replay", "bank_group", "bank"):
         op.drop_table(table)

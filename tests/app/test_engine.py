@@ -63,6 +63,7 @@ async def test_requests_answered_together_are_answered_alike(steady: Loaded) -> 
         "fit": fit.model_dump(mode="json", by_alias=True),
         "damping": None,
         "rescore": True,
+        "deleted": [],
     }
     location = {"folder": str(fit.dataset.folder), "spec": fit.dataset.spec.model_dump_json()}
     payloads = [

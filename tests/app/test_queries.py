@@ -48,7 +48,9 @@ def directly(loaded: Loaded, name: str) -> LoadedIndex:
 
 def test_methods_are_described(loaded: Loaded) -> None:
     items = {item["type"]: item for item in loaded.service.get("/v1/methods")["items"]}
-    assert set(items) == set(METHODS)
+    assert set(items) == {*METHODS, "auto"}
+    assert items["ekfac"]["estimators"] == ["additive", "newton"]
+    assert items["grad_dot"]["estimators"] == ["additive"]
     assert items["representation"]["notion"] == "corroborative"
     assert items["trak"]["parameters"]["properties"]["projection"]
     assert all(item["reference"] and item["needs"] for item in items.values())
@@ -266,6 +268,8 @@ def test_impossible_questions_are_refused(steady: Loaded, kind: str, change: dic
         ({"measurement": "happiness"}, 422),
         ({"layers": ["nothing"]}, 422),
         ({"layers": []}, 422),
+        ({"layers": ["*", "!nothing.*"]}, 422),
+        ({"precision": "float8"}, 422),
         ({"store": {"dtype": "int1"}}, 422),
         ({"search": {"type": "hnsw"}}, 422),
     ],
@@ -296,7 +300,7 @@ FITTED = [
     ({"type": "lissa", "damping": 10, "depth": 3, "batch": 20}, {"layers": ["output"]}),
     ({"type": "arnoldi", "damping": 10, "iterations": 4, "rank": 3}, {"layers": ["output"]}),
     ({"type": "trak", "projection": _TINY, "curvature": "fisher"}, {"layers": ["output"]}),
-    ({"type": "grad_cos"}, {"store": {"dtype": "float16"}}),
+    ({"type": "grad_cos"}, {"store": {"dtype": "float16"}, "precision": "bfloat16", "layers": ["out*", "!hidden*"]}),
     ({"type": "representation"}, {}),
     ({"type": "grad_dot"}, {"search": {"type": "ivf", "lists": 8, "probes": 8}, "layers": ["output"]}),
 ]
@@ -304,7 +308,8 @@ FITTED = [
 
 def test_every_method_fits_and_answers(steady: Loaded) -> None:
     """One index each, submitted together; `ekfac` is the steady one, and `exact` is for models of one layer."""
-    assert {method["type"] for method, _ in FITTED} == set(METHODS) - {"ekfac", "exact"}
+    one_moment = {name for name, spec in METHODS.items() if spec.needs == ("checkpoints",)}
+    assert {method["type"] for method, _ in FITTED} == one_moment - {"ekfac", "exact"}
     names = [f"other-{method['type'].replace('_', '-')}" for method, _ in FITTED]
     jobs = [steady.fit(name, method, **more) for name, (method, more) in zip(names, FITTED, strict=True)]
     for name, job, (method, _) in zip(names, jobs, FITTED, strict=True):
@@ -322,6 +327,18 @@ def test_every_method_fits_and_answers(steady: Loaded) -> None:
             assert (answer.status_code, answer.json()["errors"][0]["pointer"]) == (422, "/estimator")
         assert steady.service.http.delete(f"/v1/indexes/{name}").status_code == 204
         assert steady.service.http.post(f"/v1/indexes/{name}/attributions", json=QUERY).status_code == 404
+
+
+def test_auto_says_what_it_came_to_and_why(steady: Loaded) -> None:
+    assert steady.service.finished(steady.fit("chosen", {"type": "auto"}))["state"] == "succeeded"
+    index = steady.service.get("/v1/indexes/chosen")
+    assert index["method"]["type"] == "gauss_newton"
+    assert index["choice"]["asked"] == {"type": "auto", "l2": 0.0}
+    assert [rung["method"] for rung in index["choice"]["considered"]] == ["exact", "explicit", "gauss_newton"]
+    assert "perceptron" in index["choice"]["reason"]
+    assert steady.service.get("/v1/indexes/steady")["choice"] is None
+    answer = steady.service.post("/v1/indexes/chosen/attributions", QUERY)
+    assert answer["method"] == "gauss_newton"
 
 
 def test_damaged_files_are_told_and_harm_nobody_else(steady: Loaded) -> None:

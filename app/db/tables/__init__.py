@@ -1,7 +1,8 @@
 """One file per table; importing this package defines them all."""
 
 from app.db.tables.api_key import ApiKey
-from app.db.tables.dataset import Dataset
+from app.db.tables.dataset import Dataset, DeletedExample
+from app.db.tables.generation import IndexGeneration
 from app.db.tables.idempotency import Idempotency
 from app.db.tables.index import Index, IndexPrior
 from app.db.tables.job import Job, JobEvent, Shard
@@ -14,8 +15,10 @@ __all__ = [
     "BankGroup",
     "Checkpoint",
     "Dataset",
+    "DeletedExample",
     "Idempotency",
     "Index",
+    "IndexGeneration",
     "IndexPrior",
     "Job",
     "JobEvent",

@@ -17,8 +17,11 @@ class Index(Created, Base):
     name: Mapped[str] = mapped_column(unique=True)
     model_id: Mapped[str] = mapped_column(ForeignKey("model.id"), index=True)
     dataset_id: Mapped[str] = mapped_column(ForeignKey("dataset.id"), index=True)
+    # Where the queries of a method that names them are.
+    queries_id: Mapped[str | None] = mapped_column(ForeignKey("dataset.id"), index=True)
     checkpoint_ids: Mapped[list[Any]]
     method: Mapped[dict[str, Any]]
+    choice: Mapped[dict[str, Any] | None]
     measurement: Mapped[str]
     layers: Mapped[list[Any] | None]
     precision: Mapped[str]
@@ -28,6 +31,10 @@ class Index(Created, Base):
     status: Mapped[str]
     fingerprint: Mapped[str]
     bank_id: Mapped[str | None] = mapped_column(ForeignKey("bank.id"))
+    generation: Mapped[int] = mapped_column(server_default="1")
+    training_examples: Mapped[int | None]
+    drift: Mapped[dict[str, Any] | None]
+    pending: Mapped[dict[str, Any] | None]
     artifact: Mapped[str | None]
     coverage: Mapped[dict[str, Any] | None]
     bytes: Mapped[int | None]

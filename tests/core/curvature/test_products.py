@@ -180,6 +180,15 @@ def test_lissa_approaches_the_solution_and_says_when_it_diverges() -> None:
         lissa([lambda v: v @ matrix * 1e6] * 300, vectors, 0.1, 1.2)
 
 
+def test_lissa_sees_negative_curvature_before_numbers_overflow() -> None:
+    matrix, vectors = positive() - 0.2 * torch.eye(20, dtype=torch.float64), torch.randn(2, 20, dtype=torch.float64)
+    for damping, terms in ((0.19, 2000), (0.05, 100)):
+        with pytest.raises(SingularCurvatureError, match="negative direction") as caught:
+            lissa([lambda v: v @ matrix] * terms, vectors, damping, 1.2)
+        assert caught.value.pointer == "/damping"
+    assert lissa([lambda v: v @ matrix] * 100, vectors, 0.25, 1.2).isfinite().all()
+
+
 def test_arnoldi_finds_the_spectrum_in_a_full_krylov_space() -> None:
     matrix = positive(12) - 0.2 * torch.eye(12, dtype=torch.float64)  # indefinite
     values, vectors = arnoldi(lambda v: v @ matrix, torch.randn(12, dtype=torch.float64), 12)

@@ -7,13 +7,14 @@ from torch.func import functional_call
 
 from attribution_core.curvature.products import HessianProducts
 from attribution_core.data.batch import Batch
+from attribution_core.errors import UnsupportedLayerError
 from attribution_core.gradients import GradientCapture
 from attribution_core.gradients.attention import in_steps
 from attribution_core.gradients.parameters import ParameterLayout
 from tests.core.gradients.cases import objective, prepared
 
 NAMES = [
-    "transposed strided", "conv 3d", "bag mean, padded", "instance norm", "tied weights, own bias", "attention, other widths",
+    "transposed strided", "conv 3d", "embedding", "instance norm", "tied weights, own bias", "attention, other widths",
     "attention, added keys", "encoder, sequence first", "parameters of its own", "prelu, bilinear",
 ]  # fmt: skip
 
@@ -45,3 +46,11 @@ def test_products_equal_differentiating_twice(name: str) -> None:
         expected = layout.packed({key: value[None] for key, value in zip(named, bent, strict=True)})
         for ours, theirs in zip(found, expected, strict=True):
             torch.testing.assert_close(ours[number], theirs[0], rtol=1e-8, atol=1e-8)
+
+
+def test_a_layer_without_second_derivatives_is_refused() -> None:
+    module, inputs = prepared("bag sum")
+    capture = GradientCapture(module)
+    parts = [torch.randn(1, *block.shape, dtype=torch.float64) for block in capture.blocks]
+    with pytest.raises(UnsupportedLayerError, match="no second derivatives"):
+        HessianProducts(capture, Objective(), "hessian", 0.0).summed(Batch(torch.arange(5), inputs), parts)

@@ -112,6 +112,26 @@ def test_ekfac_predicts_exact_refits(penalised: tuple[Problem, np.ndarray, int])
     assert over_damped[1] < 0.1
 
 
+@pytest.mark.parametrize(
+    ("method", "damping"),
+    [
+        ({"type": "explicit", "curvature": "hessian", "l2": L2}, 0.0),
+        ({"type": "explicit", "curvature": "gauss_newton", "l2": L2}, 0.0),
+        ({"type": "arnoldi", "l2": L2, "iterations": 18, "rank": 18}, 0.0),
+    ],
+    ids=lambda value: "-".join(str(part) for part in value.values()) if isinstance(value, dict) else "",
+)
+def test_the_penalised_hessian_predicts_exact_refits(
+    penalised: tuple[Problem, np.ndarray, int], method: dict, damping: float
+) -> None:
+    """Nothing is approximated but the leverage, so every solver gives the same slope, the same on every row."""
+    given, exact, classes = penalised
+    index = given.fit("hessian", method={"projection": LARGE, **method})
+    correlation, slope = agreement(scores(index, given, classes, damping), exact)
+    assert correlation > 0.99
+    assert 0.86 < slope < 0.95
+
+
 def test_groups_are_predicted_with_sign_and_scale(penalised: tuple[Problem, np.ndarray, int]) -> None:
     given, _, classes = penalised
     index = given.fit("ekfac", method={"type": "ekfac", "projection": LARGE})

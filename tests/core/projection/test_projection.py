@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from attribution_core.errors import ProjectionMismatchError
 from attribution_core.method_spec import ProjectionSpec
-from attribution_core.projection import build_projection
+from attribution_core.projection import build_projection, check
 from attribution_core.projection.base import hashed
 from attribution_core.projection.sjlt import SparseProjection
 
@@ -60,6 +61,26 @@ def test_sparse_matrix_is_its_tables() -> None:
     explicit = np.zeros((40, 16))
     explicit[np.arange(40), buckets] = signs
     np.testing.assert_array_equal(sparse.matrix(40).numpy(), explicit)
+
+
+@pytest.mark.parametrize("kind", check.kinds())
+def test_a_machine_that_generates_another_map_is_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check.verify_projections()
+    tampered = {
+        "sjlt": "attribution_core.projection.sjlt.hashed",
+        "rademacher": "attribution_core.projection.dense.hashed",
+        "gaussian": "attribution_core.projection.dense.hashed",
+        "factored": "attribution_core.projection.factored.hashed",
+    }
+    monkeypatch.setattr(tampered[kind], lambda seed, counters: hashed(seed + 1, counters))
+    with pytest.raises(ProjectionMismatchError, match="factored|rademacher" if kind == "gaussian" else kind):
+        check.verify_projections()
+    assert check.digest(kind) != check.GOLDEN[kind]
+    check.check_projections.cache_clear()
+    with pytest.raises(ProjectionMismatchError):
+        projection("sjlt")
+    monkeypatch.undo()
+    projection("sjlt")
 
 
 def test_hash_is_frozen() -> None:

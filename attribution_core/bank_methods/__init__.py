@@ -1,0 +1,23 @@
+"""Attribution from models retrained on subsets; numpy only."""
+
+from attribution_core.bank_methods.ame import average_marginal_effects
+from attribution_core.bank_methods.banzhaf import data_banzhaf
+from attribution_core.bank_methods.datamodels import Datamodel, lasso_datamodel, ridge_datamodel
+from attribution_core.bank_methods.design import widest_subsets
+from attribution_core.bank_methods.empirical_influence import empirical_influence
+from attribution_core.bank_methods.knn_shapley import knn_shapley
+from attribution_core.bank_methods.posterior import Hyperparameters, PosteriorDatamodel, fit_posterior
+
+__all__ = [
+    "Datamodel",
+    "Hyperparameters",
+    "PosteriorDatamodel",
+    "average_marginal_effects",
+    "data_banzhaf",
+    "empirical_influence",
+    "fit_posterior",
+    "knn_shapley",
+    "lasso_datamodel",
+    "ridge_datamodel",
+    "widest_subsets",
+]

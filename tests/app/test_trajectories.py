@@ -1,0 +1,96 @@
+"""Methods that follow a training or repeat it, over HTTP."""
+
+import pytest
+
+from tests.conftest import MLP, Loaded, train_mlp
+
+ROWS = [3, 8, 20]
+QUERY = {"queries": [{"dataset": "test", "rows": [8, 3]}]}
+RECIPE = {
+    "optimizer": {"type": "sgd", "momentum": 0.9},
+    "learning_rate": 0.05,
+    "epochs": 2,
+    "batch_size": 50,
+}
+MAGIC = {"type": "magic", "queries": {"dataset": "test", "rows": ROWS}, "seed": 3, "subsets": 2}
+
+
+def body(name: str, method: dict, **more: object) -> dict:
+    return {"name": name, "model": "replayed", "dataset": "digits", "method": method, **more}
+
+
+@pytest.fixture(scope="module")
+def replayed(loaded: Loaded, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    """The shared service with a model that has a recipe, two checkpoints of one run, and a MAGIC index without any."""
+    model = {"name": "replayed", "architecture": MLP, "task": {"type": "classification"}, "recipe": RECIPE}
+    loaded.service.post("/v1/models", model, 201)
+    for number, rate in enumerate((0.05, 0.01)):
+        file = train_mlp(tmp_path_factory.mktemp("weights") / "some.safetensors", number)
+        meta = {"run": "one", "step": 12 * (number + 1), "learning_rate": rate, "final": number == 1}
+        loaded.service.upload("/v1/models/replayed/checkpoints", file, 201, meta=meta)
+    job = loaded.service.post("/v1/indexes", body("magic", MAGIC), 202)
+    finished = loaded.service.finished(job)
+    assert finished["state"] == "succeeded", finished
+    assert finished["progress"]["unit"] == "steps"
+    assert finished["progress"]["done"] == finished["progress"]["total"] == 24 * (1 + 6 + 3)
+    return loaded
+
+
+def test_a_replayed_training_answers_its_queries(replayed: Loaded) -> None:
+    index = replayed.service.get("/v1/indexes/magic")
+    assert (index["checkpoints"], index["dim"], index["recall"]) == ([], 3, None)
+    assert -1 <= index["coverage"]["replay"]["metasmoothness"] <= 1
+    answer = replayed.service.post("/v1/indexes/magic/attributions", {**QUERY, "top_k": 5})
+    assert [result["query"]["row"] for result in answer["results"]] == [8, 3]
+    assert not answer["approximate"]
+    for result in answer["results"]:
+        scores = [entry["score"] for entry in result["positive"]]
+        assert scores == sorted(scores, reverse=True)
+        assert scores[-1] > 0
+    top = answer["results"][0]["positive"]
+    subset = {"remove": {"rows": [entry["row"] for entry in top]}}
+    counterfactual = replayed.service.post("/v1/indexes/magic/counterfactuals", {**QUERY, "subsets": [subset]})
+    change = counterfactual["results"][0]["predictions"][0]["change"]
+    assert change == pytest.approx(-sum(entry["score"] for entry in top), rel=1e-5)
+
+
+def test_other_queries_are_told_which_it_knows(replayed: Loaded) -> None:
+    asked = {"queries": [{"dataset": "test", "rows": [3, 9]}]}
+    answer = replayed.service.http.post("/v1/indexes/magic/attributions", json=asked)
+    assert answer.status_code == 422
+    assert "query 1 is not one" in answer.json()["detail"]
+    assert "3, 8, 20" in answer.json()["detail"]
+    assert answer.json()["errors"][0]["pointer"] == "/queries"
+    assert replayed.service.http.get("/v1/indexes/magic/self-influence").status_code == 422
+
+
+def test_the_queries_data_set_is_kept(replayed: Loaded) -> None:
+    answer = replayed.service.http.delete("/v1/datasets/test")
+    assert (answer.status_code, answer.json()["type"]) == (409, "/problems/in-use")
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "pointer"),
+    [
+        ({"model": "mlp"}, 409, "/method/type"),
+        ({"method": {**MAGIC, "queries": {"dataset": "test", "rows": [3, 50]}}}, 422, "/method/queries/rows/1"),
+        ({"method": {**MAGIC, "queries": {"dataset": "test", "rows": []}}}, 422, "/method/magic/queries/rows"),
+        ({"layers": ["output"]}, 422, "/layers"),
+        ({"precision": "bfloat16"}, 422, "/precision"),
+    ],
+)
+def test_impossible_replays_are_refused(replayed: Loaded, change: dict, status: int, pointer: str) -> None:
+    answer = replayed.service.http.post("/v1/indexes", json={**body("never", MAGIC), **change})
+    assert answer.status_code == status, answer.text
+    assert answer.json()["errors"][0]["pointer"] == pointer
+    assert replayed.service.http.get("/v1/indexes/never").status_code == 404
+
+
+@pytest.mark.parametrize("method", ["tracin", "gas"])
+def test_learning_rates_come_with_the_checkpoints(replayed: Loaded, method: str) -> None:
+    asked = {"type": method, "projection": {"dim": 64}}
+    job = replayed.service.post("/v1/indexes", body(f"other-{method}", asked, checkpoints="all"), 202)
+    assert replayed.service.finished(job)["state"] == "succeeded"
+    replayed.service.post(f"/v1/indexes/other-{method}/attributions", QUERY)
+    answer = replayed.service.http.post("/v1/indexes", json={**body("never", asked), "model": "mlp"})
+    assert (answer.status_code, answer.json()["errors"][0]["pointer"]) == (422, "/checkpoints")

@@ -1,0 +1,119 @@
+"""Agreement with implementations that share no code with ours (`tests/fixtures/make.py`), and disagreement with wrong ones."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from attribution_core.architectures.build import build
+from attribution_core.curvature.vectors import flattened
+from attribution_core.data.batch import Batch
+from attribution_core.exact import LogisticRegression
+from attribution_core.methods.loaded import LoadedIndex
+from tests.core.methods.problems import MLP, SMALL, Problem, problem, relative_error
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+Arrays = dict[str, np.ndarray]
+
+
+def stored(name: str) -> Arrays:
+    with np.load(FIXTURES / f"{name}.npz") as file:
+        return dict(file)
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> tuple[Problem, Arrays]:
+    arrays = stored("network")
+    module = build(MLP)
+    layers = [part for part in module.modules() if isinstance(part, nn.Linear)]
+    with torch.no_grad():
+        for layer, matrix in zip(layers, (arrays["hidden"], arrays["output"]), strict=True):
+            layer.weight.copy_(torch.from_numpy(matrix[:, :-1]))
+            layer.bias.copy_(torch.from_numpy(matrix[:, -1]))
+    inputs, targets = torch.from_numpy(arrays["inputs"]), torch.from_numpy(arrays["targets"])
+    return problem(tmp_path_factory.mktemp("network"), inputs, targets, MLP, modules=[module]), arrays
+
+
+def asked(arrays: Arrays) -> Batch:
+    targets = torch.from_numpy(arrays["query_targets"])
+    return Batch(torch.full((len(targets),), -1), torch.from_numpy(arrays["query_inputs"]), targets)
+
+
+def scores(index: LoadedIndex, arrays: Arrays, damping: float) -> np.ndarray:
+    return index.scores(index.query(asked(arrays), damping), np.arange(len(arrays["targets"])), rescore=True)
+
+
+def test_per_example_gradients_are_those_by_hand(network: tuple[Problem, Arrays]) -> None:
+    given, arrays = network
+    member = given.fit("dot").members[0]
+    training = member.observe(Batch(torch.arange(40), given.inputs.float(), given.targets)).training  # type: ignore[attr-defined]
+    assert relative_error(-flattened([part.materialise() for part in training]), arrays["loss_gradients"]) < 1e-5
+    query = member.encode_query(asked(arrays))
+    assert query.gradients is not None
+    assert relative_error(flattened(query.gradients), arrays["margin_gradients"]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"type": "explicit", "damping": 10},
+        {"type": "cg", "damping": 10, "iterations": 300, "tolerance": 1e-7},
+        {"type": "arnoldi", "damping": 10, "iterations": 57, "rank": 12},
+        {"type": "lissa", "damping": 10, "depth": 100, "batch": 40},
+    ],
+    ids=lambda method: method["type"],
+)
+def test_hessian_methods_are_scipys(network: tuple[Problem, Arrays], method: dict[str, Any]) -> None:
+    """At the same λ, whatever mean eigenvalue each estimated as its unit."""
+    given, arrays = network
+    index = given.fit("hessian", method={**method, "projection": SMALL})
+    curvature: Any = index.members[0].curvature  # type: ignore[attr-defined]
+    match method["type"]:
+        case "cg":
+            unit = abs(curvature._mean_eigenvalue)
+        case "lissa":
+            unit = abs(curvature._scales[0])
+        case _:
+            unit = curvature.mean
+    expected = arrays["explicit" if method["type"] == "lissa" else method["type"]]
+    assert relative_error(scores(index, arrays, float(arrays["damping"]) / unit), expected) < 1e-4
+
+
+def test_ekfac_is_kronfluences_and_no_wrong_one(network: tuple[Problem, Arrays]) -> None:
+    given, arrays = network
+    index = given.fit("ekfac", method={"type": "ekfac", "fisher": "empirical", "projection": SMALL})
+    found = scores(index, arrays, 0.1)
+    assert relative_error(found, arrays["ekfac"]) < 1e-4
+    wrong = {name: relative_error(found, value) for name, value in arrays.items() if name.startswith("wrong ")}
+    assert set(wrong) == {"wrong basis", "wrong twice", "wrong transposed", "wrong no 1/n"}
+    assert min(wrong.values()) > 0.05, wrong
+
+
+def test_the_fixtures_own_hessian_is_where_its_scores_come_from() -> None:
+    """And the scores of another curvature differ: the comparisons above can tell."""
+    arrays = stored("network")
+    assert relative_error(arrays["cg"], arrays["explicit"]) < 1e-9
+    assert relative_error(arrays["arnoldi"], arrays["explicit"]) > 1e-3
+    plain = -arrays["margin_gradients"] @ arrays["loss_gradients"].T / 40
+    assert relative_error(plain, arrays["explicit"]) > 0.1
+
+
+def test_leave_one_out_of_a_logistic_regression_is_scipys() -> None:
+    arrays = stored("logistic")
+    model = LogisticRegression(arrays["x"], arrays["y"], arrays["theta"][None], float(arrays["penalty"]))
+    found = model.parameter_changes(np.arange(60), "alo")
+    assert relative_error(found, arrays["alo"]) < 1e-9
+    assert relative_error(model.parameter_changes(np.arange(60), "newton"), arrays["refits"]) < 1e-5
+    assert relative_error(model.parameter_changes(np.arange(60), "influence"), arrays["wrong no leverage"]) < 1e-9
+    assert relative_error(found, arrays["wrong no leverage"]) > 0.02
+    assert relative_error(found, arrays["wrong sign"]) > 1
+    assert relative_error(found, arrays["refits"]) < relative_error(arrays["wrong no leverage"], arrays["refits"]) / 2
+
+
+def test_fixtures_stay_small() -> None:
+    files = list(FIXTURES.glob("*.npz"))
+    assert len(files) == 2
+    assert all(path.stat().st_size < 200_000 for path in files)
