@@ -265,7 +265,7 @@ def test_an_extension_that_is_cancelled_changes_nothing_and_can_be_tried_again(l
     busy = loaded.fit("halted-busy", EKFAC, dataset="halted")  # the one worker does one thing after the other
     job = service.post("/v1/indexes/halted/extensions", {"dataset": version["id"]}, 202)
     second = service.http.post("/v1/indexes/halted/refresh")
-    service.post(f"/v1/jobs/{job['id']}/cancel", {})
+    service.post(f"/v1/jobs/{job['id']}/cancel", {}, 202)
     assert service.finished(job)["state"] == "cancelled"
     done(loaded, busy)
     assert "being made already" in is_problem(second, 409, "conflict")["detail"]
@@ -281,9 +281,9 @@ def test_an_extension_that_is_cancelled_changes_nothing_and_can_be_tried_again(l
     assert scores(service, "halted") == before, "a refresh of the same data is the same"
     busy = loaded.fit("halted-again", EKFAC, dataset="halted")
     job = service.post("/v1/indexes/halted/extensions", {"dataset": version["id"]}, 202)
-    service.post(f"/v1/jobs/{job['id']}/cancel", {})
+    service.post(f"/v1/jobs/{job['id']}/cancel", {}, 202)
     is_problem(service.http.delete("/v1/datasets/halted"), 409, "in-use")
-    service.post(f"/v1/jobs/{job['id']}/retry", {})
+    service.post(f"/v1/jobs/{job['id']}/retry", {}, 202)
     done(loaded, busy)
     done(loaded, job)
     found = service.get("/v1/indexes/halted")
