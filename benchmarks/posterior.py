@@ -55,7 +55,7 @@ def coverage_row(truth: Truth, priors: list[np.ndarray], fitted: int) -> dict[st
     for bank, chosen, _, generator in splits(truth, fitted):
         posterior = fit_posterior(priors, bank)
         rest = generator.permutation(np.setdiff1d(np.arange(len(truth.masks)), chosen))
-        calibrating, held = rest[: 3 * len(rest) // 4], rest[3 * len(rest) // 4 :]
+        calibrating, held = rest[: len(rest) // 2], rest[len(rest) // 2 :]
         mean, variance = posterior.outputs(truth.masks)
         # The scale is fitted on subsets that the posterior has seen, whose residuals are too small; the quantile makes up for it.
         for name, realised in (("posterior", "mean"), ("posterior, single seed", "single_seed")):
@@ -90,7 +90,7 @@ def main() -> None:
         for fitted in (10, 25, most):
             row = lds_row(truth, priors, fitted)
             print(f"| {name} | {fitted} | " + " | ".join(f"{value:.3f}" for value in row.values()) + " |", flush=True)
-        covered = coverage_row(truth, priors, len(truth.masks) // 5)
+        covered = coverage_row(truth, priors, 25)
         for kind, shares in covered.items():
             print(f"|c {name} | {kind} | " + " | ".join(f"{share:.3f}" for share in shares) + " |", flush=True)
 
