@@ -13,7 +13,7 @@ import numpy as np
 from attribution_core.errors import InvalidInputError
 from attribution_core.evaluate.retrainings import Retrainings
 
-_PATH, _SMALLEST = 12, 0.05
+_PATH, _SMALLEST = 12, 0.01
 _FOLDS = 5
 _Solve = Callable[[np.ndarray, np.ndarray], list[np.ndarray]]
 
