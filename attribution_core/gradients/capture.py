@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -49,6 +49,7 @@ class _Use:
     Attributes:
         places: the numbers of the blocks that its parameters are in, and which columns of `a` are theirs.
         versions: of the arguments' tensors, as they were.
+        prepare: turns the arguments into what `make` takes.
     """
 
     places: Sequence[tuple[int, Part]]
@@ -56,10 +57,15 @@ class _Use:
     arguments: Arguments
     versions: tuple[int, ...]
     output: Tensor
+    prepare: Callable[[Arguments], Arguments]
 
     def factors(self, gradient: Tensor | None) -> tuple[Tensor, Tensor]:
         given = torch.zeros_like(self.output) if gradient is None else gradient
-        return self.make(tuple(_full(value) for value in self.arguments), _full(given))
+        return self.make(self._prepared, _full(given))
+
+    @cached_property
+    def _prepared(self) -> Arguments:
+        return self.prepare(tuple(_full(value) for value in self.arguments))
 
     @property
     def spoiled(self) -> bool:
@@ -154,7 +160,14 @@ class GradientCapture:
 
     @contextmanager
     def _hooked(self, uses: list[_Use], size: int | None) -> Iterator[None]:
-        def note(module: nn.Module, part: int, make: Make, arguments: Arguments, output: Tensor) -> Tensor:
+        def note(
+            module: nn.Module,
+            part: int,
+            make: Make,
+            arguments: Arguments,
+            output: Tensor,
+            prepare: Callable[[Arguments], Arguments] = tuple,
+        ) -> Tensor:
             places = self._places.get((module, part))
             if places is None:
                 return output
@@ -168,7 +181,7 @@ class GradientCapture:
             kept = tuple(value.detach() if isinstance(value, Tensor) else value for value in arguments)
             if not output.requires_grad:
                 output = output.detach().requires_grad_()
-            uses.append(_Use(places, make, kept, _versions(kept), output))
+            uses.append(_Use(places, make, kept, _versions(kept), output, prepare))
             return output.clone()  # what follows may work in place
 
         def hook(module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any], output: Any) -> Tensor:
@@ -182,7 +195,7 @@ class GradientCapture:
             if turned:
                 arguments, output = tuple(_turned(value) for value in arguments), output.transpose(0, 1)
             seen = (*arguments, output.detach()) if rule.sees_output else arguments
-            noted = note(module, 0, partial(rule.factors, module), seen, output)
+            noted = note(module, 0, partial(rule.factors, module), seen, output, partial(rule.prepare, module))
             return noted.transpose(0, 1) if turned else noted
 
         modules = {module for module, rule in self._rules.items() if rule is not ATTENTION}

@@ -26,19 +26,27 @@ def _patches(padded: Tensor, kernel: Sequence[int], dilation: Sequence[int], str
     return seen.flatten(2 + dims).flatten(2, 1 + dims).transpose(1, 2)
 
 
-def _factors(module: _ConvNd, patches: Tensor, gradients: Tensor) -> Factors:
+def _seen(module: _ConvNd, patches: Tensor) -> Tensor:
+    """Return `a`, (batch, groups, positions, d_in)."""
     batch, positions = patches.shape[:2]
-    groups = module.groups
-    a = patches.reshape(batch, positions, groups, -1).transpose(1, 2)
-    g = gradients.reshape(batch, groups, module.out_channels // groups, positions).transpose(2, 3)
-    return with_ones(a, module.bias), g
+    return with_ones(patches.reshape(batch, positions, module.groups, -1).transpose(1, 2), module.bias)
 
 
-def _conv_factors(module: _ConvNd, arguments: Arguments, gradients: Tensor) -> Factors:
+def _outputs(module: _ConvNd, gradients: Tensor) -> Tensor:
+    """Return `g`, (batch, groups, positions, d_out)."""
+    channels = module.out_channels // module.groups
+    return gradients.reshape(len(gradients), module.groups, channels, -1).transpose(2, 3)
+
+
+def _conv_factors(module: _ConvNd, prepared: Arguments, gradients: Tensor) -> Factors:
+    return prepared[0], _outputs(module, gradients)
+
+
+def _conv_prepared(module: _ConvNd, arguments: Arguments) -> Arguments:
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     # The module keeps the padding of both sides of each dimension, last dimension first, for every kind of padding.
     padded = F.pad(arguments[0], module._reversed_padding_repeated_twice, mode=mode)
-    return _factors(module, _patches(padded, module.kernel_size, module.dilation, module.stride), gradients)
+    return (_seen(module, _patches(padded, module.kernel_size, module.dilation, module.stride)),)
 
 
 def _conv_parts(module: _ConvNd) -> tuple[Part, ...]:
@@ -61,7 +69,7 @@ def _transpose_factors(module: _ConvTransposeNd, arguments: Arguments, gradients
         padding[:0] = [before, after]
     ones = [1] * len(module.kernel_size)
     patches = _patches(F.pad(apart, padding), module.kernel_size, module.dilation, ones).flip(-1)
-    return _factors(module, patches, gradients)
+    return _seen(module, patches), _outputs(module, gradients)
 
 
 def _transpose_parts(module: _ConvTransposeNd) -> tuple[Part, ...]:
@@ -70,7 +78,7 @@ def _transpose_parts(module: _ConvTransposeNd) -> tuple[Part, ...]:
     return (weight_and_bias(module, module.groups, d_out, d_in, transposed=True),)
 
 
-_CONVOLUTION = LayerRule(_conv_parts, _conv_factors)  # type: ignore[arg-type]
+_CONVOLUTION = LayerRule(_conv_parts, _conv_factors, prepare=_conv_prepared)  # type: ignore[arg-type]
 _TRANSPOSE = LayerRule(_transpose_parts, _transpose_factors)  # type: ignore[arg-type]
 CONVOLUTIONS: dict[type[nn.Module], LayerRule] = {
     nn.Conv1d: _CONVOLUTION,

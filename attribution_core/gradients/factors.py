@@ -104,8 +104,8 @@ class LayerGradient:
         if self.one_hot and self.block.d_out > _SPARSE * self.positions:
             used = matrices[:, 0, self.outputs]  # (queries, batch, positions, d_in)
             return torch.einsum("qbtd,btd->qb", used, self.inputs[:, 0])
-        # Ghost products need no gradient, but pass over d_out numbers per query and position.
-        if not self.one_hot and len(matrices) * self.positions <= max(self.block.d_in, self.positions):
+        # Ghost products need no gradient, but cost one matrix product per query and position.
+        if not self.one_hot and len(matrices) * self.positions <= len(matrices) + self.positions:
             return self._ghost(matrices)
         flat = matrices.flatten(1)
         return torch.cat([flat @ gradients.flatten(1).T for _, gradients in self.materialised()], dim=1)

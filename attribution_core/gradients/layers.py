@@ -14,10 +14,13 @@ from attribution_core.gradients.norms import NORMS, SCALE, scales_elementwise
 from attribution_core.gradients.rule import Arguments, Factors, LayerRule, Part, weight_and_bias, with_ones
 
 
-def _linear(module: nn.Linear, arguments: Arguments, gradients: Tensor) -> Factors:
+def _linear(module: nn.Linear, prepared: Arguments, gradients: Tensor) -> Factors:
+    return prepared[0], gradients.reshape(len(gradients), 1, -1, gradients.shape[-1])
+
+
+def _linear_prepared(module: nn.Linear, arguments: Arguments) -> Arguments:
     inputs = arguments[0]
-    a = inputs.reshape(len(inputs), 1, -1, inputs.shape[-1])
-    return with_ones(a, module.bias), gradients.reshape(len(inputs), 1, -1, gradients.shape[-1])
+    return (with_ones(inputs.reshape(len(inputs), 1, -1, inputs.shape[-1]), module.bias),)
 
 
 def _linear_parts(module: nn.Linear) -> tuple[Part, ...]:
@@ -30,9 +33,9 @@ def _conv1d_parts(module: nn.Module) -> tuple[Part, ...]:
     return (weight_and_bias(module, 1, d_out, d_in, transposed=True),)
 
 
-_LINEAR = LayerRule(_linear_parts, _linear)  # type: ignore[arg-type]
+_LINEAR = LayerRule(_linear_parts, _linear, prepare=_linear_prepared)  # type: ignore[arg-type]
 # The linear layer of transformers' GPT-2, with its weight as (inputs, outputs); told by name, as the library may not be installed.
-_GPT2_LINEAR = LayerRule(_conv1d_parts, _linear)  # type: ignore[arg-type]
+_GPT2_LINEAR = LayerRule(_conv1d_parts, _linear, prepare=_linear_prepared)  # type: ignore[arg-type]
 RULES: dict[type[nn.Module], LayerRule] = {
     nn.Linear: _LINEAR,
     nn.MultiheadAttention: ATTENTION,

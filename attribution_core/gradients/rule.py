@@ -89,12 +89,14 @@ class LayerRule:
         factors: `(a, g)` of the only part from (module, arguments of its forward, output gradient).
         refusal: why a module of the type cannot be attributed, None if it can.
         sees_output: the module's output follows its arguments.
+        prepare: what `factors` takes in place of the arguments; made once per use of the module, however much is differentiated.
     """
 
     parts: Callable[[nn.Module], tuple[Part, ...]]
     factors: Callable[[nn.Module, Arguments, Tensor], Factors]
     refusal: Callable[[nn.Module], str | None] = lambda _: None
     sees_output: bool = False
+    prepare: Callable[[nn.Module, Arguments], Arguments] = lambda _, arguments: arguments
 
 
 def weight_and_bias(module: nn.Module, groups: int, d_out: int, d_in: int, *, transposed: bool = False) -> Part:
