@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from attribution_core.errors import CorruptArtifactError, FingerprintMismatchError, InvalidInputError
 from attribution_core.fingerprint import sha256_file, sha256_of
-from attribution_core.method_spec import PROJECTION_VERSION, MethodSpec
+from attribution_core.method_spec import PROJECTION_VERSION, MethodSpec, SourceMethod
 from attribution_core.spec import (
     ArchitectureSpec,
     DatasetSpec,
@@ -20,6 +20,7 @@ from attribution_core.spec import (
     TokenizerSpec,
 )
 from attribution_core.training.recipe import Recipe
+from attribution_core.trajectory import Point, Segment, segments
 
 
 class CheckpointRef(Spec):
@@ -197,6 +198,26 @@ class FitSpec(Spec):
                     f"{method.type} needs the {missing[0]} of every checkpoint, and {checkpoint.id} has none",
                     "/checkpoints",
                 )
+        if isinstance(method, SourceMethod):
+            self.segments(method)
+
+    def segments(self, method: SourceMethod) -> list[list[Segment]]:
+        """Return the segments of every run.
+
+        Raises:
+            InvalidInputError: if a run has fewer checkpoints than segments are asked for.
+        """
+        points = [
+            Point(number, checkpoint.step or 0, (checkpoint.learning_rate or 0.0) / (1 - method.momentum))
+            for number, checkpoint in enumerate(self.checkpoints)
+        ]
+        return [segments([points[number] for number in run], method.segments) for run in self.runs()]
+
+    def curvature_groups(self) -> list[tuple[int, ...]]:
+        """Return which checkpoints share a curvature: those of a segment, else each has its own."""
+        if isinstance(self.method, SourceMethod):
+            return [segment.checkpoints for run in self.segments(self.method) for segment in run]
+        return [(number,) for number in range(len(self.checkpoints))]
 
     def _training(self) -> object:
         """Return what decides weights that the method trains."""

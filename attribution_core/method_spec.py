@@ -58,17 +58,22 @@ class GradientMethodBase(MethodBase):
     projection: ProjectionSpec = ProjectionSpec()
 
 
-class FisherMethod(GradientMethodBase):
+class FisherSampling(GradientMethodBase):
     """A method whose curvature is the model's Fisher matrix."""
 
-    estimators: ClassVar[tuple[GroupEstimator, ...]] = ("additive", "newton")
-    damping: Damping = Field(default=0.1, description=_LAYER_DAMPING)
     fisher: Literal["auto", "exact", "sampled", "empirical"] = Field(
         default="auto",
         description="Labels enumerated, sampled from the model, or the data's; auto enumerates up to 32 classes.",
     )
     samples: int = Field(default=1, ge=1, le=64, description="Labels sampled per example.")
     seed: Seed = 0
+
+
+class FisherMethod(FisherSampling):
+    """A method that inverts the Fisher matrix."""
+
+    estimators: ClassVar[tuple[GroupEstimator, ...]] = ("additive", "newton")
+    damping: Damping = Field(default=0.1, description=_LAYER_DAMPING)
 
 
 class EkfacMethod(FisherMethod):
@@ -287,6 +292,39 @@ class GasMethod(GradientMethodBase):
     type: Literal["gas"]
 
 
+class SourceMethod(FisherSampling):
+    """SOURCE: training unrolled over a few segments, each with one EK-FAC curvature and mean gradients; for models trained by SGD.
+
+    Takes several checkpoints of each run, with their steps and learning rates; a run begins at step 0. Several runs are averaged.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("checkpoints with steps and learning rates",)
+    reference: ClassVar[str] = "Bae et al. 2024, Training Data Attribution via Approximate Unrolled Differentiation"
+    checkpoint_needs: ClassVar[tuple[str, ...]] = ("learning_rate", "step")
+    type: Literal["source"]
+    segments: Annotated[int, Field(ge=1, le=256)] | Literal["learning_rate"] = Field(
+        default=3,
+        description="How many, of about as many checkpoints each; or a new one wherever the learning rate changes.",
+    )
+    momentum: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Training's momentum μ, by which a step goes 1/(1-μ) as far in the long run.",
+    )
+    l2: float = Field(
+        default=0.0,
+        ge=0,
+        le=1e6,
+        description="Training's weight decay: the penalty `l2/2 ‖θ‖²`, added to the curvature.",
+    )
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Passes over the training set that a fit takes, in order."""
+        return ("covariance", "eigenvalues", "features")
+
+
 class QueryRows(Spec):
     """Rows of a data set that an index is to answer for."""
 
@@ -393,6 +431,7 @@ MethodSpec = Annotated[
     | GradCosMethod
     | TracinMethod
     | GasMethod
+    | SourceMethod
     | MagicMethod
     | RepresentationMethod
     | ExactMethod,

@@ -23,7 +23,15 @@ from attribution_core.architectures.registry import ARCHITECTURES
 from attribution_core.auto import Choice, Situation, chosen
 from attribution_core.fit_spec import CheckpointRef, DatasetRef, FitSpec
 from attribution_core.layer_names import unmatched_layers
-from attribution_core.method_spec import METHODS, OFFERED, AutoMethod, ExactMethod, MagicMethod, MethodSpec
+from attribution_core.method_spec import (
+    METHODS,
+    OFFERED,
+    AutoMethod,
+    ExactMethod,
+    MagicMethod,
+    MethodSpec,
+    SourceMethod,
+)
 from attribution_core.spec import TokenizerSpec
 from attribution_core.training.recipe import CheckpointInitialisation, Recipe
 
@@ -102,6 +110,7 @@ async def create(
         raise InvalidRequest(f"Exact attribution is for the architectures {known}.", pointer="/method/type")
     spec.check_trajectory()
     check_deletions(spec)
+    _check_optimizer(spec, model)
     _check_layers(index, model)
     index.fingerprint = first.fingerprint = spec.fingerprint()
     session.add(index)
@@ -412,6 +421,20 @@ def _check_trained(request: IndexCreate) -> None:
         raise InvalidRequest(f"{request.method.type} attributes all parameters.", pointer="/layers")
     if request.precision != "float32":
         raise InvalidRequest(f"{request.method.type} trains in float32.", pointer="/precision")
+
+
+def _check_optimizer(spec: FitSpec, model: Model) -> None:
+    """Refuse SOURCE where the recipe says that the model was trained with another optimizer than it unrolls.
+
+    Raises:
+        InvalidRequest: naming the optimizer.
+    """
+    optimizer = (model.recipe or {}).get("optimizer", {}).get("type", "sgd")
+    if isinstance(spec.method, SourceMethod) and optimizer != "sgd":
+        raise InvalidRequest(
+            f"SOURCE unrolls SGD, and the model's recipe trains with {optimizer}: use magic or ekfac.",
+            pointer="/method/type",
+        )
 
 
 def _work(spec: FitSpec) -> tuple[str, int]:

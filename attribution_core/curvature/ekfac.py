@@ -175,6 +175,13 @@ class EkfacFactors(Curvature):
         left = [(kept - share).clamp(min=0) for kept, share in zip(self.eigenvalues, shares, strict=True)]
         return replace(self, eigenvalues=left, whole=self.whole or self.eigenvalues)
 
+    def multiplied(self, gradients: Sequence[Tensor], multipliers: Sequence[Tensor]) -> list[Tensor]:
+        """Return `f(H̄) v` per block, where the multipliers are `f(Λ)`, (groups, d_out, d_in) per block."""
+        return [
+            rotation.back(rotation.forward(gradient) * values.to(gradient.dtype))
+            for gradient, rotation, values in zip(gradients, self.basis.rotations, multipliers, strict=True)
+        ]
+
     def paired(self, first: Sequence[LayerGradient], second: Sequence[LayerGradient], damping: float) -> Tensor:
         """Return `uᵢᵀ (H̄ + λ)⁻¹ vᵢ` of each example's two gradients, (batch,)."""
         products = []

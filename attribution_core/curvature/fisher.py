@@ -8,7 +8,7 @@ from torch import Tensor
 from attribution_core.curvature.ekfac import Draws
 from attribution_core.data.batch import Batch
 from attribution_core.gradients import LayerGradient, Pass
-from attribution_core.method_spec import FisherMethod
+from attribution_core.method_spec import FisherSampling
 from attribution_core.tasks import FisherKind, Task
 
 MAX_ENUMERATED_LABELS = 32
@@ -28,7 +28,7 @@ class Fisher:
     seed: int
 
     @classmethod
-    def of(cls, method: FisherMethod) -> "Fisher":
+    def of(cls, method: FisherSampling) -> "Fisher":
         """Return what a method asks for."""
         return cls(method.fisher, method.samples, method.seed)
 

@@ -33,7 +33,7 @@ from attribution_core.method_spec import (
     EkfacMethod,
     ExactMethod,
     ExplicitMethod,
-    FisherMethod,
+    FisherSampling,
     GasMethod,
     GaussNewtonMethod,
     GradCosMethod,
@@ -43,6 +43,7 @@ from attribution_core.method_spec import (
     LissaMethod,
     LograMethod,
     RepresentationMethod,
+    SourceMethod,
     TracinMethod,
     TrakMethod,
 )
@@ -52,6 +53,7 @@ from attribution_core.methods.exact import Exact
 from attribution_core.methods.grad_cos import GradCos
 from attribution_core.methods.logra import Logra
 from attribution_core.methods.representation import Representation
+from attribution_core.methods.source import Source, Unrolled
 from attribution_core.methods.trak import Trak
 from attribution_core.projection import FactoredProjection, Projection, build_projection
 from attribution_core.spec import DatasetSpec
@@ -74,6 +76,11 @@ RECALL_QUERIES = 16
 _GRADIENTS_HELD = 3 * RECALL_QUERIES
 _PROBED = 8
 _LOWERED = {"float32": None, "bfloat16": torch.bfloat16}
+
+
+def of_checkpoint(arrays: Arrays, number: int) -> dict[str, np.ndarray]:
+    """Return the arrays of one checkpoint out of those of all, `<checkpoint>.<name>`."""
+    return {name.split(".", 1)[1]: value for name, value in arrays.items() if name.startswith(f"{number}.")}
 
 
 class FitContext:
@@ -187,7 +194,7 @@ class FitContext:
     def method(self, number: int, fitted: Arrays) -> FeatureMethod:
         """Return the method on one checkpoint; `fitted` holds its arrays under `<number>.<name>`, as far as they exist."""
         checkpoint, spec = self.checkpoint(number), self.spec.method
-        own = {name.split(".", 1)[1]: value for name, value in fitted.items() if name.startswith(f"{number}.")}
+        own = of_checkpoint(fitted, number)
         match spec:
             case RepresentationMethod():
                 return Representation(checkpoint, spec.similarity)
@@ -203,6 +210,8 @@ class FitContext:
                 return GradCos(checkpoint, self._projection(spec, number))
             case GasMethod():
                 return GradCos(checkpoint, self._projection(spec, number), self._share(number))
+            case SourceMethod():
+                return self._source(spec, number, fitted)
             case ExactMethod():
                 return Exact(checkpoint, spec, partial(self.batches, number))
         assert isinstance(spec, GradientMethodBase)
@@ -244,6 +253,25 @@ class FitContext:
                 # A score of one step on one example's loss, where the other methods' is of the mean loss.
                 return Multiple(self._share(number) * self.spec.num_training)
         return Identity()
+
+    def _source(self, spec: SourceMethod, number: int, fitted: Arrays) -> Source:
+        """Return SOURCE on one checkpoint; the mean over all checkpoints is the mean over runs of sums over their segments' means."""
+        runs = self.spec.segments(spec)
+        (run,) = (run for run in runs if any(number in segment.checkpoints for segment in run))
+        (place,) = (place for place, segment in enumerate(run) if number in segment.checkpoints)
+        checkpoint = self.checkpoint(number)
+        factors = [
+            EkfacFactors.from_arrays(
+                checkpoint.capture.blocks, of_checkpoint(fitted, segment.checkpoints[0]), self.device
+            )
+            for segment in run[place:]
+        ]
+        weight = len(self.spec.checkpoints) / (len(runs) * len(run[place].checkpoints))
+        later = zip(factors, (segment.time for segment in run[place:]), strict=True)
+        kept = self._projection(spec, number) if self.layout == "vectors" else None
+        return Source(
+            checkpoint, Unrolled(list(later), spec.l2, weight), kept, self.checkpoint(run[-1].checkpoints[-1])
+        )
 
     def _share(self, number: int) -> float:
         """Return a checkpoint's weight in a mean over all checkpoints that is the sum `Σ η_t` over each run's, averaged over runs."""
@@ -291,7 +319,7 @@ class FitContext:
     def fisher(self) -> Fisher | None:
         """How the method draws pseudo-gradients, if it does."""
         method = self.spec.method
-        if isinstance(method, FisherMethod):
+        if isinstance(method, FisherSampling):
             return Fisher.of(method)
         return Fisher("auto", 1, method.projection.seed) if isinstance(method, TrakMethod) else None
 

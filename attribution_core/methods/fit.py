@@ -39,7 +39,7 @@ from attribution_core.method_spec import (
 from attribution_core.methods import trak
 from attribution_core.methods.artifact import FACTORS_FILE, FEATURES_FOLDER, GRADIENTS_FOLDER, write_description
 from attribution_core.methods.base import FeatureMethod, GradientMethod, QuerySide, TrainRows
-from attribution_core.methods.context import FitContext
+from attribution_core.methods.context import FitContext, of_checkpoint
 from attribution_core.methods.loaded import LoadedIndex, Query
 from attribution_core.methods.logra import Logra, fisher_of
 from attribution_core.methods.magic import MagicPipeline
@@ -132,17 +132,20 @@ class FitPipeline:
                 return self._features(shard, progress)
 
     def reduce(self, stage: str, shard_files: Sequence[Path]) -> Arrays:
-        """Combine a stage's shard files, given in order of their ordinals, into `<checkpoint>.<name>` arrays."""
+        """Combine a stage's shard files, given in order of their ordinals, into `<checkpoint>.<name>` arrays.
+
+        Checkpoints that share a curvature have it under the first one's number.
+        """
         size = len(shard_files) // len(self.spec.checkpoints)
         reduced: Arrays = {}
-        for number in range(len(self.spec.checkpoints)):
-            files = shard_files[number * size : (number + 1) * size]
-            found = self._reduction(stage, number, files)
-            reduced |= {f"{number}.{name}": value for name, value in found.items()}
+        for group in self.spec.curvature_groups():
+            files = [path for number in group for path in shard_files[number * size : (number + 1) * size]]
+            found = self._reduction(stage, group, files)
+            reduced |= {f"{group[0]}.{name}": value for name, value in found.items()}
         return reduced
 
-    def _reduction(self, stage: str, number: int, files: Sequence[Path]) -> Arrays:
-        n, method = self.spec.num_training, self.spec.method
+    def _reduction(self, stage: str, group: tuple[int, ...], files: Sequence[Path]) -> Arrays:
+        n, number, method = self.spec.num_training * len(group), group[0], self.spec.method
         match stage:
             case "covariance":
                 solved = Eigenbasis.solve(summed_arrays(files))
@@ -205,7 +208,8 @@ class FitPipeline:
 
     def _basis(self, number: int) -> Eigenbasis:
         before = [stage for stage in self.spec.method.stages if stage == "covariance"]
-        fitted = of_checkpoint(self._fitted(before), number)
+        (first,) = (group[0] for group in self.spec.curvature_groups() if number in group)
+        fitted = of_checkpoint(self._fitted(before), first)
         return Eigenbasis(self.context.checkpoint(number).capture.blocks, fitted, self.context.device)
 
     def _counted(self, shard: Shard, progress: Progress) -> Iterator[Batch]:
@@ -418,11 +422,6 @@ def run(pipeline: FitPipeline | MagicPipeline, into: Path, progress: Progress) -
     summary = pipeline.assemble(into, files, progress)
     shutil.rmtree(work)
     return summary
-
-
-def of_checkpoint(arrays: Arrays, number: int) -> Arrays:
-    """Return the arrays `<number>.<name>` by name."""
-    return {name.split(".", 1)[1]: value for name, value in arrays.items() if name.startswith(f"{number}.")}
 
 
 def summed_arrays(files: Sequence[Path]) -> Arrays:

@@ -1,5 +1,7 @@
 """Methods that follow a training or repeat it, over HTTP."""
 
+from pathlib import Path
+
 import pytest
 
 from tests.conftest import MLP, Loaded, train_mlp
@@ -84,6 +86,26 @@ def test_impossible_replays_are_refused(replayed: Loaded, change: dict, status: 
     assert answer.status_code == status, answer.text
     assert answer.json()["errors"][0]["pointer"] == pointer
     assert replayed.service.http.get("/v1/indexes/never").status_code == 404
+
+
+def test_source_takes_a_run_of_sgd(replayed: Loaded) -> None:
+    asked = {"type": "source", "projection": {"dim": 64}, "segments": 2}
+    job = replayed.service.post("/v1/indexes", body("other-source", asked, checkpoints="all"), 202)
+    assert replayed.service.finished(job)["state"] == "succeeded"
+    replayed.service.post("/v1/indexes/other-source/attributions", QUERY)
+    few = replayed.service.http.post("/v1/indexes", json=body("never", asked))
+    assert (few.status_code, few.json()["errors"][0]["pointer"]) == (422, "/checkpoints")
+
+
+def test_source_refuses_what_was_trained_by_adam(replayed: Loaded, tmp_path: Path) -> None:
+    recipe = {**RECIPE, "optimizer": {"type": "adamw"}}
+    model = {"name": "adam", "architecture": MLP, "task": {"type": "classification"}, "recipe": recipe}
+    replayed.service.post("/v1/models", model, 201)
+    meta = {"run": "one", "step": 12, "learning_rate": 0.1}
+    replayed.service.upload("/v1/models/adam/checkpoints", train_mlp(tmp_path / "some.safetensors", 0), 201, meta=meta)
+    asked = body("never", {"type": "source", "segments": 1}, model="adam")
+    answer = replayed.service.http.post("/v1/indexes", json=asked)
+    assert (answer.status_code, answer.json()["errors"][0]["pointer"]) == (422, "/method/type")
 
 
 @pytest.mark.parametrize("method", ["tracin", "gas"])

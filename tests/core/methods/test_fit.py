@@ -25,6 +25,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "grad_cos": {"type": "grad_cos", "projection": SMALL},
     "tracin": {"type": "tracin", "projection": SMALL},
     "gas": {"type": "gas", "projection": SMALL},
+    "source": {"type": "source", "projection": SMALL, "segments": 1},
     "representation": {"type": "representation"},
 }
 IVF = {"type": "ivf", "lists": 6}

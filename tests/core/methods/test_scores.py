@@ -1,5 +1,7 @@
 """Scores of every method against direct computation in float64."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -87,32 +89,42 @@ def test_representation_is_the_similarity_of_the_last_hidden_layer(problem: Prob
     assert relative_error(scores(index, problem), query @ train.T) < 1e-5
 
 
-def ekfac_inverse(module: nn.Module, inputs: Tensor, damping: float, staying: Tensor | None = None) -> Tensor:
-    """Dense `(H + λ)⁻¹` of the two-layer tanh network, every factor written out: (P, P).
-
-    With `staying` (n,) bool the eigenvalues are those of some examples only, still divided by n, in the basis and with the λ of all.
-    """
-    first, second = [part for part in module.modules() if isinstance(part, nn.Linear)]
+def ekfac_layers(modules: Sequence[nn.Module], inputs: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Per layer of the two-layer tanh network the eigenbasis (P, P) and eigenvalues (P,), averaged over networks, every factor written out."""
+    ones = torch.ones(len(inputs), 1, dtype=torch.float64)
+    seen: dict[str, list[tuple[Tensor, list[Tensor]]]] = {"first": [], "second": []}
     with torch.no_grad():
-        ones = torch.ones(len(inputs), 1, dtype=torch.float64)
-        hidden = torch.tanh(first(inputs))
-        probabilities = second(hidden).softmax(1)
-        inverses = []
-        for layer, a in (("first", torch.cat([inputs, ones], 1)), ("second", torch.cat([hidden, ones], 1))):
-            pseudo = []
-            for label in range(3):
-                g = (probabilities - nn.functional.one_hot(torch.tensor(label), 3)) * probabilities[
-                    :, label : label + 1
-                ].sqrt()
-                pseudo.append(g if layer == "second" else (g @ second.weight) * (1 - hidden**2))
-            _, q_in = torch.linalg.eigh(a.T @ a)
-            _, q_out = torch.linalg.eigh(sum(g.T @ g for g in pseudo))
-            squares = torch.stack([torch.einsum("bo,bi->boi", g @ q_out, a @ q_in).square() for g in pseudo]).sum(0)
-            basis = torch.kron(q_out, q_in)
-            kept = squares if staying is None else squares[staying]
-            damped = (kept.sum(0) / len(inputs) + damping * squares.mean()).flatten()
-            inverses.append(basis @ torch.diag(1 / damped) @ basis.T)
-    return torch.block_diag(*inverses)
+        for module in modules:
+            first, second = [part for part in module.modules() if isinstance(part, nn.Linear)]
+            hidden = torch.tanh(first(inputs))
+            probabilities = second(hidden).softmax(1)
+            for layer, a in (("first", torch.cat([inputs, ones], 1)), ("second", torch.cat([hidden, ones], 1))):
+                pseudo = []
+                for label in range(3):
+                    g = (probabilities - nn.functional.one_hot(torch.tensor(label), 3)) * probabilities[
+                        :, label : label + 1
+                    ].sqrt()
+                    pseudo.append(g if layer == "second" else (g @ second.weight) * (1 - hidden**2))
+                seen[layer].append((a, pseudo))
+        layers = []
+        for parts in seen.values():
+            _, q_in = torch.linalg.eigh(torch.stack([a.T @ a for a, _ in parts]).sum(0))
+            _, q_out = torch.linalg.eigh(torch.stack([g.T @ g for _, pseudo in parts for g in pseudo]).sum(0))
+            squares = [
+                torch.einsum("bo,bi->boi", g @ q_out, a @ q_in).square().mean(0) for a, pseudo in parts for g in pseudo
+            ]
+            layers.append((torch.kron(q_out, q_in), torch.stack(squares).sum(0).flatten() / len(modules)))
+    return layers
+
+
+def ekfac_inverse(module: nn.Module, inputs: Tensor, damping: float) -> Tensor:
+    """Dense `(H + λ)⁻¹`: (P, P)."""
+    return torch.block_diag(
+        *(
+            basis @ torch.diag(1 / (values + damping * values.mean())) @ basis.T
+            for basis, values in ekfac_layers([module], inputs)
+        )
+    )
 
 
 @pytest.mark.parametrize("damping", [0.03, 0.1, 10.0])
