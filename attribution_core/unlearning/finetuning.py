@@ -115,7 +115,7 @@ class DatamodelMatcher(FineTuner):
     def __init__(self, subject: Subject, spec: DatamodelMatching) -> None:
         super().__init__(subject, spec)
         self._changes: Tensor | None = None
-        self._found: dict[int, Tensor] = {}
+        self._targets: dict[int, Tensor] = {}
         self._sorted = torch.from_numpy(self.rows).to(subject.device)
 
     @cached_property
@@ -132,36 +132,27 @@ class DatamodelMatcher(FineTuner):
 
     def unlearn(self, number: int, progress: Progress) -> Unlearned:
         """Return the weights after the last step."""
-        self._predict(progress)
+        if self._changes is None:
+            self._changes = self._predicted(progress)
+        else:
+            progress.advance(len(self.rows))
+        self._targets[number] = self._aims(number, self._changes)
         return super().unlearn(number, progress)
 
     def objective(self, output: Tensor, batch: Batch, number: int) -> Tensor:
         """Return the mean squared distance to the predictions."""
-        targets = self._targets(number)[torch.searchsorted(self._sorted, batch.rows)]
+        targets = self._targets[number][torch.searchsorted(self._sorted, batch.rows)]
         return (self._measured(output, batch) - targets).square().mean()
 
-    def _measured(self, output: Tensor, batch: Batch) -> Tensor:
-        """Return what is matched, (batch, 1) or logits (batch, classes)."""
-        measurement = self.subject.spec.fit.measurement
-        if measurement == "logit":
-            return output
-        return self.subject.context.task.measure(output, batch, measurement).unsqueeze(1)
-
-    def _targets(self, number: int) -> Tensor:
+    def _aims(self, number: int, changes: Tensor) -> Tensor:
         """Return what one checkpoint should output for every matched row, as `_measured`."""
-        if number not in self._found:
-            assert self._changes is not None
-            checkpoint, context = self.subject.context.checkpoint(number), self.subject.context
-            batches = context.batches(number, self.rows)
-            own = torch.cat([self._measured(checkpoint.output(batch), batch) for batch in batches])
-            self._found[number] = own - self.spec.scale * self._changes.to(own)
-        return self._found[number]
+        checkpoint, context = self.subject.context.checkpoint(number), self.subject.context
+        batches = context.batches(number, self.rows)
+        own = torch.cat([self._measured(checkpoint.output(batch), batch) for batch in batches])
+        return own - self.spec.scale * changes.to(own)
 
-    def _predict(self, progress: Progress) -> None:
-        """Ask the index what having the forget set does to every matched row; once for all checkpoints."""
-        if self._changes is not None:
-            progress.advance(len(self.rows))
-            return
+    def _predicted(self, progress: Progress) -> Tensor:
+        """Return what having the forget set does to every matched row; the same for all checkpoints."""
         parts = []
         for batch in self.subject.context.batches(0, self.rows):
             asked = [batch]
@@ -170,7 +161,14 @@ class DatamodelMatcher(FineTuner):
                 asked = [replace(batch, targets=torch.full_like(batch.rows, label)) for label in range(classes)]
             parts.append(np.concatenate([self._effects(one) for one in asked], axis=1))
             progress.advance(len(batch))
-        self._changes = torch.from_numpy(np.concatenate(parts))
+        return torch.from_numpy(np.concatenate(parts))
+
+    def _measured(self, output: Tensor, batch: Batch) -> Tensor:
+        """Return what is matched, (batch, 1) or logits (batch, classes)."""
+        measurement = self.subject.spec.fit.measurement
+        if measurement == "logit":
+            return output
+        return self.subject.context.task.measure(output, batch, measurement).unsqueeze(1)
 
     def _effects(self, batch: Batch) -> np.ndarray:
         """Return what having the forget set is worth, (batch, 1)."""
