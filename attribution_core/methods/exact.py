@@ -62,8 +62,9 @@ class Exact(FeatureMethod):
             SingularCurvatureError: if one of the examples alone determines a parameter.
         """
         measured = self.encode_query(batch).rows
-        model = self._model
-        changes = model.parameter_changes(np.searchsorted(self._rows, batch.rows.cpu().numpy()), self.spec.estimator)
+        changes = self.model.parameter_changes(
+            np.searchsorted(self._rows, batch.rows.cpu().numpy()), self.spec.estimator
+        )
         rows = torch.from_numpy(changes).to(measured)
         return TrainRows(rows, torch.ones_like(rows[:, 0]), (measured * rows).sum(1))
 
@@ -79,7 +80,7 @@ class Exact(FeatureMethod):
 
         θ_{-F} is one Newton step on what is left, exact for squared errors; with `estimator: newton` it is the refit.
         """
-        checkpoint, model = self.checkpoint, self._model
+        checkpoint, model = self.checkpoint, self.model
         run = checkpoint.run(queries)
         (gradient,) = run.gradients(checkpoint.task.measure(run.output, queries, checkpoint.measurement))
         features = gradient.inputs.flatten(1).double().cpu().numpy()
@@ -92,7 +93,8 @@ class Exact(FeatureMethod):
         return values[0] - values[1]
 
     @cached_property
-    def _model(self) -> GeneralizedLinear:
+    def model(self) -> GeneralizedLinear:
+        """The checkpoint as a linear model of the whole training set."""
         features, targets = self._read()
         kind = LogisticRegression if self._is_classification else RidgeRegression
         model: GeneralizedLinear = kind(

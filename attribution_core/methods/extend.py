@@ -24,8 +24,9 @@ from attribution_core.methods.artifact import (
     GRADIENTS_FOLDER,
     read_description,
 )
+from attribution_core.methods.context import of_checkpoint
 from attribution_core.methods.drift import drift_of
-from attribution_core.methods.fit import Arrays, FitPipeline, Shard, build_pipeline, of_checkpoint, run, summed_arrays
+from attribution_core.methods.fit import Arrays, FitPipeline, Shard, build_pipeline, run, summed_arrays
 from attribution_core.methods.loaded import LoadedIndex
 from attribution_core.methods.logra import Logra
 from attribution_core.methods.magic import MagicPipeline
@@ -91,8 +92,9 @@ class ExtensionPipeline(FitPipeline):
         """Return no: shards of the two passes are cut in different ways."""
         return False
 
-    def _reduction(self, stage: str, number: int, files: Sequence[Path]) -> Arrays:
+    def _reduction(self, stage: str, group: tuple[int, ...], files: Sequence[Path]) -> Arrays:
         """Return the sums by which drift is told as `<half>.<name>`, of the first stage; the other needs no reduction."""
+        number = group[0]
         if stage != self.stages()[0].name:
             return {}
         found: Arrays = {}
