@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 JobState = Literal["queued", "running", "succeeded", "failed", "cancelling", "cancelled"]
-JobKind = Literal["import", "fit", "extension", "refresh", "training", "evaluation", "verification"]
+JobKind = Literal["import", "fit", "extension", "refresh", "training", "evaluation", "verification", "unlearning"]
 TERMINAL: tuple[JobState, ...] = ("succeeded", "failed", "cancelled")
 
 JOB_EXAMPLE: dict[str, Any] = {

@@ -19,6 +19,7 @@ from app.storage.artifacts import ArtifactStore
 from app.storage.roots import resolve
 from app.web.pagination import Page, PageOf, cut
 from attribution_core.architectures.registry import ARCHITECTURES, describe_architectures, parse_arguments
+from attribution_core.fingerprint import sha256_of
 from attribution_core.training.recipe import CheckpointInitialisation, Recipe
 from attribution_core.weights import WeightsSummary, check_weights
 
@@ -145,6 +146,11 @@ async def register_checkpoint(
         ) from None
     await session.refresh(checkpoint)
     return checkpoint
+
+
+def stable_checkpoint_id(maker: str, *parts: object) -> str:
+    """Return an id that every attempt of a job comes to, so that a repeated publication is the same one."""
+    return f"ckpt_{sha256_of([maker, *map(str, parts)])[:26]}"
 
 
 def publish_checkpoint(artifacts: ArtifactStore, checkpoint_id: str, file: Path) -> None:

@@ -38,6 +38,7 @@ from app.web.deps import release
 from app.web.pagination import Page, PageOf, next_cursor
 from app.web.resources import Resources
 from attribution_core.method_spec import METHODS, GroupEstimator
+from attribution_core.spec import Selector
 
 Json = dict[str, Any]
 SAMPLED_EXAMPLES = 32
@@ -141,7 +142,7 @@ async def unlearning(
     asked = await resolved(session, resources.settings, resources.artifacts, reference, request)
     forget = request.forget.model_dump(mode="json", by_alias=True, exclude_none=True)
     subset = {"selector": forget, "keep": False}
-    rows = (await resources.engine.call("select", {**asked.engine, "queries": [], "selector": forget}))["rows"]
+    rows = await selected_rows(resources, asked.engine, forget)
     kept = np.setdiff1d(
         np.arange(asked.training.num_examples or 0), np.asarray([*rows, *asked.deleted], dtype=np.int64)
     )
@@ -177,6 +178,21 @@ async def unlearning(
         retain_sample=_set_output(values[middle:], predicted[middle:]),
         **_said(asked, found, began),
     )
+
+
+async def forgotten_rows(session: AsyncSession, resources: Resources, index: Index, selector: Selector) -> list[int]:
+    """Return the training rows of an index that a selector names; they do not depend on a query."""
+    fit = await indexes.fit_spec(session, index.id, resources.settings, resources.artifacts)
+    deleted = await datasets.deleted_rows(session, index.dataset_id)
+    payload = {"artifact": index.artifact, "fit": fit.model_dump(mode="json", by_alias=True), "deleted": deleted}
+    return await selected_rows(resources, payload, selector.model_dump(mode="json", by_alias=True, exclude_none=True))
+
+
+async def selected_rows(resources: Resources, engine: Json, selector: Json) -> list[int]:
+    """Return the training rows that a selector names."""
+    asked = {key: engine[key] for key in ("artifact", "fit", "deleted")}
+    rows: list[int] = (await resources.engine.call("select", {**asked, "selector": selector}))["rows"]
+    return rows
 
 
 async def self_influence(

@@ -25,6 +25,8 @@ from app.replay.schemas import (
     EvaluationOut,
     TrainingCreate,
     TrainingOut,
+    UnlearnedCreate,
+    UnlearnedOut,
     VerificationCreate,
     VerificationOut,
 )
@@ -201,6 +203,60 @@ async def list_verifications(session: SessionDep, page: PageDep, index: str) -> 
 async def get_verification(session: SessionDep, index: str, verification: str) -> VerificationOut:
     """Return one verification: predicted beside realised changes, per query and subset."""
     return service.shown_verification(await service.find_of_index(session, "verification", index, verification))
+
+
+@router.post(
+    "/indexes/{index}/unlearned-checkpoints",
+    summary="Unlearn",
+    status_code=202,
+    response_model=JobOut,
+    dependencies=[require("write")],
+    responses={200: {"model": UnlearnedOut, "description": "What was made, with `Prefer: wait`."}, **_REFUSALS},
+)
+async def create_unlearned_checkpoints(
+    request: Request,
+    response: Response,
+    session: SessionDep,
+    resources: ResourcesDep,
+    index: str,
+    unlearned: UnlearnedCreate,
+    _key: IdempotencyKey = None,
+    _prefer: PreferWait = None,
+) -> JobOut:
+    """Make new checkpoints of the index's model without a forget set, and compare them with retrained ones where asked.
+
+    They are marked as not final, so that no later index takes them for the model's own.
+    """
+    created, job = await service.create_unlearned(session, resources, index, unlearned)
+    response.headers["Location"] = f"/v1/jobs/{job.id}"
+
+    async def finished(later: AsyncSession) -> UnlearnedOut:
+        return service.shown_unlearned(await service.find(later, "unlearning", created.id))
+
+    answer_when_finished(request, finished)
+    return shown_job(job)
+
+
+@router.get(
+    "/indexes/{index}/unlearned-checkpoints",
+    summary="List unlearnings",
+    dependencies=[require("read")],
+    responses=problems(NotFound),
+)
+async def list_unlearned_checkpoints(session: SessionDep, page: PageDep, index: str) -> PageOf[UnlearnedOut]:
+    """Return an index's unlearnings, newest first."""
+    return await service.unlearnings(session, index, page)
+
+
+@router.get(
+    "/indexes/{index}/unlearned-checkpoints/{unlearning}",
+    summary="Get an unlearning",
+    dependencies=[require("read")],
+    responses=problems(NotFound),
+)
+async def get_unlearned_checkpoints(session: SessionDep, index: str, unlearning: str) -> UnlearnedOut:
+    """Return one unlearning: the checkpoints it made, and how they compare with retrained ones."""
+    return service.shown_unlearned(await service.find_of_index(session, "unlearning", index, unlearning))
 
 
 @router.get("/banks", summary="List banks", dependencies=[require("read")], responses=problems())

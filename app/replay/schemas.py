@@ -8,8 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 from app.queries.schemas import Interval, Queries, QueryOut, Reference, Subset
 from attribution_core.evaluate.spec import LooSpec, RemovalSpec, TuneSpec
 from attribution_core.method_spec import Damping, Seed
-from attribution_core.spec import ColumnName, Filter, Row, Spec, check_filter_size
+from attribution_core.spec import ColumnName, Filter, Row, Selector, Spec, check_filter_size
 from attribution_core.training.spec import Protocol, Semantics
+from attribution_core.unlearning.spec import FineTune, GradientAscent, Newton, UnlearningMethod
 
 Seeds = Annotated[list[Seed], Field(min_length=1, max_length=256)]
 Hours = Annotated[float, Field(gt=0, le=10_000)]
@@ -23,6 +24,12 @@ _VERIFICATION: dict[str, Any] = {
     "queries": [_ROWS],
     "subsets": [{"remove": {"top_positive": 50}}, {"remove": {"rows": [1, 2, 3]}}],
     "seeds": [0, 1, 2],
+}
+
+_UNLEARNED: dict[str, Any] = {
+    "forget": {"where": {"field": "source", "op": "eq", "value": "vendor-4"}},
+    "method": {"type": "newton"},
+    "check": {"oracles": 8, "test": {"dataset": "mnist-test"}},
 }
 
 
@@ -177,6 +184,58 @@ class VerificationOut(ReplayOut):
     retrainings: int | None
     diverged: int | None
     results: list[VerificationResult] | None
+
+
+class UnlearningCheck(Spec):
+    """Compare what is unlearned with models that were retrained without the forget set."""
+
+    oracles: int = Field(default=8, ge=2, le=256, description="Retrainings without the forget set, one seed each.")
+    test: QuerySet | None = Field(default=None, description="Examples that were not trained on, to look at too.")
+    baselines: Annotated[list[UnlearningMethod], Field(max_length=8)] = Field(
+        default=[GradientAscent(type="gradient_ascent"), FineTune(type="fine_tune")],
+        description="Other methods that are judged beside the one that is asked for; doing nothing always is.",
+    )
+    semantics: Semantics = "resample"
+
+
+class UnlearnedCreate(Spec):
+    """Make new checkpoints without a forget set."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [_UNLEARNED]})
+
+    forget: Selector
+    method: UnlearningMethod = Field(default=Newton(type="newton"))
+    run: RunPrefix = Field(
+        default="unlearned", description="The new checkpoints get the run `<run>-<run of the checkpoint before>`."
+    )
+    check: UnlearningCheck | None = Field(default=None, description="Needs a recipe.")
+    max_hours: Hours | None = None
+
+    @model_validator(mode="after")
+    def _same_for_all(self) -> Self:
+        if self.forget.top_positive is not None or self.forget.top_negative is not None:
+            raise ValueError("a forget set is named by rows, ids or where")
+        return self
+
+
+class UnlearnedCheckpoint(BaseModel):
+    """A checkpoint without the forget set."""
+
+    checkpoint: str
+    source: str = Field(description="The checkpoint it was made from.")
+    report: dict[str, float]
+
+
+class UnlearnedOut(ReplayOut):
+    """What an unlearning made."""
+
+    index: str
+    request: dict[str, Any]
+    forget_size: int
+    checkpoints: list[UnlearnedCheckpoint] | None
+    comparison: dict[str, Any] | None = Field(
+        description="KLoM and accuracy gaps on forget, retain and test sets, against retrained oracles; null if not asked for."
+    )
 
 
 class BankOut(BaseModel):

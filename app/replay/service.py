@@ -9,13 +9,14 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.datasets import service as datasets
 from app.db.ids import new_id
-from app.db.tables import Bank, Dataset, Index, Job, Model, Replay
+from app.db.tables import Bank, Checkpoint, Dataset, Index, Job, Model, Replay
 from app.errors import Conflict, InUse, InvalidRequest, NotFound, RecipeMissing
 from app.indexes import service as indexes
 from app.jobs import service as jobs
 from app.jobs.schemas import JobKind
 from app.models import service as models
 from app.models.schemas import CheckpointMeta
+from app.queries import service as queries
 from app.replay import repository
 from app.replay.schemas import (
     BankOut,
@@ -25,6 +26,8 @@ from app.replay.schemas import (
     TrainedRun,
     TrainingCreate,
     TrainingOut,
+    UnlearnedCreate,
+    UnlearnedOut,
     VerificationCreate,
     VerificationOut,
 )
@@ -38,11 +41,13 @@ from attribution_core.fit_spec import CheckpointRef
 from attribution_core.spec import TokenizerSpec
 from attribution_core.training.recipe import CheckpointInitialisation, Recipe
 from attribution_core.training.spec import Protocol, TrainSpec
+from attribution_core.unlearning.spec import EvaluationSet, UnlearnSpec
 from attribution_core.weights import WeightsSummary
 
 Json = dict[str, Any]
 GROUP_FILE = "group.safetensors"
-_PREFIXES = {"training": "trn", "evaluation": "eval", "verification": "ver"}
+_PREFIXES = {"training": "trn", "evaluation": "eval", "verification": "ver", "unlearning": "unl"}
+_SHOWN_ROWS = 1000
 
 
 async def create_training(
@@ -78,11 +83,11 @@ async def create_evaluation(
         InvalidRequest: if the queries do not fit, or retraining would take too long.
     """
     index, model, training, spec = await _replayable(session, resources, reference)
-    queries = await datasets.find_ready(session, request.queries.dataset)
-    indexes.check_fits(model, queries, "/queries/dataset")
-    rows = _rows_of(request.queries, queries)
+    asked = await datasets.find_ready(session, request.queries.dataset)
+    indexes.check_fits(model, asked, "/queries/dataset")
+    rows = _rows_of(request.queries, asked)
     body = request.model_dump(mode="json", by_alias=True)
-    body["queries"] = {"dataset": queries.id, "rows": rows}
+    body["queries"] = {"dataset": asked.id, "rows": rows}
     examples = 0.0
     for protocol in protocols(request):
         bank = await find_bank(session, model, training, spec, protocol)
@@ -132,6 +137,39 @@ async def create_verification(
     await _check_hours(resources, spec, recipe_of(model), examples, request.max_hours)
     body = request.model_dump(mode="json", by_alias=True)
     return await _submitted(session, "verification", body, model, training, index)
+
+
+async def create_unlearned(
+    session: AsyncSession, resources: Resources, reference: str, request: UnlearnedCreate
+) -> tuple[Replay, Job]:
+    """Submit an unlearning; the forget set's rows are fixed here.
+
+    Raises:
+        RecipeMissing: if a comparison is asked for and the model has no recipe.
+        InvalidRequest: if it cannot be done, or retraining would take too long.
+        Conflict: if the model has checkpoints of such a run.
+    """
+    index = await indexes.find_ready(session, reference)
+    model = await models.find(session, index.model_id)
+    training = await datasets.find_ready(session, index.dataset_id)
+    sources = await models.checkpoints_by_id(session, model.id, index.checkpoint_ids)
+    taken = sorted({f"{request.run}-{source.run}" for source in sources} & await models.runs(session, model.id))
+    if taken:
+        raise Conflict(f"Model {model.name!r} has checkpoints of run {taken[0]!r}; name another `run`.", pointer="/run")
+    if request.check is not None:
+        spec = await train_spec(session, model, training, resources.settings, resources.artifacts)
+        examples = request.check.oracles * (training.num_examples or 0)
+        await _check_hours(resources, spec, recipe_of(model), examples, request.max_hours)
+    rows = await queries.forgotten_rows(session, resources, index, request.forget)
+    body = request.model_dump(mode="json", by_alias=True)
+    body["forget"] = {"rows": rows}
+    if request.check is not None and request.check.test is not None:
+        test = await datasets.find_ready(session, request.check.test.dataset)
+        indexes.check_fits(model, test, "/check/test/dataset")
+        body["check"]["test"] = {"dataset": test.id, "rows": _rows_of(request.check.test, test)}
+    replay, job = await _submitted(session, "unlearning", body, model, training, index)
+    (await unlearning_plan(session, replay.id, resources.settings, resources.artifacts)).check()
+    return replay, job
 
 
 def recipe_of(model: Model) -> Recipe:
@@ -227,7 +265,7 @@ async def evaluation_plan(
     index = await indexes.find_ready(session, replay.index_id or "")
     model = await models.find(session, replay.model_id)
     training = await datasets.find_ready(session, index.dataset_id)
-    queries = await datasets.find_ready(session, request.queries.dataset)
+    asked = await datasets.find_ready(session, request.queries.dataset)
     spec = await train_spec(session, model, training, settings, artifacts)
     banks: list[BankRef] = []
     places: list[tuple[str, str]] = []
@@ -242,7 +280,7 @@ async def evaluation_plan(
         folder=artifacts.open(index.artifact or ""),
         fit=await indexes.fit_spec(session, index.id, settings, artifacts),
         train=spec,
-        queries=indexes.dataset_ref(queries, artifacts, like=training),
+        queries=indexes.dataset_ref(asked, artifacts, like=training),
         rows=request.queries.rows or [],
         banks=banks,
         loo=request.loo,
@@ -267,6 +305,68 @@ async def verification_plan(
     training = await datasets.find_ready(session, index.dataset_id)
     spec = await train_spec(session, model, training, settings, artifacts)
     return replay, VerificationCreate.model_validate(replay.request), spec
+
+
+async def unlearning_plan(
+    session: AsyncSession, replay_id: str, settings: Settings, artifacts: ArtifactStore
+) -> UnlearnSpec:
+    """Return what an unlearning job does.
+
+    Raises:
+        NotFound: if it was deleted meanwhile.
+    """
+    replay = await find(session, "unlearning", replay_id)
+    request = UnlearnedCreate.model_validate(replay.request)
+    index = await indexes.find_ready(session, replay.index_id or "")
+    model = await models.find(session, replay.model_id)
+    training = await datasets.find_ready(session, index.dataset_id)
+    check, test = request.check, None
+    if check is not None and check.test is not None:
+        asked = await datasets.find_ready(session, check.test.dataset)
+        test = EvaluationSet(dataset=indexes.dataset_ref(asked, artifacts, like=training), rows=check.test.rows)
+    has_recipe = model.recipe is not None
+    return UnlearnSpec(
+        index=artifacts.open(index.artifact or ""),
+        fit=await indexes.fit_spec(session, index.id, settings, artifacts),
+        forget=request.forget.rows or [],
+        method=request.method,
+        baselines=check.baselines if check else [],
+        train=await train_spec(session, model, training, settings, artifacts) if has_recipe else None,
+        oracles=check.oracles if check else 0,
+        semantics=check.semantics if check else "resample",
+        test=test,
+    )
+
+
+async def unlearned_sources(
+    session: AsyncSession, replay_id: str
+) -> tuple[UnlearnedCreate, dict[str, Checkpoint], Json]:
+    """Return what an unlearning was asked, the checkpoints it starts from by id, and the skeleton that new ones must fit."""
+    replay = await find(session, "unlearning", replay_id)
+    index = await indexes.find(session, replay.index_id or "")
+    model = await models.find(session, replay.model_id)
+    sources = await models.checkpoints_by_id(session, model.id, index.checkpoint_ids)
+    request = UnlearnedCreate.model_validate(replay.request)
+    return request, {source.id: source for source in sources}, model.parameters
+
+
+async def finish_unlearning(
+    session: AsyncSession,
+    replay_id: str,
+    made: Sequence[tuple[CheckpointMeta, str, WeightsSummary, Json]],
+    comparison: Json | None,
+) -> None:
+    """Register unlearned checkpoints, given with their ids and `{source, report}`.
+
+    Raises:
+        Conflict: if checkpoints of such a run were uploaded meanwhile.
+    """
+    replay = await find(session, "unlearning", replay_id, lock=True)
+    for meta, checkpoint_id, summary, _ in made:
+        await models.register_checkpoint(session, replay.model_id, meta, checkpoint_id, summary)
+    replay.status, replay.error = "succeeded", None
+    shown = [{"checkpoint": checkpoint_id, **facts} for _, checkpoint_id, _, facts in made]
+    replay.result = {"checkpoints": shown, "comparison": comparison}
 
 
 async def finish_training(
@@ -379,6 +479,14 @@ async def verifications(session: AsyncSession, index: str, page: Page) -> PageOf
     return PageOf[VerificationOut](items=[shown_verification(row) for row in rows], next=following)
 
 
+async def unlearnings(session: AsyncSession, index: str, page: Page) -> PageOf[UnlearnedOut]:
+    """Return one page of an index's unlearnings, newest first."""
+    found = await indexes.find(session, index)
+    route = f"unlearnings:{found.id}"
+    rows, following = cut(await repository.page(session, "unlearning", page, route, index_id=found.id), page, route)
+    return PageOf[UnlearnedOut](items=[shown_unlearned(row) for row in rows], next=following)
+
+
 async def banks(session: AsyncSession, page: Page) -> PageOf[BankOut]:
     """Return one page of banks, newest first."""
     rows, following = cut(await repository.banks(session, page), page, "banks")
@@ -446,6 +554,16 @@ def shown_verification(replay: Replay) -> VerificationOut:
     """Return a verification as clients see it."""
     result = replay.result or {"retrainings": None, "diverged": None, "results": None}
     return VerificationOut(index=replay.index_id or "", request=replay.request, **result, **_common(replay))
+
+
+def shown_unlearned(replay: Replay) -> UnlearnedOut:
+    """Return an unlearning as clients see it; of a large forget set the first rows are shown."""
+    rows = replay.request["forget"]["rows"]
+    request = {**replay.request, "forget": {"rows": rows[:_SHOWN_ROWS]}}
+    result = replay.result or {"checkpoints": None, "comparison": None}
+    return UnlearnedOut(
+        index=replay.index_id or "", request=request, forget_size=len(rows), **result, **_common(replay)
+    )
 
 
 async def fail_replay(session: AsyncSession, replay_id: str, error: Json) -> None:

@@ -20,6 +20,7 @@ from app.worker.fits import FIT
 from app.worker.imports import IMPORT
 from app.worker.runner import OUTAGE, Runner
 from app.worker.trainings import TRAINING
+from app.worker.unlearnings import UNLEARNING
 from app.worker.verifications import VERIFICATION
 from attribution_core.projection import check_projections
 
@@ -40,6 +41,7 @@ async def work(settings: Settings) -> None:
         "training": TRAINING,
         "evaluation": EVALUATION,
         "verification": VERIFICATION,
+        "unlearning": UNLEARNING,
     }
     runner = Runner(settings, create_sessionmaker(database), artifacts, name, kinds)
     tasks = [asyncio.create_task(_receive(settings, runner, name)), asyncio.create_task(_sweep(runner))]

@@ -1,6 +1,5 @@
 """The training job: runs of a recipe become checkpoints of its model."""
 
-import hashlib
 import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -43,7 +42,7 @@ async def lead_training(runner: Runner, running: Running) -> Callable[[AsyncSess
         made = []
         for trained in pipeline.write_checkpoints(files, folder):
             summary = check_weights(trained.path, parameters)
-            checkpoint_id = _checkpoint_id(replay_id, trained)
+            checkpoint_id = models.stable_checkpoint_id(replay_id, trained.seed, trained.step)
             models.publish_checkpoint(runner.artifacts, checkpoint_id, trained.path)
             made.append((_meta(request, trained), checkpoint_id, summary))
         return made
@@ -92,12 +91,6 @@ def _meta(request: TrainingCreate, trained: TrainedCheckpoint) -> CheckpointMeta
         seed=trained.seed,
         final=trained.final,
     )
-
-
-def _checkpoint_id(replay_id: str, trained: TrainedCheckpoint) -> str:
-    """Return an id that every attempt of the job comes to, so that a repeated publication is the same one."""
-    digest = hashlib.sha256(f"{replay_id}/{trained.seed}/{trained.step}".encode()).hexdigest()
-    return f"ckpt_{digest[:26]}"
 
 
 TRAINING = Kind(lead_training, assist_training)

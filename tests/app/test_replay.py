@@ -168,6 +168,42 @@ def test_a_verification_lays_predictions_beside_retraining(trained: Loaded) -> N
     assert trained.service.get(f"/v1/indexes/replayed-ekfac/verifications/{found['id']}") == listed[0]
 
 
+def test_checkpoints_are_unlearned_and_compared_with_retraining(trained: Loaded) -> None:
+    service = trained.service
+    fours = {"where": {"field": "target", "op": "eq", "value": 4}}
+    body = {
+        "forget": fours,
+        "method": {"type": "newton"},
+        "check": {"oracles": 4, "test": {"dataset": "test"}, "baselines": [{"type": "gradient_ascent"}]},
+    }
+    job = service.finished(service.post("/v1/indexes/replayed-ekfac/unlearned-checkpoints", body, 202))
+    assert job["state"] == "succeeded", job["error"]
+    (found,) = service.get("/v1/indexes/replayed-ekfac/unlearned-checkpoints")["items"]
+    assert service.get(f"/v1/indexes/replayed-ekfac/unlearned-checkpoints/{found['id']}") == found
+    assert found["forget_size"] == len(found["request"]["forget"]["rows"]) > 20
+    made = [service.get(f"/v1/models/replayed/checkpoints/{entry['checkpoint']}") for entry in found["checkpoints"]]
+    assert {entry["run"] for entry in made} == {"unlearned-seed-0", "unlearned-seed-1"}
+    assert not any(entry["final"] for entry in made), "a later index of the final checkpoints must not take them"
+    nothing, newton, ascent = found["comparison"]["results"]
+    assert [entry["role"] for entry in (nothing, newton, ascent)] == ["nothing", "method", "baseline"]
+    assert set(newton["sets"]) == {"forget", "retain", "test"}
+    again = service.http.post("/v1/indexes/replayed-ekfac/unlearned-checkpoints", json=body)
+    assert again.status_code == 409
+    assert again.json()["errors"][0]["pointer"] == "/run"
+
+
+@pytest.mark.parametrize(
+    ("forget", "status"),
+    [({"rows": []}, 422), ({"rows": [600]}, 422), ({"top_positive": 3}, 422), ({"rows": [1, 2]}, 409)],
+)
+def test_forget_sets_and_models_that_cannot_be_unlearned(steady: Loaded, forget: dict[str, Any], status: int) -> None:
+    """The last one asks for a comparison with retrained models of a model that has no recipe."""
+    body = {"forget": forget, "method": {"type": "newton"}, "check": {"oracles": 2} if status == 409 else None}
+    answer = steady.service.http.post("/v1/indexes/steady/unlearned-checkpoints", json=body)
+    assert answer.status_code == status, answer.text
+    assert answer.json()["errors"]
+
+
 def test_too_much_retraining_is_refused_with_its_hours(trained: Loaded) -> None:
     body = {"queries": {"dataset": "test"}, "protocol": {"subsets": 100_000, "seeds": 100}, "max_hours": 0.01}
     answer = trained.service.http.post("/v1/indexes/replayed-ekfac/evaluations", json=body)
