@@ -1,6 +1,8 @@
-"""Headwater's main job from end to end: real digits in, three questions answered, a real retraining beside each.
+"""Headwater's main job from end to end: real digits in, a model trained, its behaviour explained, and the explanations measured.
 
-Starts the service if none is running, then speaks to it over HTTP only. Run it again and it reuses what is there.
+Starts the service if none is running, then speaks to it over HTTP only: it trains the model from its recipe, answers three questions, measures
+the index against retraining on random halves of the data, and retrains without the very examples that an answer was about. Run it again and it
+reuses what is there.
 """
 
 import argparse
@@ -17,11 +19,29 @@ from client import Client, Json
 from mnist import Digits, load_digits
 from rich.console import Console
 from rich.table import Table
-from train import ARCHITECTURE, retrain
 
-SEEDS = (0, 1, 2)
+MODEL: Json = {
+    "name": "digit-cnn",
+    "architecture": {
+        "name": "cnn",
+        "arguments": {"input_shape": [1, 28, 28], "channels": [8, 16], "num_classes": 10},
+    },
+    "task": {"type": "classification"},
+    "recipe": {
+        "optimizer": {"type": "sgd", "momentum": 0.9, "nesterov": True},
+        "learning_rate": 0.1,
+        "schedule": {"type": "one_cycle"},
+        "weight_decay": 0.01,
+        "epochs": 8,
+        "batch_size": 64,
+    },
+}
+SEEDS = [0, 1, 2]
 REMOVED = 50
-VENDOR = "vendor-4"
+VENDOR = {"where": {"field": "source", "op": "eq", "value": "vendor-4"}}
+FIRST_HALF = {"where": {"field": "row", "op": "lt", "value": 2000}}
+BANK = {"alpha": 0.5, "subsets": 24, "seeds": 1}
+QUERIES_AT_ONCE = 32
 console = Console(width=118)
 
 
@@ -36,12 +56,14 @@ def main() -> None:
     training, test = load_digits()
     with tempfile.TemporaryDirectory() as folder:
         import_digits(client, training, test, Path(folder))
-        margins = register_checkpoints(client, Path(folder))
+    train(client)
     fit_indexes(client)
-    explain_and_verify(client, training, test, margins)
-    unlearn(client, training, test, margins)
+    outputs = test_outputs(client, len(test.labels))
+    row = explain(client, outputs)
+    measure(client)
+    verify(client, row, hardest(outputs, test.labels == 4, 8))
     console.print(f"\nDone in {time.monotonic() - began:.0f} s. The service keeps running:")
-    for page in ("/docs", "/redoc", "/v1/indexes/demo-ekfac", "/v1/datasets/mnist-train/examples", "/metrics"):
+    for page in ("/docs", "/redoc", "/v1/indexes/demo-ekfac/quality", "/v1/datasets/mnist-train/examples", "/metrics"):
         console.print(f"  {url}{page}")
 
 
@@ -94,60 +116,51 @@ def import_digits(client: Client, training: Digits, test: Digits, folder: Path) 
         )
 
 
-def register_checkpoints(client: Client, folder: Path) -> np.ndarray:
-    """Train one CNN per seed, upload what is not there yet, and return the test margins (seeds, n)."""
-    client.ensure(
-        "/v1/models",
-        "digit-cnn",
-        lambda: client.post(
-            "/v1/models", {"name": "digit-cnn", "architecture": ARCHITECTURE, "task": {"type": "classification"}}
-        ),
-        "register the model",
-    )
-    registered = {item["run"] for item in client.get("/v1/models/digit-cnn/checkpoints")["items"]}
-    with console.status(f"training {len(SEEDS)} CNNs with plain torch"):
-        everything = np.arange(len(load_digits()[0].labels))
-        margins = retrain([(everything, seed, folder / f"seed-{seed}.safetensors") for seed in SEEDS])
-    for seed in SEEDS:
-        if f"seed-{seed}" not in registered:
-            meta = {"run": f"seed-{seed}", "step": 0, "seed": seed, "final": True}
-            client.upload("/v1/models/digit-cnn/checkpoints", folder / f"seed-{seed}.safetensors", meta=meta)
-    accuracy = (np.stack(margins) > 0).mean()
-    console.print(f"[bold]Model[/] digit-cnn: {len(SEEDS)} checkpoints, {accuracy:.1%} of the test margins above 0")
-    return np.stack(margins)
+def train(client: Client) -> None:
+    """Register the model with its recipe, and let the service train it once per seed."""
+    client.ensure("/v1/models", MODEL["name"], lambda: client.post("/v1/models", MODEL), "register the model")
+    path = f"/v1/models/{MODEL['name']}/trainings"
+    if not client.get(path)["items"]:
+        client.finish(client.post(path, {"dataset": "mnist-train", "seeds": SEEDS}), f"train {MODEL['name']}")
 
 
 def fit_indexes(client: Client) -> None:
-    """Fit TRAK over all checkpoints and EK-FAC over the first."""
-    checkpoints = client.get("/v1/models/digit-cnn/checkpoints")["items"]
-    first = next(item["id"] for item in checkpoints if item["run"] == "seed-0")
-    common = {"model": "digit-cnn", "dataset": "mnist-train", "measurement": "margin"}
-    wanted = {
-        "demo-trak": {**common, "checkpoints": "all", "method": {"type": "trak"}},
-        "demo-ekfac": {**common, "checkpoints": [first], "method": {"type": "ekfac", "damping": 1.0}},
-    }
-    for name, body in wanted.items():
-        index = client.ensure(
-            "/v1/indexes",
-            name,
-            lambda name=name, body=body: client.post("/v1/indexes", {"name": name, **body}),
-            f"fit {name}",
-        )
+    """Fit TRAK and EK-FAC over all checkpoints."""
+    common = {"model": MODEL["name"], "dataset": "mnist-train", "measurement": "margin"}
+    for name, method in {"demo-trak": {"type": "trak"}, "demo-ekfac": {"type": "ekfac"}}.items():
+        body = {"name": name, **common, "method": method}
+        index = client.ensure("/v1/indexes", name, lambda body=body: client.post("/v1/indexes", body), f"fit {name}")
         console.print(
             f"[bold]Index[/] {name}: {index['bytes'] / 1e6:.1f} MB, recall {index['recall']}, fingerprint "
             f"{index['fingerprint'][:12]}"
         )
 
 
-def explain_and_verify(client: Client, training: Digits, test: Digits, margins: np.ndarray) -> None:
-    """Explain a misclassified digit, predict it without its strongest support, and retrain to see."""
-    row = misread_digit(client, margins)
-    query = {"queries": [{"dataset": "mnist-test", "rows": [row]}]}
-    predicted: dict[str, Json] = {}
-    supporters: dict[str, np.ndarray] = {}
+def test_outputs(client: Client, count: int) -> list[Json]:
+    """Return what the model says of every test digit."""
+    outputs: list[Json] = []
+    for start in range(0, count, QUERIES_AT_ONCE):
+        rows = list(range(start, min(start + QUERIES_AT_ONCE, count)))
+        body = {"queries": [{"dataset": "mnist-test", "rows": rows}], "top_k": 1}
+        outputs += [result["output"] for result in client.post("/v1/indexes/demo-trak/attributions", body)["results"]]
+    right = np.mean([output["value"] > 0 for output in outputs])
+    console.print(f"[bold]Model[/] {MODEL['name']}: {len(SEEDS)} checkpoints, {right:.1%} of the test margins above 0")
+    return outputs
+
+
+def hardest(outputs: list[Json], among: np.ndarray, count: int) -> list[int]:
+    """Return the test rows with the smallest margins."""
+    margins = np.where(among, [output["value"] for output in outputs], np.inf)
+    return np.argsort(margins, kind="stable")[:count].tolist()
+
+
+def explain(client: Client, outputs: list[Json]) -> int:
+    """Show which training examples are behind a digit that the model misreads, and return its row."""
+    margins = np.array([output["value"] for output in outputs])
+    row = int(np.argmax(np.where(margins < 0, margins, -np.inf)))
     for name in ("demo-ekfac", "demo-trak"):
-        answer = client.post(f"/v1/indexes/{name}/attributions", {**query, "top_k": REMOVED, "include": ["metadata"]})
-        result = answer["results"][0]
+        body = {"queries": [{"dataset": "mnist-test", "rows": [row]}], "top_k": 5, "include": ["metadata"]}
+        (result,) = client.post(f"/v1/indexes/{name}/attributions", body)["results"]
         if name == "demo-ekfac":
             output = result["output"]
             console.print(
@@ -155,47 +168,14 @@ def explain_and_verify(client: Client, training: Digits, test: Digits, margins: 
                 f"(margin {output['value']:+.2f})"
             )
         show_examples(name, result)
-        supporters[name] = np.array([example["row"] for example in result["positive"]])
-        subset = {"remove": {"top_positive": REMOVED}}
-        answer = client.post(f"/v1/indexes/{name}/counterfactuals", {**query, "subsets": [subset]})
-        predicted[name] = answer["results"][0]["predictions"][0]
-    table = Table(
-        "index", "output now", "predicted without", "predicted change", "retrained without", "realised change"
-    )
-    everything = np.arange(len(training.labels))
-    for name, rows in supporters.items():
-        with console.status(f"retraining {len(SEEDS)} CNNs without the {REMOVED} most positive examples of {name}"):
-            kept = np.setdiff1d(everything, rows)
-            without = np.stack(retrain([(kept, seed, None) for seed in SEEDS]))[:, row]
-        realised = without - margins[:, row]
-        table.add_row(
-            name,
-            f"{predicted[name]['predicted'] - predicted[name]['change']:+.2f}",
-            f"{predicted[name]['predicted']:+.2f}",
-            f"{predicted[name]['change']:+.2f}",
-            f"{without.mean():+.2f}",
-            f"{realised.mean():+.2f} ± {realised.std(ddof=1) / len(SEEDS) ** 0.5:.2f}",
-        )
-    console.print(f"\n[bold]Margin of test digit {row} without its {REMOVED} most positive training examples[/]")
-    console.print(table)
-
-
-def misread_digit(client: Client, margins: np.ndarray) -> int:
-    """Return the test row nearest to being right among those that both indexes' models read as another digit."""
-    nearest = np.argsort(-np.where(margins.mean(axis=0) < 0, margins.mean(axis=0), -np.inf))[:30].tolist()
-    misread = set(nearest)
-    for name in ("demo-ekfac", "demo-trak"):
-        body = {"queries": [{"dataset": "mnist-test", "rows": nearest}], "top_k": 1}
-        results = client.post(f"/v1/indexes/{name}/attributions", body)["results"]
-        misread &= {r["query"]["row"] for r in results if r["output"]["prediction"] != r["query"]["target"]}
-    return next(row for row in nearest if row in misread)
+    return row
 
 
 def show_examples(name: str, result: Json) -> None:
-    """Print the five most positive and the five most negative training examples."""
+    """Print the most positive and the most negative training examples."""
     table = Table("", "row", "id", "label", "source", "score", title=f"{name}: training examples behind the margin")
     for sign in ("positive", "negative"):
-        for example in result[sign][:5]:
+        for example in result[sign]:
             table.add_row(
                 sign,
                 str(example["row"]),
@@ -207,28 +187,72 @@ def show_examples(name: str, result: Json) -> None:
     console.print(table)
 
 
-def unlearn(client: Client, training: Digits, test: Digits, margins: np.ndarray) -> None:
-    """Predict the test 4s as if one vendor's data had never been used, and retrain to see."""
-    fours = np.flatnonzero(test.labels == 4)
-    rows = fours[np.argsort(margins[:, fours].mean(axis=0))[:8]]
-    body = {
-        "forget": {"where": {"field": "source", "op": "eq", "value": VENDOR}},
-        "queries": [{"dataset": "mnist-test", "rows": rows.tolist()}],
-    }
-    answers = {name: client.post(f"/v1/indexes/{name}/unlearning", body) for name in ("demo-ekfac", "demo-trak")}
-    with console.status(f"retraining {len(SEEDS)} CNNs without {VENDOR}"):
-        kept = np.flatnonzero(training.sources != VENDOR)
-        without = np.stack(retrain([(kept, seed, None) for seed in SEEDS]))[:, rows]
-    realised = (without - margins[:, rows]).mean(axis=0)
-    forgotten = answers["demo-ekfac"]["forget_size"]
-    console.print(f"\n[bold]Forgetting {VENDOR}[/] ({forgotten} of {len(training.labels)} examples), eight test 4s")
+def measure(client: Client) -> None:
+    """Measure both indexes against one bank of retrainings on random halves, and print what they are worth."""
+    console.print()
+    for name in ("demo-ekfac", "demo-trak"):
+        path = f"/v1/indexes/{name}/evaluations"
+        if not client.get(path)["items"]:
+            body = {"queries": {"dataset": "mnist-test", "count": 100}, "protocol": BANK, "tune": True}
+            client.finish(client.post(path, body), f"measure {name}")
+        quality = client.get(f"/v1/indexes/{name}/quality")["quality"]
+        low, high = quality["interval"]
+        console.print(
+            f"[bold]Quality[/] {name}: LDS {quality['lds']:.2f} [{low:.2f}, {high:.2f}] on {quality['retrainings']} retrainings "
+            f"on random halves, permuted {quality['control']['lds']:+.2f}, damping {quality['tuned']['damping']:g} "
+            "chosen on as many others"
+        )
+
+
+def verify(client: Client, row: int, fours: list[int]) -> None:
+    """Predict what the model would do without some data, then have it retrained without them."""
+    digit = {"dataset": "mnist-test", "rows": [row]}
+    half, top = {"keep": FIRST_HALF}, {"remove": {"top_positive": REMOVED}}
+    for name in ("demo-ekfac", "demo-trak"):
+        found = verified(client, name, {"queries": [digit], "subsets": [half, top], "seeds": SEEDS})
+        table = Table("training set", "removed", "predicted change", "90 % interval", "realised change")
+        labels = ("first half only", f"without its {REMOVED} most positive")
+        for label, prediction in zip(labels, found["results"][0]["predictions"], strict=True):
+            table.add_row(label, *shown_prediction(prediction))
+        console.print(
+            f"\n[bold]{name}[/]: margin of test digit {row} after training on other data, and retrained for real"
+        )
+        console.print(table)
+    body = {"queries": [{"dataset": "mnist-test", "rows": fours}], "subsets": [{"remove": VENDOR}], "seeds": SEEDS}
+    answers = {name: verified(client, name, body)["results"] for name in ("demo-ekfac", "demo-trak")}
+    size = answers["demo-ekfac"][0]["predictions"][0]["removed"]
+    console.print(f"\n[bold]Forgetting vendor-4[/] ({size} examples), eight test 4s")
     table = Table("test row", "margin", *(f"{name} change" for name in answers), "realised change")
-    for position, row in enumerate(rows):
-        changes = [f"{answer['results'][position]['change']:+.2f}" for answer in answers.values()]
-        table.add_row(str(row), f"{margins[:, row].mean():+.2f}", *changes, f"{realised[position]:+.2f}")
-    means = [np.mean([result["change"] for result in answer["results"]]) for answer in answers.values()]
-    table.add_row("mean", "", *(f"{mean:+.2f}" for mean in means), f"{realised.mean():+.2f}", style="bold")
+    changes = {name: [result["predictions"][0] for result in results] for name, results in answers.items()}
+    for place, four in enumerate(fours):
+        predicted = [f"{of_index[place]['predicted_change']:+.2f}" for of_index in changes.values()]
+        margin = answers["demo-ekfac"][place]["output"]["value"]
+        realised = changes["demo-ekfac"][place]["realised_change"]
+        table.add_row(str(four), f"{margin:+.2f}", *predicted, f"{realised:+.2f}")
+    means = [np.mean([change["predicted_change"] for change in of_index]) for of_index in changes.values()]
+    realised = np.mean([change["realised_change"] for change in changes["demo-ekfac"]])
+    table.add_row("mean", "", *(f"{mean:+.2f}" for mean in means), f"{realised:+.2f}", style="bold")
     console.print(table)
+
+
+def verified(client: Client, name: str, body: Json) -> Json:
+    """Return a finished verification of the same question, asked now if it was not before."""
+    path = f"/v1/indexes/{name}/verifications"
+    wanted = body["queries"][0]["rows"]
+    for found in client.get(path)["items"]:
+        if found["status"] == "succeeded" and found["request"]["queries"][0]["rows"] == wanted:
+            return found
+    client.finish(client.post(path, body), f"verify {name} by retraining")
+    return client.get(path)["items"][0]
+
+
+def shown_prediction(prediction: Json) -> tuple[str, str, str, str]:
+    """Return a verified prediction's cells."""
+    interval = "not covered by the retrainings"
+    if prediction["interval"] is not None:
+        interval = "[{:+.2f}, {:+.2f}]".format(*prediction["interval"])
+    realised = f"{prediction['realised_change']:+.2f} ± {prediction['seed_noise']:.2f}"
+    return str(prediction["removed"]), f"{prediction['predicted_change']:+.2f}", interval, realised
 
 
 if __name__ == "__main__":
