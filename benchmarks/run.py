@@ -22,19 +22,36 @@ from benchmarks.environment import build_peers
 from benchmarks.lds import Truth, interval
 from benchmarks.ours import dataset_of
 from benchmarks.plan import ENTRIES, Damping, Entry
-from benchmarks.report import write_report
+from benchmarks.report import NOT_MEASURED, write_report
 from benchmarks.workloads import WORKLOADS, Workload, prepare, retrain
 
 RESULTS = Path(__file__).parent / "results"
 _ROOT = Path(__file__).parent.parent
 
 
+def folder_of(entry: Entry, workload: Workload, checkpoints: int) -> Path:
+    """Return where an entry's measurement is."""
+    label = re.sub(r"\W+", "-", f"{entry.peer}-{entry.label}")
+    return CACHE / "runs" / workload.name / f"{label}-{checkpoints}"
+
+
+def _chosen(entry: Entry, checkpoints: int, chosen: argparse.Namespace) -> bool:
+    if chosen.peer and entry.peer not in chosen.peer:
+        return False
+    if chosen.method and entry.label not in chosen.method:
+        return False
+    return not chosen.checkpoints or checkpoints in chosen.checkpoints
+
+
+def _named(entry: Entry, checkpoints: int) -> dict[str, Any]:
+    return {"peer": entry.peer, "method": entry.label, "options": entry.method, "checkpoints": checkpoints}
+
+
 def measure(
     entry: Entry, workload: Workload, checkpoints: int, dampings: Sequence[Damping], timeout: int, resume: bool
 ) -> Path:
     """Run one entry unless it is there and return its folder: `scores-<damping>.npy` and `cost.json`, or `error.txt`."""
-    label = re.sub(r"\W+", "-", f"{entry.peer}-{entry.label}")
-    out = CACHE / "runs" / workload.name / f"{label}-{checkpoints}"
+    out = folder_of(entry, workload, checkpoints)
     command = [
         *("--workload", workload.name, "--method", json.dumps(entry.method), "--checkpoints", str(checkpoints)),
         *("--damping", *map(damping_name, dampings), "--out", str(out)),
@@ -68,12 +85,7 @@ def measure(
 
 def judged(entry: Entry, checkpoints: int, dampings: Sequence[Damping], folder: Path, truth: Truth) -> dict[str, Any]:
     """Return an entry's row: cost, LDS at every damping, and the LDS at a damping that was chosen on other queries."""
-    row: dict[str, Any] = {
-        "peer": entry.peer,
-        "method": entry.label,
-        "options": entry.method,
-        "checkpoints": checkpoints,
-    }
+    row = _named(entry, checkpoints)
     error = folder / "error.txt"
     if error.exists():
         return row | {"error": error.read_text()}
@@ -124,21 +136,25 @@ def compared(rows: list[dict[str, Any]], checkpoints: int) -> dict[str, Any]:
     }
 
 
-def bench(workload: Workload, entries: list[Entry], timeout: int, resume: bool) -> None:
-    """Measure all entries on one workload and write its results."""
+def bench(workload: Workload, chosen: argparse.Namespace) -> None:
+    """Measure all chosen entries on one workload and write its results, with those that earlier runs left of the others."""
     data = prepare(workload)
     retrain(workload, data)
     dataset_of(workload, data)
     truth = Truth.read(workload.truth)
     rows = []
-    for entry in entries:
+    for entry in ENTRIES:
         if entry.workloads and workload.name not in entry.workloads:
             continue
         dampings: Sequence[Damping] = entry.dampings
         for checkpoints in entry.checkpoints:
             if checkpoints > 1 and workload.name == "letter-logistic":
                 continue  # the optimum is one, whatever the seed
-            folder = measure(entry, workload, checkpoints, dampings, timeout, resume)
+            wanted = _chosen(entry, checkpoints, chosen)
+            if not wanted and not (folder_of(entry, workload, checkpoints) / "command.json").exists():
+                rows.append(_named(entry, checkpoints) | {"error": NOT_MEASURED})
+                continue
+            folder = measure(entry, workload, checkpoints, dampings, chosen.timeout, chosen.resume or not wanted)
             row = judged(entry, checkpoints, dampings, folder, truth)
             rows.append(row)
             print(workload.name, entry.peer, entry.label, checkpoints, row.get("error") or row.get("best"), flush=True)
@@ -164,13 +180,14 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", default=list(WORKLOADS))
-    parser.add_argument("--peer", nargs="*", help="only these libraries")
+    parser.add_argument("--peer", nargs="*", help="measure only these libraries")
+    parser.add_argument("--method", nargs="*", help="measure only these methods")
+    parser.add_argument("--checkpoints", nargs="*", type=int, help="measure only with so many checkpoints")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--timeout", type=int, default=3600, help="seconds for one measurement")
     arguments = parser.parse_args()
-    entries = [entry for entry in ENTRIES if not arguments.peer or entry.peer in arguments.peer]
     for name in arguments.names:
-        bench(WORKLOADS[name], entries, arguments.timeout, arguments.resume)
+        bench(WORKLOADS[name], arguments)
     write_report(RESULTS)
 
 

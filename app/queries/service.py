@@ -137,9 +137,19 @@ async def unlearning(
     """Predict every query's output as if the forget set had never been trained on.
 
     Samples of the forgotten and of the kept examples are asked the same beside the queries.
+
+    Raises:
+        InvalidRequest: if the index has no scores of those samples, or the question does not fit it.
     """
     began = time.perf_counter()
     asked = await resolved(session, resources.settings, resources.artifacts, reference, request)
+    method = METHODS[asked.index.method["type"]]
+    if method.keeps == "scores":
+        raise InvalidRequest(
+            f"Index {asked.index.name!r} answers for queries named when it was made, and an unlearning estimate asks about "
+            "training examples too: ask for counterfactuals without the forget set.",
+            pointer="/forget",
+        )
     forget = request.forget.model_dump(mode="json", by_alias=True, exclude_none=True)
     subset = {"selector": forget, "keep": False}
     rows = await selected_rows(resources, asked.engine, forget)

@@ -94,7 +94,7 @@ class ExtensionPipeline(FitPipeline):
 
     def _reduction(self, stage: str, group: tuple[int, ...], files: Sequence[Path]) -> Arrays:
         """Return the sums by which drift is told as `<half>.<name>`, of the first stage; the other needs no reduction."""
-        number = group[0]
+        (number,) = group  # nothing that shares a curvature is extended
         if stage != self.stages()[0].name:
             return {}
         found: Arrays = {}

@@ -16,6 +16,7 @@ from torch import Tensor
 from attribution_core.arrays import read_arrays
 from attribution_core.data.batch import Batch
 from attribution_core.errors import InvalidInputError
+from attribution_core.evaluate.ranks import spearman
 from attribution_core.fit_spec import FitSpec, FitSummary
 from attribution_core.method_spec import MagicMethod
 from attribution_core.methods.context import FitContext
@@ -33,7 +34,7 @@ MAX_RECORDED_BYTES = 4 << 30
 _QUERIES_AT_ONCE = 64
 _SUBSETS_AT_ONCE = 8
 # How far the finite difference goes from the full weights towards a mask.
-_NEAR = 1e-3
+_NEAR = 1e-6
 
 
 @dataclass(frozen=True)
@@ -252,13 +253,10 @@ def _check_finite(parameters: Tensors) -> None:
 
 
 def _agreement(predicted: np.ndarray, truth: np.ndarray) -> float | None:
-    """Return the mean over queries of Spearman's correlation over subsets, of (subsets, queries); None if nothing varies."""
-    ranks = [np.argsort(np.argsort(part, axis=0, kind="stable"), axis=0, kind="stable") for part in (predicted, truth)]
+    """Return the mean over queries of Spearman's correlation over subsets, of (subsets, queries); None of fewer than two subsets."""
     if len(truth) < 2:
         return None
-    return round(
-        float(np.mean([np.corrcoef(*pair)[0, 1] for pair in zip(*(part.T for part in ranks), strict=True)])), 6
-    )
+    return round(float(np.mean(spearman(predicted.T, truth.T))), 6)
 
 
 def _ranges(rows: Sequence[int]) -> str:

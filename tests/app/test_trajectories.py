@@ -64,6 +64,9 @@ def test_other_queries_are_told_which_it_knows(replayed: Loaded) -> None:
     assert "3, 8, 20" in answer.json()["detail"]
     assert answer.json()["errors"][0]["pointer"] == "/queries"
     assert replayed.service.http.get("/v1/indexes/magic/self-influence").status_code == 422
+    forget = {"forget": {"rows": [1, 2]}, **QUERY}
+    unlearning = replayed.service.http.post("/v1/indexes/magic/unlearning", json=forget)
+    assert (unlearning.status_code, unlearning.json()["errors"][0]["pointer"]) == (422, "/forget")
 
 
 def test_the_queries_data_set_is_kept(replayed: Loaded) -> None:
