@@ -339,7 +339,7 @@ class _SetsToRetrain:
 def _summary(calibration: ServedCalibration) -> Json:
     """Return what clients see of a calibration."""
     found = calibration.as_json()
-    return {key: found[key] for key in ("kind", "noise", "growth", "subsets", "removed_share")} | {
+    return {key: found[key] for key in ("kind", "log_variance", "power", "subsets", "removed_share")} | {
         "slope": getattr(calibration.map, "slope", None),
         "intercept": getattr(calibration.map, "intercept", None),
     }

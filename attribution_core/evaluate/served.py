@@ -1,7 +1,12 @@
 """What an index keeps of an evaluation, to correct and bound its answers to queries that were not part of it.
 
-A prediction for a new query takes the scale of the evaluation's queries in common: `σ(S)² = a + b u(S)` with the mean noise a and the geometric
-mean growth b of `conformal.Intervals`, and the conformity quantile of that common scale, so that coverage holds over new queries as well as new subsets.
+1. Map: from predicted to realised changes, common to all queries (`calibration`).
+2. Scale: `σ(S)² = e^a u(S)^b` with `u = Σ_{i removed} τ_i²`, by least squares of the logarithm of squared residuals on that of u over the fit
+   subsets, 0 ≤ b ≤ 1: a query whose examples matter more is predicted less closely, though less than in proportion.
+3. Conformity over the calibration subsets: `|f − f̂| / σ`, of all queries together. Each subset weighs the same and a new one as much, so the
+   quantile of rank `level · (n + 1)/n` among n subsets covers a new query under a new subset at the level.
+
+Sources: Lei et al. 2018, section 5.2 (locally weighted conformal prediction); Dunn et al. 2022 (pooling over groups).
 """
 
 from dataclasses import dataclass
@@ -16,12 +21,12 @@ from attribution_core.evaluate.calibration import (
     calibrate,
     trusted,
 )
-from attribution_core.evaluate.conformal import fit_intervals, least_subsets, realised_values, squared_scores_removed
+from attribution_core.evaluate.conformal import least_subsets, squared_scores_removed
 from attribution_core.evaluate.lds import predicted_outputs
 from attribution_core.evaluate.retrainings import Retrainings
 
 _GRID = 999
-_SPLIT_LEVEL = 0.5  # any level: the scale does not depend on it
+_LEAST = 1e-12
 
 
 @dataclass(frozen=True)
@@ -30,8 +35,8 @@ class ServedCalibration:
 
     Attributes:
         map: from predicted to realised changes.
-        noise: a, variance in units of the measurement squared.
-        growth: b.
+        log_variance: a, of the measurement's unit squared where u is 1.
+        power: b.
         conformity: quantiles of `|residual| / σ` at evenly spaced ranks from 0 to 1.
         subsets: calibration subsets; they limit the coverage that can be stated.
         removed_share: (smallest, largest) share of the training set that the retrainings left out.
@@ -39,8 +44,8 @@ class ServedCalibration:
     """
 
     map: Calibration
-    noise: float
-    growth: float
+    log_variance: float
+    power: float
     conformity: np.ndarray
     subsets: int
     removed_share: tuple[float, float]
@@ -68,17 +73,17 @@ class ServedCalibration:
     def _half_width(self, spread: float, level: float) -> float | None:
         if self.subsets < least_subsets(level):
             return None
-        share = min(np.ceil((self.subsets + 1) * level) / self.subsets, 1.0)
+        share = min(level * (self.subsets + 1) / self.subsets, 1.0)
         place = int(np.ceil(share * (len(self.conformity) - 1)))
-        return float(self.conformity[place] * np.sqrt(self.noise + self.growth * spread))
+        return float(self.conformity[place] * _scale(np.array(spread), self.log_variance, self.power))
 
     def as_json(self) -> dict[str, Any]:
         """Return plain values."""
         return {
             "kind": "affine" if isinstance(self.map, AffineCalibration) else "isotonic",
             "map": self.map.as_json(),
-            "noise": self.noise,
-            "growth": self.growth,
+            "log_variance": self.log_variance,
+            "power": self.power,
             "conformity": self.conformity.tolist(),
             "subsets": self.subsets,
             "removed_share": list(self.removed_share),
@@ -91,8 +96,8 @@ class ServedCalibration:
         kind = AffineCalibration if found["kind"] == "affine" else IsotonicCalibration
         return cls(
             map=kind(**found["map"]),
-            noise=found["noise"],
-            growth=found["growth"],
+            log_variance=found["log_variance"],
+            power=found["power"],
             conformity=np.array(found["conformity"]),
             subsets=found["subsets"],
             removed_share=tuple(found["removed_share"]),
@@ -120,19 +125,31 @@ def fit_served(scores: np.ndarray, retrainings: Retrainings, full: np.ndarray, *
     predicted = predicted_outputs(scores, bank.masks) - scores.sum(1, dtype=np.float64)[:, None]
     spreads = squared_scores_removed(scores, bank.masks)
     fitted = calibrate(predicted[:, fitting], changes.means.T[:, fitting], seed=seed)
-    centred = fitted.apply(predicted)
-    intervals = fit_intervals(centred, spreads, changes, fitting, calibrating, level=_SPLIT_LEVEL)
-    noise, growth = float(intervals.noise.mean()), float(np.exp(np.log(intervals.growth).mean()))
-    truth, _ = realised_values(changes, "mean")
-    scale = np.sqrt(noise + growth * spreads[:, calibrating])
-    conformity = np.abs(truth[:, calibrating, 0] - centred[:, calibrating]) / scale
+    residuals = changes.means.T - fitted.apply(predicted)  # (queries, subsets)
+    log_variance, power = _fitted_scale(residuals[:, fitting], spreads[:, fitting])
+    conformity = np.abs(residuals[:, calibrating]) / _scale(spreads[:, calibrating], log_variance, power)
     shares = bank.removed_shares
     return ServedCalibration(
         map=fitted,
-        noise=noise,
-        growth=growth,
-        conformity=np.quantile(conformity[np.isfinite(conformity)], np.linspace(0, 1, _GRID + 1), method="higher"),
+        log_variance=log_variance,
+        power=power,
+        conformity=np.quantile(conformity, np.linspace(0, 1, _GRID + 1), method="higher"),
         subsets=len(calibrating),
         removed_share=(float(shares.min()), float(shares.max())),
         num_examples=bank.masks.shape[1],
     )
+
+
+def _scale(spread: np.ndarray, log_variance: float, power: float) -> np.ndarray:
+    """Return σ for `u`, of any shape."""
+    return np.asarray(np.exp(log_variance / 2) * np.maximum(spread, _LEAST) ** (power / 2))
+
+
+def _fitted_scale(residuals: np.ndarray, spreads: np.ndarray) -> tuple[float, float]:
+    """Return a and b of the scale, from (queries, subsets) each."""
+    squares = np.log(np.maximum(np.square(residuals), _LEAST)).ravel()
+    sizes = np.log(np.maximum(spreads, _LEAST)).ravel()
+    gaps = sizes - sizes.mean()
+    total = float(gaps @ gaps)
+    power = float(np.clip(gaps @ squares / total, 0, 1)) if total > 0 else 0.0
+    return float(squares.mean() - power * sizes.mean()), power
