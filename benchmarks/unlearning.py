@@ -34,8 +34,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "newton, curvature of all": {"type": "newton", "curvature": "all"},
     "datamodel matching": {"type": "datamodel_matching"},
     "datamodel matching, newton": {"type": "datamodel_matching", "estimator": "newton"},
-    "gradient ascent": {"type": "gradient_ascent"},
-    "fine-tuning": {"type": "fine_tune"},
+    "datamodel matching, half the predicted change": {"type": "datamodel_matching", "scale": 0.5},
+    "gradient ascent, rate 0.01": {"type": "gradient_ascent"},
+    "gradient ascent, rate 0.1": {"type": "gradient_ascent", "learning_rate": 0.1},
+    "fine-tuning, rate 0.01": {"type": "fine_tune"},
+    "fine-tuning, rate 0.05": {"type": "fine_tune", "learning_rate": 0.05},
 }
 _DIGIT = 4
 _SETS = ("forget", "retain", "test")

@@ -24,6 +24,7 @@ _EPS = 1e-5
 # What two histograms without overlap come to; estimates by normal distributions are cut there too.
 MAX_KLOM = float(-np.log(_EPS))
 _MIN_STD = 1e-3
+_BORROWED = 4
 
 
 def measured(module: nn.Module, task: Task, batches: Iterable[Batch]) -> Arrays:
@@ -50,8 +51,8 @@ def klom(oracles: np.ndarray, unlearned: np.ndarray) -> np.ndarray:
     """Return the KL divergence of margins `KL(oracles ‖ unlearned)` of every example, (examples,).
 
     From 20 models on in each set (Georgiev et al. take 100): histograms of 20 bins over the range of both, margins cut at ±100, every bin's
-    share raised by 1e-5. From fewer: two normal distributions of one variance, pooled within the sets, `(μ - μ')² / 2σ²`; a difference in spread
-    goes unseen then. Both end at -log 1e-5 = 11.5.
+    share raised by 1e-5. From fewer: two normal distributions, `log(σ'/σ) + (σ² + (μ - μ')²) / 2σ'² - ½`, where few unlearned models borrow
+    spread from the oracles, `σ'² = ((K - 1) s'² + 4 σ²) / (K + 3)`, and a single one has theirs. Both end at -log 1e-5 = 11.5.
 
     Args:
         oracles: (models, examples), two models at least.
@@ -60,10 +61,12 @@ def klom(oracles: np.ndarray, unlearned: np.ndarray) -> np.ndarray:
     first, second = (np.clip(values, -MAX_MARGIN, MAX_MARGIN) for values in (oracles, unlearned))
     if klom_estimator(len(first), len(second)) == "binned":
         return np.array([_binned(first[:, place], second[:, place]) for place in range(first.shape[1])])
-    residuals = [values - values.mean(0) for values in (first, second)]
-    squares = sum((part**2).sum(0) for part in residuals)
-    variance = np.maximum(squares / (len(first) + len(second) - 2), _MIN_STD**2)
-    return np.asarray(np.minimum((first.mean(0) - second.mean(0)) ** 2 / (2 * variance), MAX_KLOM))
+    spread = np.maximum(first.var(0, ddof=1), _MIN_STD**2)
+    free = len(second) - 1
+    squares = np.maximum(((second - second.mean(0)) ** 2).sum(0), free * _MIN_STD**2)
+    other = (squares + _BORROWED * spread) / (free + _BORROWED)
+    distance = (first.mean(0) - second.mean(0)) ** 2
+    return np.asarray(np.minimum((np.log(other / spread) + (spread + distance) / other - 1) / 2, MAX_KLOM))
 
 
 def _binned(first: np.ndarray, second: np.ndarray) -> float:

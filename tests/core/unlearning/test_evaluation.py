@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from attribution_core.unlearning.evaluation import BINS, MAX_KLOM, compared, klom, klom_estimator, summary
 
@@ -18,15 +19,24 @@ def test_equal_models_do_not_diverge_and_distant_ones_reach_the_limit(models: in
     assert np.allclose(klom(values + 500, values + 900), 0, atol=1e-9)  # cut at 100
 
 
-def test_few_models_are_taken_for_normal_ones_of_one_variance() -> None:
-    first, second = samples(7, 1.0, 0.5), samples(3, 2.0, 0.5, seed=1)
-    squares = first.var(0, ddof=1) * 6 + second.var(0, ddof=1) * 2
-    expected = (first.mean(0) - second.mean(0)) ** 2 / (2 * squares / 8)
-    assert np.allclose(klom(first, second), np.minimum(expected, MAX_KLOM))
+def test_few_models_are_taken_for_normal_ones() -> None:
+    first, second = samples(7, 1.0, 0.5), samples(3, 2.0, 1.5, seed=1)
+    p = torch.distributions.Normal(torch.tensor(first.mean(0)), torch.tensor(first.std(0, ddof=1)))
+    variance = (2 * second.var(0, ddof=1) + 4 * first.var(0, ddof=1)) / 6
+    q = torch.distributions.Normal(torch.tensor(second.mean(0)), torch.tensor(variance).sqrt())
+    expected = torch.distributions.kl_divergence(p, q).numpy()
+    assert expected.max() < MAX_KLOM
+    assert np.allclose(klom(first, second), expected)
     single = klom(first, second[:1])  # one model has no spread of its own
-    expected = (first.mean(0) - second[0]) ** 2 / (2 * first.var(0, ddof=1))
-    assert np.allclose(single, np.minimum(expected, MAX_KLOM))
+    assert np.allclose(single, np.minimum((first.mean(0) - second[0]) ** 2 / (2 * first.var(0, ddof=1)), MAX_KLOM))
     assert klom_estimator(100, 19) == "normal"
+
+
+def test_models_that_scatter_are_not_near() -> None:
+    """A wide spread does not buy nearness: what is broken differs, wherever its mean is."""
+    oracles = samples(10, 1.0)
+    assert klom(oracles, samples(10, 1.0, 20.0, seed=1)).min() > 1
+    assert klom(oracles, samples(10, 1.0, seed=1)).max() < 1
 
 
 def test_many_models_are_binned() -> None:
@@ -47,7 +57,11 @@ def test_many_models_are_binned() -> None:
 def test_both_estimators_agree_on_many_normal_margins() -> None:
     first, second = samples(4000, 0.0, examples=1), samples(4000, 0.7, seed=1, examples=1)
     assert klom(first, second)[0] == pytest.approx(0.7**2 / 2, rel=0.15)
-    assert klom(first[:15], second)[0] == pytest.approx((first[:15].mean() - second.mean()) ** 2 / 2, rel=0.1)
+    p, q = (
+        torch.distributions.Normal(values.mean(), values.std())
+        for values in (torch.tensor(first[:15]), torch.tensor(second))
+    )
+    assert klom(first[:15], second)[0] == pytest.approx(float(torch.distributions.kl_divergence(p, q)), rel=0.02)
 
 
 def test_a_comparison_has_gaps_of_models_minus_oracles() -> None:
