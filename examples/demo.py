@@ -32,7 +32,7 @@ MODEL: Json = {
         "learning_rate": 0.1,
         "schedule": {"type": "one_cycle"},
         "weight_decay": 0.01,
-        "epochs": 8,
+        "epochs": 6,
         "batch_size": 64,
     },
 }
@@ -40,7 +40,7 @@ SEEDS = [0, 1, 2]
 REMOVED = 50
 VENDOR = {"where": {"field": "source", "op": "eq", "value": "vendor-4"}}
 FIRST_HALF = {"where": {"field": "row", "op": "lt", "value": 2000}}
-BANK = {"alpha": 0.5, "subsets": 24, "seeds": 1}
+BANK = {"alpha": 0.5, "subsets": 20, "seeds": 1}
 QUERIES_AT_ONCE = 32
 console = Console(width=118)
 

@@ -25,7 +25,8 @@ from attribution_core.training.network import Network, stacked_batches
 from attribution_core.training.optimizers import Tensors, build_optimizer, clipped
 from attribution_core.training.spec import Semantics, TrainSpec
 
-MEMORY_BUDGET = 1 << 30
+# What a processor caches, about: more models at once save no more overhead and read from memory (1.6 times slower for a small CNN).
+MEMORY_BUDGET = 32 << 20
 _TIMED_STEPS = 3
 
 
