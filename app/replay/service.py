@@ -86,10 +86,12 @@ async def create_evaluation(
     asked = await datasets.find_ready(session, request.queries.dataset)
     indexes.check_fits(model, asked, "/queries/dataset")
     rows = _rows_of(request.queries, asked)
+    if request.removal is not None and not index.checkpoint_ids:
+        raise InvalidRequest("The similarity ranking needs a checkpoint, and this index has none.", pointer="/removal")
     body = request.model_dump(mode="json", by_alias=True)
     body["queries"] = {"dataset": asked.id, "rows": rows}
     examples = 0.0
-    for protocol in protocols(request):
+    for protocol in await protocols(session, index, request):
         bank = await find_bank(session, model, training, spec, protocol)
         missing = await missing_groups(session, bank, protocol, model.num_parameters)
         share = protocol.alpha if protocol.semantics == "resample" else 1.0
@@ -214,14 +216,19 @@ async def train_spec(
     )
 
 
-def protocols(request: EvaluationCreate) -> list[Protocol]:
-    """Return the banks an evaluation needs, its main one first."""
+async def protocols(session: AsyncSession, index: Index, request: EvaluationCreate) -> list[Protocol]:
+    """Return the banks an evaluation needs, its main one first; the deterministic ones take the seed of the index's own training."""
     main = request.protocol
-    deterministic = [
-        Protocol(alpha=alpha, subsets=main.subsets, semantics="mask", seeds=1, first_seed=main.first_seed)
+    seeds = [
+        index.method.get("seed") if index.queries_id else None,  # a method that trains the model itself
+        *(found.seed for found in await models.checkpoints_by_id(session, index.model_id, index.checkpoint_ids[:1])),
+        main.first_seed,
+    ]
+    seed = next(seed for seed in seeds if seed is not None)
+    return [main] + [
+        Protocol(alpha=alpha, subsets=main.subsets, semantics="mask", seeds=1, first_seed=seed)
         for alpha in request.deterministic
     ]
-    return [main, *deterministic]
 
 
 async def find_bank(session: AsyncSession, model: Model, dataset: Dataset, spec: TrainSpec, protocol: Protocol) -> Bank:
@@ -269,7 +276,7 @@ async def evaluation_plan(
     spec = await train_spec(session, model, training, settings, artifacts)
     banks: list[BankRef] = []
     places: list[tuple[str, str]] = []
-    for protocol in protocols(request):
+    for protocol in await protocols(session, index, request):
         bank = await find_bank(session, model, training, spec, protocol)
         known = await repository.groups(session, bank.id)
         wanted = range(protocol.num_groups(model.num_parameters))

@@ -23,6 +23,7 @@ from attribution_core.evaluate.removal import random_ranking, ranking_of, remova
 from attribution_core.evaluate.retrainings import Retrainings
 from attribution_core.evaluate.served import ServedCalibration, fit_served
 from attribution_core.evaluate.spec import BankRef, EvaluationSpec, TuneSpec
+from attribution_core.methods.dense import DenseIndex, open_index
 from attribution_core.methods.loaded import LoadedIndex
 from attribution_core.methods.representation import Representation
 from attribution_core.progress import Progress
@@ -125,9 +126,9 @@ class EvaluationPipeline:
         return Evaluated(quality, calibration, groups)
 
     @cached_property
-    def index(self) -> LoadedIndex:
+    def index(self) -> LoadedIndex | DenseIndex:
         """The index that is evaluated."""
-        return LoadedIndex(self.spec.folder, self.spec.fit, device=self.device)
+        return open_index(self.spec.folder, self.spec.fit, device=self.device)
 
     @cached_property
     def batch(self) -> Batch:

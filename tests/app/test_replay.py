@@ -21,11 +21,11 @@ PROTOCOL = {"alpha": 0.5, "subsets": 32, "seeds": 1}
 def trained(loaded: Loaded) -> Loaded:
     """The shared service with a model that was trained from its recipe, and an index of it."""
     service = loaded.service
-    body = {"name": "replayed", "architecture": MLP, "task": {"type": "classification"}, "recipe": RECIPE}
+    body = {"name": "retrained", "architecture": MLP, "task": {"type": "classification"}, "recipe": RECIPE}
     assert service.post("/v1/models", body, 201)["recipe"]["epochs"] == 4
-    job = service.post("/v1/models/replayed/trainings", {"dataset": "digits", "seeds": [0, 1]}, 202)
+    job = service.post("/v1/models/retrained/trainings", {"dataset": "digits", "seeds": [0, 1]}, 202)
     assert service.finished(job)["state"] == "succeeded"
-    fit = {"name": "replayed-ekfac", "model": "replayed", "dataset": "digits", "method": {"type": "ekfac"}}
+    fit = {"name": "retrained-ekfac", "model": "retrained", "dataset": "digits", "method": {"type": "ekfac"}}
     assert service.finished(service.post("/v1/indexes", fit, 202))["state"] == "succeeded"
     return loaded
 
@@ -43,23 +43,23 @@ def evaluated(trained: Loaded) -> dict[str, Any]:
         "source": "source",
         "tune": {"dampings": [0.01, 0.1, 1.0]},
     }
-    job = trained.service.post("/v1/indexes/replayed-ekfac/evaluations", body, 202)
+    job = trained.service.post("/v1/indexes/retrained-ekfac/evaluations", body, 202)
     assert trained.service.finished(job)["state"] == "succeeded"
-    found: dict[str, Any] = trained.service.get("/v1/indexes/replayed-ekfac/evaluations")["items"][0]
+    found: dict[str, Any] = trained.service.get("/v1/indexes/retrained-ekfac/evaluations")["items"][0]
     return found
 
 
 def test_a_model_is_trained_from_its_recipe(trained: Loaded) -> None:
-    (training,) = trained.service.get("/v1/models/replayed/trainings")["items"]
+    (training,) = trained.service.get("/v1/models/retrained/trainings")["items"]
     assert training["status"] == "succeeded"
     assert [run["run"] for run in training["runs"]] == ["seed-0", "seed-1"]
-    assert trained.service.get(f"/v1/models/replayed/trainings/{training['id']}") == training
-    checkpoints = trained.service.get("/v1/models/replayed/checkpoints")["items"]
+    assert trained.service.get(f"/v1/models/retrained/trainings/{training['id']}") == training
+    checkpoints = trained.service.get("/v1/models/retrained/checkpoints")["items"]
     assert {checkpoint["step"] for checkpoint in checkpoints} == {48}
     assert all(checkpoint["final"] for checkpoint in checkpoints)
     assert len({checkpoint["sha256"] for checkpoint in checkpoints}) == 2
     answer = trained.service.post(
-        "/v1/indexes/replayed-ekfac/attributions", {"queries": [{"dataset": "test", "rows": list(range(30))}]}
+        "/v1/indexes/retrained-ekfac/attributions", {"queries": [{"dataset": "test", "rows": list(range(30))}]}
     )
     right = [result["output"]["value"] > 0 for result in answer["results"]]
     assert np.mean(right) > 0.5, "a trained model is right about most digits"
@@ -67,9 +67,9 @@ def test_a_model_is_trained_from_its_recipe(trained: Loaded) -> None:
 
 def test_trajectories_have_their_learning_rates(trained: Loaded) -> None:
     body = {"dataset": "digits", "seeds": [0], "save_every": 20, "run": "path"}
-    job = trained.service.post("/v1/models/replayed/trainings", body, 202)
+    job = trained.service.post("/v1/models/retrained/trainings", body, 202)
     assert trained.service.finished(job)["state"] == "succeeded"
-    items = trained.service.get("/v1/models/replayed/checkpoints")["items"]
+    items = trained.service.get("/v1/models/retrained/checkpoints")["items"]
     path = sorted((item for item in items if item["run"] == "path-0"), key=lambda item: item["step"])
     assert [(item["step"], item["final"]) for item in path] == [(20, False), (40, False), (48, True)]
     assert all(item["learning_rate"] == pytest.approx(0.05) for item in path)
@@ -78,7 +78,7 @@ def test_trajectories_have_their_learning_rates(trained: Loaded) -> None:
 
 
 def test_a_second_training_of_the_same_runs_is_refused(trained: Loaded) -> None:
-    answer = trained.service.http.post("/v1/models/replayed/trainings", json={"dataset": "digits", "seeds": [1]})
+    answer = trained.service.http.post("/v1/models/retrained/trainings", json={"dataset": "digits", "seeds": [1]})
     assert answer.status_code == 409
     assert answer.json()["errors"][0]["pointer"] == "/run"
 
@@ -112,16 +112,16 @@ def test_an_evaluation_measures_against_real_retraining(trained: Loaded, evaluat
     assert 0 <= quality["mislabel"]["auc"] <= 1
     assert quality["mixture"]
     assert quality["tuned"]["damping"] in (0.01, 0.1, 1.0)
-    index = trained.service.get("/v1/indexes/replayed-ekfac")
+    index = trained.service.get("/v1/indexes/retrained-ekfac")
     assert index["quality"]["lds"] == quality["lds"]
-    assert trained.service.get("/v1/indexes/replayed-ekfac/quality")["quality"]["evaluation"] == evaluated["id"]
+    assert trained.service.get("/v1/indexes/retrained-ekfac/quality")["quality"]["evaluation"] == evaluated["id"]
 
 
 def test_answers_carry_quality_and_calibrated_intervals(trained: Loaded, evaluated: dict[str, Any]) -> None:
     half = {"remove": {"rows": list(range(0, 600, 2))}}
     few = {"remove": {"rows": [1, 2, 3]}}
     body = {"queries": [{"dataset": "test", "rows": [3, 8]}], "subsets": [half, few], "interval": 0.9}
-    answer = trained.service.post("/v1/indexes/replayed-ekfac/counterfactuals", body)
+    answer = trained.service.post("/v1/indexes/retrained-ekfac/counterfactuals", body)
     assert answer["quality"]["lds"] == evaluated["quality"]["lds"]
     assert answer["damping"] == evaluated["quality"]["tuned"]["damping"]
     for result in answer["results"]:
@@ -134,10 +134,10 @@ def test_answers_carry_quality_and_calibrated_intervals(trained: Loaded, evaluat
 
 def test_a_second_index_shares_the_bank(trained: Loaded, evaluated: dict[str, Any]) -> None:
     before = trained.service.get("/v1/banks")["items"]
-    fit = {"name": "replayed-dot", "model": "replayed", "dataset": "digits", "method": {"type": "grad_dot"}}
+    fit = {"name": "retrained-dot", "model": "retrained", "dataset": "digits", "method": {"type": "grad_dot"}}
     assert trained.service.finished(trained.service.post("/v1/indexes", fit, 202))["state"] == "succeeded"
     body = {"queries": {"dataset": "test", "count": 30}, "protocol": PROTOCOL}
-    job = trained.service.post("/v1/indexes/replayed-dot/evaluations", body, 202)
+    job = trained.service.post("/v1/indexes/retrained-dot/evaluations", body, 202)
     ended = trained.service.finished(job)
     assert ended["state"] == "succeeded"
     assert ended["progress"]["total"] == 0, "nothing was trained again"
@@ -152,7 +152,7 @@ def test_a_verification_lays_predictions_beside_retraining(trained: Loaded) -> N
         "seeds": [0, 1],
     }
     answer = trained.service.http.post(
-        "/v1/indexes/replayed-ekfac/verifications", json=body, headers={"Prefer": "wait=60"}
+        "/v1/indexes/retrained-ekfac/verifications", json=body, headers={"Prefer": "wait=60"}
     )
     assert answer.status_code == 200, answer.text
     found = answer.json()
@@ -164,8 +164,8 @@ def test_a_verification_lays_predictions_beside_retraining(trained: Loaded) -> N
         assert helpful["predicted_change"] < 0
         assert helpful["realised_change"] < 0, "without its helpful examples the margin falls"
         assert helpful["seed_noise"] >= 0
-    listed = trained.service.get("/v1/indexes/replayed-ekfac/verifications")["items"]
-    assert trained.service.get(f"/v1/indexes/replayed-ekfac/verifications/{found['id']}") == listed[0]
+    listed = trained.service.get("/v1/indexes/retrained-ekfac/verifications")["items"]
+    assert trained.service.get(f"/v1/indexes/retrained-ekfac/verifications/{found['id']}") == listed[0]
 
 
 def test_checkpoints_are_unlearned_and_compared_with_retraining(trained: Loaded) -> None:
@@ -176,18 +176,18 @@ def test_checkpoints_are_unlearned_and_compared_with_retraining(trained: Loaded)
         "method": {"type": "newton"},
         "check": {"oracles": 4, "test": {"dataset": "test"}, "baselines": [{"type": "gradient_ascent"}]},
     }
-    job = service.finished(service.post("/v1/indexes/replayed-ekfac/unlearned-checkpoints", body, 202))
+    job = service.finished(service.post("/v1/indexes/retrained-ekfac/unlearned-checkpoints", body, 202))
     assert job["state"] == "succeeded", job["error"]
-    (found,) = service.get("/v1/indexes/replayed-ekfac/unlearned-checkpoints")["items"]
-    assert service.get(f"/v1/indexes/replayed-ekfac/unlearned-checkpoints/{found['id']}") == found
+    (found,) = service.get("/v1/indexes/retrained-ekfac/unlearned-checkpoints")["items"]
+    assert service.get(f"/v1/indexes/retrained-ekfac/unlearned-checkpoints/{found['id']}") == found
     assert found["forget_size"] == len(found["request"]["forget"]["rows"]) > 20
-    made = [service.get(f"/v1/models/replayed/checkpoints/{entry['checkpoint']}") for entry in found["checkpoints"]]
+    made = [service.get(f"/v1/models/retrained/checkpoints/{entry['checkpoint']}") for entry in found["checkpoints"]]
     assert {entry["run"] for entry in made} == {"unlearned-seed-0", "unlearned-seed-1"}
     assert not any(entry["final"] for entry in made), "a later index of the final checkpoints must not take them"
     nothing, newton, ascent = found["comparison"]["results"]
     assert [entry["role"] for entry in (nothing, newton, ascent)] == ["nothing", "method", "baseline"]
     assert set(newton["sets"]) == {"forget", "retain", "test"}
-    again = service.http.post("/v1/indexes/replayed-ekfac/unlearned-checkpoints", json=body)
+    again = service.http.post("/v1/indexes/retrained-ekfac/unlearned-checkpoints", json=body)
     assert again.status_code == 409
     assert again.json()["errors"][0]["pointer"] == "/run"
 
@@ -206,7 +206,7 @@ def test_forget_sets_and_models_that_cannot_be_unlearned(steady: Loaded, forget:
 
 def test_too_much_retraining_is_refused_with_its_hours(trained: Loaded) -> None:
     body = {"queries": {"dataset": "test"}, "protocol": {"subsets": 100_000, "seeds": 100}, "max_hours": 0.01}
-    answer = trained.service.http.post("/v1/indexes/replayed-ekfac/evaluations", json=body)
+    answer = trained.service.http.post("/v1/indexes/retrained-ekfac/evaluations", json=body)
     assert answer.status_code == 422
     assert "hours" in answer.json()["detail"]
     assert answer.json()["errors"][0]["pointer"] == "/max_hours"

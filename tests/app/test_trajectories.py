@@ -119,3 +119,15 @@ def test_learning_rates_come_with_the_checkpoints(replayed: Loaded, method: str)
     replayed.service.post(f"/v1/indexes/other-{method}/attributions", QUERY)
     answer = replayed.service.http.post("/v1/indexes", json={**body("never", asked), "model": "mlp"})
     assert (answer.status_code, answer.json()["errors"][0]["pointer"]) == (422, "/checkpoints")
+
+
+def test_exact_replay_is_measured_by_masked_retrainings(replayed: Loaded) -> None:
+    protocol = {"alpha": 0.9, "subsets": 32, "semantics": "mask", "first_seed": MAGIC["seed"]}
+    asked = {"queries": {"dataset": "test", "rows": ROWS}, "protocol": protocol}
+    job = replayed.service.finished(replayed.service.post("/v1/indexes/magic/evaluations", asked, 202))
+    assert job["state"] == "succeeded", job["error"]
+    quality = replayed.service.get("/v1/indexes/magic/quality")["quality"]
+    assert quality["lds"] > 0.3, "the derivative of this very training predicts its masked repetitions"
+    refused = replayed.service.http.post("/v1/indexes/magic/evaluations", json={**asked, "removal": {"top": [5]}})
+    assert refused.status_code == 422
+    assert refused.json()["errors"][0]["pointer"] == "/removal"
