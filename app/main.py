@@ -10,6 +10,7 @@ from fastapi.staticfiles import StaticFiles
 
 from app.auth.endpoints import router as auth
 from app.auth.service import KeyRing
+from app.banks.endpoints import router as banks
 from app.datasets.endpoints import router as datasets
 from app.db.session import create_engine, create_sessionmaker
 from app.engine.client import EngineClient
@@ -65,7 +66,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     problems.install(app)
     root = APIRouter(prefix="/v1")
-    for router in (datasets, models, indexes, queries, replay, jobs, auth):
+    for router in (datasets, models, indexes, queries, replay, banks, jobs, auth):
         root.include_router(router)
     app.include_router(root)
     app.include_router(health)

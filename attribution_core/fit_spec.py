@@ -6,12 +6,12 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from attribution_core.errors import CorruptArtifactError, FingerprintMismatchError, InvalidInputError
+from attribution_core.errors import InvalidInputError
 from attribution_core.fingerprint import sha256_file, sha256_of
 from attribution_core.method_spec import PROJECTION_VERSION, MethodSpec, SourceMethod
+from attribution_core.references import CheckpointRef, DatasetRef
 from attribution_core.spec import (
     ArchitectureSpec,
-    DatasetSpec,
     Precision,
     SearchSpec,
     Spec,
@@ -22,50 +22,7 @@ from attribution_core.spec import (
 from attribution_core.training.recipe import Recipe
 from attribution_core.trajectory import Point, Segment, segments
 
-
-class CheckpointRef(Spec):
-    """Where a checkpoint's weights are and what they must be.
-
-    Attributes:
-        run: the training it was taken from.
-        step: optimizer steps before it.
-        learning_rate: of the last of them.
-    """
-
-    id: str
-    path: Path
-    sha256: str
-    run: str = ""
-    step: int | None = Field(default=None, ge=0)
-    learning_rate: float | None = Field(default=None, ge=0)
-
-    def verify(self) -> None:
-        """Read the file and compare.
-
-        Raises:
-            CorruptArtifactError: if it is missing.
-            FingerprintMismatchError: if it holds other weights.
-        """
-        try:
-            found = sha256_file(self.path)
-        except OSError as error:
-            raise CorruptArtifactError(f"checkpoint {self.id} cannot be read: {error.strerror}") from error
-        if found != self.sha256:
-            raise FingerprintMismatchError(f"the weights of checkpoint {self.id} are not those it was registered with")
-
-
-class DatasetRef(Spec):
-    """Where an imported data set is and what it must be."""
-
-    id: str
-    folder: Path
-    spec: DatasetSpec
-    sha256: str
-    num_examples: int = Field(ge=1)
-
-    def reading(self) -> dict[str, Any]:
-        """Return what decides how the stored examples are turned into inputs."""
-        return self.spec.model_dump(mode="json", include={"kind", "shape", "normalize", "max_length"})
+__all__ = ["BaseRef", "CheckpointRef", "DatasetRef", "FitSpec", "FitSummary", "PriorRef"]
 
 
 class BaseRef(Spec):
@@ -84,6 +41,14 @@ class BaseRef(Spec):
     fitted_examples: int = Field(ge=1)
 
 
+class PriorRef(Spec):
+    """A fitted index whose scores another one begins with."""
+
+    id: str
+    folder: Path
+    fit: "FitSpec"
+
+
 class FitSpec(Spec):
     """Everything a fit depends on; JSON in, JSON out.
 
@@ -92,6 +57,8 @@ class FitSpec(Spec):
         recipe: how the model is trained, where the method trains it.
         initial: the checkpoint that the recipe starts from, None where the seed decides.
         queries: where the method's named queries are, their values prepared as the training set's.
+        bank: files of those groups of the method's bank that are retrained already.
+        priors: indexes that the method begins with.
         layers: names or patterns (`layer_names`) of the attributed layers, all by default.
         precision: of forward and backward passes; gradients, curvatures and scores are float32 in any case.
         left_out: rows of the data set that are not trained on, ascending: deleted examples. Rows keep their numbers.
@@ -109,6 +76,8 @@ class FitSpec(Spec):
     recipe: Recipe | None = None
     initial: CheckpointRef | None = None
     queries: DatasetRef | None = None
+    bank: dict[int, Path] = Field(default_factory=dict)
+    priors: list[PriorRef] = Field(default_factory=list)
     method: MethodSpec
     measurement: str
     layers: list[str] | None = None
@@ -126,6 +95,8 @@ class FitSpec(Spec):
         needs = self.method.needs
         if ("recipe" in needs) != (self.recipe is not None) or ("queries" in needs) != (self.queries is not None):
             raise ValueError("recipe and queries are for the methods that need them")
+        if ("priors" in needs) != bool(self.priors):
+            raise ValueError("priors are for the methods that need them")
         if not self.checkpoints and self.recipe is None:
             raise ValueError("checkpoints are missing")
         return self
@@ -167,7 +138,8 @@ class FitSpec(Spec):
         tokenizer = sha256_file(self.tokenizer_path) if self.tokenizer_path else None
         base = None if self.base is None else self.base.model_dump(mode="json", exclude={"folder"})
         data = [self.dataset.reading(), self.dataset.sha256, self.queries and self.queries.sha256]
-        return sha256_of([decides, data, weights, self._training(), tokenizer, base, PROJECTION_VERSION])
+        priors = [prior.fit.fingerprint() for prior in self.priors]
+        return sha256_of([decides, data, weights, self._training(), tokenizer, base, priors, PROJECTION_VERSION])
 
     def runs(self) -> list[list[int]]:
         """Return the numbers of each training's checkpoints in the order of their steps."""

@@ -4,13 +4,13 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from attribution_core.spec import Spec
+from attribution_core.spec import Seed, Spec
+from attribution_core.training.spec import Protocol
 
 # Part of every fingerprint: stored features depend on how projections are generated.
 PROJECTION_VERSION = 1
 Notion = Literal["predictive", "corroborative", "game_theoretic"]
 GroupEstimator = Literal["additive", "newton"]
-Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Damping = Annotated[float, Field(ge=0, le=1e12)]
 _LAYER_DAMPING = "Default damping, as a multiple of each layer's mean eigenvalue."
 _DAMPING = "Default damping, as a multiple of the curvature's mean eigenvalue."
@@ -38,8 +38,8 @@ class MethodBase(Spec):
     # How the effect of a group of training examples can be told: as the sum of their scores, or with the curvature they leave.
     estimators: ClassVar[tuple[GroupEstimator, ...]] = ("additive",)
     checkpoint_needs: ClassVar[tuple[str, ...]] = ()
-    # What an index of it holds: a row per training example, or a score per training example and named query.
-    keeps: ClassVar[Literal["features", "scores"]] = "features"
+    # What an index of it holds: a row per training example, a score per training example and named query, or what it learnt from a bank.
+    keeps: ClassVar[Literal["features", "scores", "bank"]] = "features"
 
     @property
     def follows_training(self) -> bool:
@@ -340,7 +340,7 @@ class MagicMethod(MethodBase):
     """
 
     needs: ClassVar[tuple[str, ...]] = ("recipe", "queries")
-    keeps: ClassVar[Literal["features", "scores"]] = "scores"
+    keeps: ClassVar[Literal["features", "scores", "bank"]] = "scores"
     reference: ClassVar[str] = "Ilyas & Engstrom 2025, MAGIC: Near-Optimal Data Attribution for Deep Learning"
     type: Literal["magic"]
     queries: QueryRows
@@ -405,6 +405,70 @@ class ExactMethod(MethodBase):
     )
 
 
+class BankMethodBase(MethodBase):
+    """A method that learns from real retrainings on random subsets: what they measure for a query is told by running them."""
+
+    needs: ClassVar[tuple[str, ...]] = ("checkpoints", "recipe", "bank")
+    keeps: ClassVar[Literal["features", "scores", "bank"]] = "bank"
+    bank: Protocol = Field(
+        default=Protocol(subsets=50),
+        description="The retrainings it learns from; what exists of the bank is used again.",
+    )
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Parts of a fit, in order."""
+        return ("retraining",)
+
+
+class PosteriorMethod(BankMethodBase):
+    """A datamodel whose prior mean is other indexes' scores, mixed, and whose evidence is a bank of retrainings; it knows its own uncertainty.
+
+    Everything that queries have in common (how far to trust each prior, how large effects are) is learnt from the named queries and the one that
+    is asked; each query is answered for itself.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("checkpoints", "recipe", "bank", "priors", "queries")
+    reference: ClassVar[str] = "Ours: a Gaussian linear datamodel (Ilyas et al. 2022) conditioned on retrainings"
+    type: Literal["posterior"]
+    prior: Annotated[list[Annotated[str, Field(min_length=1, max_length=64)]], Field(min_length=1, max_length=8)] = (
+        Field(description="Indexes of the same model, data set and measurement whose scores are mixed; ids or names.")
+    )
+    queries: QueryRows = Field(
+        description="Queries from which hyper-parameters are learnt; 20 to 100 unlike the training set."
+    )
+
+
+class DatamodelsMethod(BankMethodBase):
+    """Datamodels: each query's measurement regressed on which examples a retraining kept."""
+
+    reference: ClassVar[str] = "Ilyas et al. 2022, Datamodels: Predicting Predictions from Training Data"
+    type: Literal["datamodels"]
+    penalty: Literal["lasso", "ridge"] = Field(default="lasso", description="Its strength is cross-validated.")
+
+
+class EmpiricalInfluenceMethod(BankMethodBase):
+    """The mean measurement of retrainings that kept an example, minus that of those that did not."""
+
+    reference: ClassVar[str] = "Feldman & Zhang 2020, What Neural Networks Memorize and Why"
+    type: Literal["empirical_influence"]
+
+
+class AmeMethod(BankMethodBase):
+    """Average marginal effects: a LASSO on masks scaled by how likely an example was kept."""
+
+    reference: ClassVar[str] = "Lin et al. 2022, Measuring the Effect of Training Data on Deep Learning Predictions"
+    type: Literal["ame"]
+
+
+class BanzhafMethod(BankMethodBase):
+    """Data Banzhaf values, every retraining used for every example; takes subsets that keep half."""
+
+    notion: ClassVar[Notion] = "game_theoretic"
+    reference: ClassVar[str] = "Wang & Jia 2023, Data Banzhaf"
+    type: Literal["banzhaf"]
+
+
 class AutoMethod(MethodBase):
     """The first of exact, explicit, gauss_newton and ekfac that fits model and size; the index says which, and why."""
 
@@ -433,6 +497,11 @@ MethodSpec = Annotated[
     | GasMethod
     | SourceMethod
     | MagicMethod
+    | PosteriorMethod
+    | DatamodelsMethod
+    | EmpiricalInfluenceMethod
+    | AmeMethod
+    | BanzhafMethod
     | RepresentationMethod
     | ExactMethod,
     Field(discriminator="type"),

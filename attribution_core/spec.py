@@ -17,6 +17,7 @@ Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 ColumnName = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 DatasetFormat = Literal["parquet", "jsonl", "csv", "npz"]
 Row = Annotated[int, Field(ge=0, le=2**53)]
+Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 
 class Spec(BaseModel):

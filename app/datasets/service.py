@@ -28,6 +28,7 @@ from attribution_core.data.formats import format_of
 from attribution_core.data.importer import DatasetSummary
 from attribution_core.data.reader import DatasetReader
 from attribution_core.errors import InvalidInputError
+from attribution_core.references import DatasetRef
 from attribution_core.spec import DatasetSpec, Filter, Selector, check_filter_size
 
 _FILTER: TypeAdapter[Filter] = TypeAdapter(Filter)
@@ -292,6 +293,21 @@ def parsed_filter(text: str) -> Filter:
 def spec_of(dataset: Dataset) -> DatasetSpec:
     """Return how a data set's values are read."""
     return DatasetSpec.model_validate(dataset.spec)
+
+
+def dataset_ref(dataset: Dataset, artifacts: ArtifactStore, like: Dataset | None = None) -> DatasetRef:
+    """Return where an imported data set is; with `like`, its values are prepared as that training set's are."""
+    assert dataset.artifact is not None
+    spec = spec_of(dataset)
+    if like is not None:
+        spec = spec.model_copy(update={key: like.spec[key] for key in ("normalize", "max_length")})
+    return DatasetRef(
+        id=dataset.id,
+        folder=artifacts.open(dataset.artifact),
+        spec=spec,
+        sha256=dataset.sha256 or "",
+        num_examples=dataset.num_examples or 0,
+    )
 
 
 def reader_of(artifacts: ArtifactStore, dataset: Dataset) -> DatasetReader:

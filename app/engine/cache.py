@@ -5,8 +5,7 @@ from typing import Any
 
 from app.storage.artifacts import ArtifactStore
 from attribution_core.fit_spec import FitSpec
-from attribution_core.methods.dense import DenseIndex, open_index
-from attribution_core.methods.loaded import LoadedIndex
+from attribution_core.methods.opening import AnyIndex, open_index
 
 
 class IndexCache:
@@ -22,9 +21,9 @@ class IndexCache:
         self._artifacts = artifacts
         self._limit = limit
         self._device = device
-        self._loaded: OrderedDict[tuple[str, str], tuple[LoadedIndex | DenseIndex, int]] = OrderedDict()
+        self._loaded: OrderedDict[tuple[str, str], tuple[AnyIndex, int]] = OrderedDict()
 
-    def get(self, artifact: str, fit: dict[str, Any]) -> LoadedIndex | DenseIndex:
+    def get(self, artifact: str, fit: dict[str, Any]) -> AnyIndex:
         """Return a loaded index.
 
         Raises:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -17,14 +18,13 @@ from attribution_core.data.reader import DatasetReader
 from attribution_core.datamodel import predicted_change, removed_rows
 from attribution_core.errors import InvalidInputError
 from attribution_core.evaluate.served import ServedCalibration
-from attribution_core.methods.dense import DenseIndex
 from attribution_core.methods.loaded import Attribution, Found, LoadedIndex, Query
+from attribution_core.methods.opening import AnyIndex as Index
 from attribution_core.spec import ArchitectureSpec, DatasetSpec, Filter, Selector
 from attribution_core.training.spec import MODELS_PER_GROUP, TrainSpec
 from attribution_core.training.trainer import Run, Trainer
 
 Json = dict[str, Any]
-Index = LoadedIndex | DenseIndex
 _FILTER: TypeAdapter[Filter] = TypeAdapter(Filter)
 
 
@@ -80,10 +80,16 @@ class Operations:
             "outputs": found.outputs,
             "predictions": [
                 [
-                    {"removed": len(rows), **self._calibrated(payload, change, spread, len(rows))}
-                    for rows, change, spread in zip(*of_query, strict=True)
+                    {"removed": len(rows), **self._judged(payload, change, spread, deviation, len(rows))}
+                    for rows, change, spread, deviation in zip(*of_query, strict=True)
                 ]
-                for of_query in zip(found.rows, found.changes.tolist(), found.spreads.tolist(), strict=True)
+                for of_query in zip(
+                    found.rows,
+                    found.changes.tolist(),
+                    found.spreads.tolist(),
+                    found.deviations.tolist(),
+                    strict=True,
+                )
             ],
             "approximate": found.approximate,
             "recall": self._cache.get(payload["artifact"], payload["fit"]).recall,
@@ -100,11 +106,11 @@ class Operations:
                 rows = selected(index, selector, payload["deleted"])
                 shared[number] = _left_out(index, subset, rows, payload["deleted"])
         effects, exact = np.zeros((len(query), len(payload["subsets"]))), True
-        spreads = np.zeros_like(effects)
+        spreads, deviations = np.zeros_like(effects), np.zeros_like(effects)
         if shared:
             groups = list(shared.values())
             effects[:, list(shared)], exact = self._effects(index, query, groups, payload)
-            spreads[:, list(shared)] = self._spreads(index, query, groups, payload)
+            spreads[:, list(shared)], deviations[:, list(shared)] = self._uncertain(index, query, groups, payload)
         # Per query, as top_positive and top_negative differ between queries.
         rows_of = [
             [shared.get(number, np.empty(0, np.int64)) for number in range(len(payload["subsets"]))]
@@ -117,8 +123,9 @@ class Operations:
                     one = query[place : place + 1]
                     part, exact_here = self._effects(index, one, [rows], payload)
                     effects[place, number], exact = part[0, 0], exact and exact_here
-                    spreads[place, number] = self._spreads(index, one, [rows], payload)[0, 0]
-        return Predictions(query.outputs, predicted_change(effects), spreads, rows_of, not exact)
+                    of_one = self._uncertain(index, one, [rows], payload)
+                    spreads[place, number], deviations[place, number] = (found[0, 0] for found in of_one)
+        return Predictions(query.outputs, predicted_change(effects), spreads, deviations, rows_of, not exact)
 
     def queries(self, payload: Json) -> Batch:
         """Return a question's queries as one batch."""
@@ -147,23 +154,33 @@ class Operations:
         rescore = payload["rescore"] and small
         return index.group_effects(query, groups, rescore=rescore), rescore or not index.rescores
 
-    def _spreads(self, index: Index, query: Query, groups: list[np.ndarray], payload: Json) -> np.ndarray:
-        """Return `Σ τ_i²` of each group, (queries, groups), by which intervals grow; zeros where nothing calibrates them."""
-        spreads = np.zeros((len(query), len(groups)))
+    def _uncertain(
+        self, index: Index, query: Query, groups: list[np.ndarray], payload: Json
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return what intervals grow with, and the method's own standard deviations, (queries, groups); not a number where there are none."""
+        nothing = np.full((len(query), len(groups)), np.nan)
+        deviations = index.deviations(query, groups) if payload["estimator"] == "additive" else None
         if payload["calibration"] is None:
-            return spreads
-        for number, rows in enumerate(groups):
-            rescore = payload["rescore"] and len(rows) <= self._rescore_rows
-            scores = index.scores(query, rows, rescore=rescore)
-            spreads[:, number] = np.square(scores, dtype=np.float64).sum(1)
-        return spreads
+            return nothing, nothing if deviations is None else deviations
+        if isinstance(index, LoadedIndex):
+            small = sum(len(rows) for rows in groups) <= self._rescore_rows
+            spreads = index.spreads(query, groups, rescore=payload["rescore"] and small)
+        else:
+            spreads = index.spreads(query, groups)
+        return spreads, nothing if deviations is None else deviations
 
     @staticmethod
-    def _calibrated(payload: Json, change: float, spread: float, removed: int) -> Json:
-        if payload["calibration"] is None:
+    def _judged(payload: Json, change: float, spread: float, deviation: float, removed: int) -> Json:
+        """Return a prediction as calibrated by an evaluation; else as the method has it, with the interval of its own posterior."""
+        if payload["calibration"] is not None:
+            calibration = ServedCalibration.from_json(payload["calibration"])
+            found = calibration.predict(change, spread, removed, payload["interval"])
+            if found["calibrated"]:
+                return found
+        if payload["interval"] is None or not np.isfinite(deviation):
             return {"change": change, "interval": None, "calibrated": False}
-        calibration = ServedCalibration.from_json(payload["calibration"])
-        return calibration.predict(change, spread, removed, payload["interval"])
+        half = NormalDist().inv_cdf((1 + payload["interval"]) / 2) * deviation
+        return {"change": change, "interval": [change - half, change + half], "calibrated": False}
 
 
 @dataclass(frozen=True)
@@ -173,7 +190,8 @@ class Predictions:
     Attributes:
         outputs: of the model, per query.
         changes: of the measurement, (queries, subsets).
-        spreads: `Σ τ_i²` over what is left out, (queries, subsets).
+        spreads: what calibrated intervals grow with, (queries, subsets).
+        deviations: the method's own standard deviations, (queries, subsets); not a number for methods that do not know.
         rows: what is left out, per query and subset, ascending.
         approximate: whether some group was summed from stored features.
     """
@@ -181,6 +199,7 @@ class Predictions:
     outputs: list[Json]
     changes: np.ndarray
     spreads: np.ndarray
+    deviations: np.ndarray
     rows: list[list[np.ndarray]]
     approximate: bool
 

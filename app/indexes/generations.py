@@ -86,6 +86,12 @@ async def artifact_of(session: AsyncSession, job_id: str) -> str:
     return indexes.artifact_name(generation.index_id, generation.number)
 
 
+async def bank_of(session: AsyncSession, job_id: str) -> str:
+    """Return the bank that a job's index learns from; empty if it is none."""
+    generation = await _of_job(session, job_id)
+    return (await indexes.find(session, generation.index_id)).bank_id or ""
+
+
 async def finish(
     session: AsyncSession, job_id: str, summary: FitSummary, published: Published, timings: dict[str, float]
 ) -> list[str]:
@@ -136,6 +142,8 @@ async def _free(session: AsyncSession, reference: str) -> Index:
     index = await indexes.find_ready(session, reference, lock=True)
     if index.pending is not None and index.pending["status"] == "building":
         raise Conflict(f"Generation {index.pending['generation']} of this index is being made already.")
+    if await repository.is_prior(session, index.id):
+        raise Conflict("Another index is built on this generation; delete that first.")
     return index
 
 

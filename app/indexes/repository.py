@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from sqlalchemy import delete, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from app.db.tables import Index, IndexGeneration
+from app.db.tables import Index, IndexGeneration, IndexPrior
 from app.web.pagination import Page, newest_first
 
 
@@ -36,6 +36,12 @@ async def generation_numbers(session: AsyncSession, index_id: str) -> Sequence[i
     """Return the numbers of an index's generations, ascending."""
     query = select(IndexGeneration.number).where(IndexGeneration.index_id == index_id)
     return (await session.execute(query.order_by(IndexGeneration.number))).scalars().all()
+
+
+async def is_prior(session: AsyncSession, index_id: str) -> bool:
+    """Return whether another index is built on this one."""
+    query = select(IndexPrior.index_id).where(IndexPrior.prior_id == index_id).limit(1)
+    return (await session.execute(query)).scalar() is not None
 
 
 async def drop_generations(session: AsyncSession, index_id: str, before: int) -> Sequence[int]:

@@ -7,10 +7,11 @@ from typing import Any
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from app.banks import service as banks
 from app.datasets import service as datasets
 from app.db.ids import new_id
-from app.db.tables import Checkpoint, Dataset, Index, IndexGeneration, Job, Model
-from app.errors import InUse, InvalidRequest, NameTaken, NotFound, NotReady, RecipeMissing
+from app.db.tables import Checkpoint, Dataset, Index, IndexGeneration, IndexPrior, Job, Model
+from app.errors import InUse, InvalidRequest, NameTaken, NotFound, NotReady
 from app.indexes import repository
 from app.indexes.schemas import IndexCreate, IndexOut, MethodOut
 from app.jobs import service as jobs
@@ -21,19 +22,21 @@ from app.storage.roots import resolve
 from app.web.pagination import Page, PageOf, cut
 from attribution_core.architectures.registry import ARCHITECTURES
 from attribution_core.auto import Choice, Situation, chosen
-from attribution_core.fit_spec import CheckpointRef, DatasetRef, FitSpec
+from attribution_core.fit_spec import CheckpointRef, FitSpec, PriorRef
 from attribution_core.layer_names import unmatched_layers
 from attribution_core.method_spec import (
     METHODS,
     OFFERED,
     AutoMethod,
+    BankMethodBase,
     ExactMethod,
     MagicMethod,
     MethodSpec,
+    PosteriorMethod,
     SourceMethod,
 )
 from attribution_core.spec import TokenizerSpec
-from attribution_core.training.recipe import CheckpointInitialisation, Recipe
+from attribution_core.training.spec import Protocol
 
 _DEFAULT_MEASUREMENT = {"classification": "margin", "regression": "prediction", "causal_lm": "log_likelihood"}
 
@@ -95,12 +98,18 @@ async def create(
         index_id=index.id, number=1, dataset_id=dataset.id, left_out=left_out, base=None, fingerprint=""
     )
     check_fits(model, dataset)
-    if isinstance(request.method, MagicMethod):
+    if "recipe" in method.needs:
         _check_trained(request)
-        queries = await _checked_queries(session, model, request.method)
+    if isinstance(method, MagicMethod | PosteriorMethod):
+        queries = await _checked_queries(session, model, method)
         index.queries_id = queries.id
         index.method["queries"]["dataset"] = queries.id
-    trained = await _trained(session, index, model, dataset, artifacts)
+    priors = await _checked_priors(session, index, method) if isinstance(method, PosteriorMethod) else []
+    index.method |= {"prior": [prior.id for prior in priors]} if priors else {}
+    if isinstance(method, BankMethodBase):
+        train = await banks.train_spec(session, model, dataset, settings, artifacts)
+        index.bank_id = (await banks.find_bank(session, model, dataset, train, method.bank)).id
+    trained = await _trained(session, index, model, dataset, settings, artifacts)
     spec = _spec(index, first, model, dataset, checkpoints, trained, settings, artifacts)
     if index.measurement not in spec.task.measurements:
         known = ", ".join(spec.task.measurements)
@@ -122,6 +131,7 @@ async def create(
     job = await jobs.submit(session, "fit", "index", index.id, unit=unit, total=total)
     index.job_id = first.job_id = job.id
     session.add(first)
+    session.add_all(IndexPrior(index_id=index.id, prior_id=prior.id) for prior in priors)
     await session.flush()
     await session.refresh(index)
     return index, job
@@ -236,7 +246,10 @@ async def delete(session: AsyncSession, reference: str, artifacts: ArtifactStore
     names = [artifact_name(index.id, number) for number in range(1, last + 1)]
     job_ids = [index.job_id, index.pending["job"] if index.pending else None]
     await session.delete(index)
-    await session.flush()
+    try:
+        await session.flush()
+    except IntegrityError:
+        raise InUse("Another index is built on this one; delete that first.") from None
 
     def remove() -> None:
         for name in names:
@@ -261,23 +274,8 @@ async def spec_of(
     model = await models.find(session, index.model_id)
     dataset = await datasets.find_ready(session, generation.dataset_id)
     checkpoints = await models.checkpoints_by_id(session, model.id, index.checkpoint_ids)
-    trained = await _trained(session, index, model, dataset, artifacts)
+    trained = await _trained(session, index, model, dataset, settings, artifacts)
     return _spec(index, generation, model, dataset, checkpoints, trained, settings, artifacts)
-
-
-def dataset_ref(dataset: Dataset, artifacts: ArtifactStore, like: Dataset | None = None) -> DatasetRef:
-    """Return where an imported data set is; with `like`, its values are prepared as that training set's are."""
-    assert dataset.artifact is not None
-    spec = datasets.spec_of(dataset)
-    if like is not None:
-        spec = spec.model_copy(update={key: like.spec[key] for key in ("normalize", "max_length")})
-    return DatasetRef(
-        id=dataset.id,
-        folder=artifacts.open(dataset.artifact),
-        spec=spec,
-        sha256=dataset.sha256 or "",
-        num_examples=dataset.num_examples or 0,
-    )
 
 
 async def set_quality(
@@ -345,7 +343,7 @@ def _spec(
             "task": model.task,
             "tokenizer": model.tokenizer,
             "tokenizer_path": resolve(settings.roots, source, "/model") if source else None,
-            "dataset": dataset_ref(dataset, artifacts),
+            "dataset": datasets.dataset_ref(dataset, artifacts),
             "checkpoints": [
                 CheckpointRef(
                     id=c.id,
@@ -372,31 +370,56 @@ def _spec(
 
 
 async def _trained(
-    session: AsyncSession, index: Index, model: Model, dataset: Dataset, artifacts: ArtifactStore
+    session: AsyncSession, index: Index, model: Model, dataset: Dataset, settings: Settings, artifacts: ArtifactStore
 ) -> dict[str, Any]:
-    """Return what a fit that trains the model needs beyond the others: recipe, initial weights and queries.
+    """Return what a fit that trains the model needs beyond the others: recipe, initial weights, named queries, bank and priors.
 
     Raises:
-        RecipeMissing: if the model has none.
+        RecipeMissing: if the model has no recipe.
     """
-    if index.queries_id is None:
+    if "recipe" not in METHODS[index.method["type"]].needs:
         return {}
-    if model.recipe is None:
-        raise RecipeMissing(
-            f"{index.method['type']} trains the model, and {model.name!r} was registered without a `recipe`: optimizer, "
-            "learning_rate, schedule, weight_decay, epochs and batch_size.",
-            pointer="/method/type",
+    train = await banks.train_spec(session, model, dataset, settings, artifacts)
+    found: dict[str, Any] = {"recipe": train.recipe, "initial": train.initial}
+    if index.queries_id is not None:
+        queries = await datasets.find_ready(session, index.queries_id)
+        found["queries"] = datasets.dataset_ref(queries, artifacts, dataset)
+    if index.bank_id is not None:
+        count = Protocol.model_validate(index.method["bank"]).num_groups(model.num_parameters)
+        found["bank"] = await banks.group_files(session, index.bank_id, artifacts, count)
+    priors = [await find_ready(session, prior) for prior in index.method.get("prior", [])]
+    found["priors"] = [
+        PriorRef(
+            id=prior.id,
+            folder=artifacts.open(prior.artifact or ""),
+            fit=await fit_spec(session, prior.id, settings, artifacts),
         )
-    recipe, initial = Recipe.model_validate(model.recipe), None
-    if isinstance(recipe.initialisation, CheckpointInitialisation):
-        found = await models.any_checkpoint(session, recipe.initialisation.checkpoint)
-        path = artifacts.open(found.artifact) / models.WEIGHTS_FILE
-        initial = CheckpointRef(id=found.id, path=path, sha256=found.sha256)
-    queries = await datasets.find_ready(session, index.queries_id)
-    return {"recipe": recipe, "initial": initial, "queries": dataset_ref(queries, artifacts, dataset)}
+        for prior in priors
+    ]
+    return found
 
 
-async def _checked_queries(session: AsyncSession, model: Model, method: MagicMethod) -> Dataset:
+async def _checked_priors(session: AsyncSession, index: Index, method: PosteriorMethod) -> list[Index]:
+    """Return the indexes that a posterior begins with.
+
+    Raises:
+        InvalidRequest: if one scores something else, or only named queries.
+    """
+    priors = []
+    for place, reference in enumerate(method.prior):
+        prior, pointer = await find_ready(session, reference), f"/method/prior/{place}"
+        same = ("model_id", "dataset_id", "measurement")
+        if any(getattr(prior, name) != getattr(index, name) for name in same):
+            raise InvalidRequest("A prior is of the same model, data set and measurement.", pointer=pointer)
+        if METHODS[prior.method["type"]].keeps != "features":
+            raise InvalidRequest(f"A {prior.method['type']} index cannot score every query.", pointer=pointer)
+        priors.append(prior)
+    if len({prior.id for prior in priors}) != len(priors):
+        raise InvalidRequest("A prior is named twice.", pointer="/method/prior")
+    return priors
+
+
+async def _checked_queries(session: AsyncSession, model: Model, method: MagicMethod | PosteriorMethod) -> Dataset:
     """Return the data set of a method's named queries.
 
     Raises:
@@ -437,8 +460,10 @@ def _check_optimizer(spec: FitSpec, model: Model) -> None:
         )
 
 
-def _work(spec: FitSpec) -> tuple[str, int]:
-    """Return the unit and the number of a fit's progress."""
+def _work(spec: FitSpec) -> tuple[str, int | None]:
+    """Return the unit and the number of a fit's progress, None where the worker tells it."""
+    if isinstance(spec.method, BankMethodBase):
+        return "steps", None
     if isinstance(spec.method, MagicMethod) and spec.recipe is not None:
         return "steps", spec.recipe.epochs * spec.recipe.steps_per_epoch(spec.num_training) * spec.method.trainings
     return "examples", spec.num_training * len(spec.checkpoints) * len(spec.method.stages)

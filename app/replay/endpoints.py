@@ -1,4 +1,4 @@
-"""Trainings, evaluations, verifications and banks."""
+"""Trainings, evaluations, verifications and unlearned checkpoints."""
 
 from fastapi import APIRouter, Request, Response
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -9,7 +9,6 @@ from app.errors import (
     EngineBusy,
     EngineUnavailable,
     IdempotencyInFlight,
-    InUse,
     NotFound,
     NotReady,
     PayloadTooLarge,
@@ -20,7 +19,6 @@ from app.jobs.schemas import JobOut
 from app.jobs.service import shown as shown_job
 from app.replay import service
 from app.replay.schemas import (
-    BankOut,
     EvaluationCreate,
     EvaluationOut,
     TrainingCreate,
@@ -32,7 +30,6 @@ from app.replay.schemas import (
 )
 from app.web.boundary import TransactionalRoute
 from app.web.deps import IdempotencyKey, PageDep, PreferWait, ResourcesDep, SessionDep, answer_when_finished, require
-from app.web.effects import after_commit
 from app.web.pagination import PageOf
 
 router = APIRouter(tags=["replay"], route_class=TransactionalRoute)
@@ -257,27 +254,3 @@ async def list_unlearned_checkpoints(session: SessionDep, page: PageDep, index: 
 async def get_unlearned_checkpoints(session: SessionDep, index: str, unlearning: str) -> UnlearnedOut:
     """Return one unlearning: the checkpoints it made, and how they compare with retrained ones."""
     return service.shown_unlearned(await service.find_of_index(session, "unlearning", index, unlearning))
-
-
-@router.get("/banks", summary="List banks", dependencies=[require("read")], responses=problems())
-async def list_banks(session: SessionDep, page: PageDep) -> PageOf[BankOut]:
-    """Return banks of retrainings, newest first."""
-    return await service.banks(session, page)
-
-
-@router.get("/banks/{bank}", summary="Get a bank", dependencies=[require("read")], responses=problems(NotFound))
-async def get_bank(session: SessionDep, bank: str) -> BankOut:
-    """Return a bank: its protocol, how many retrainings it holds and how many diverged."""
-    return await service.bank(session, bank)
-
-
-@router.delete(
-    "/banks/{bank}",
-    summary="Delete a bank",
-    status_code=204,
-    dependencies=[require("write")],
-    responses=problems(NotFound, InUse),
-)
-async def delete_bank(request: Request, session: SessionDep, resources: ResourcesDep, bank: str) -> None:
-    """Delete a bank's retrainings and their files, unless an index is built on it. What was measured with it stays."""
-    after_commit(request, await service.delete_bank(session, bank, resources.artifacts))

@@ -1,13 +1,11 @@
-"""Replays and banks in the database."""
+"""Replays in the database."""
 
 from collections.abc import Sequence
-from typing import Any
 
-from sqlalchemy import func, select
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from app.db.tables import Bank, BankGroup, Replay
+from app.db.tables import Replay
 from app.web.pagination import Page, newest_first
 
 
@@ -21,43 +19,3 @@ async def page(session: AsyncSession, kind: str, page_: Page, route: str, **of: 
     """Return replays of a kind and of an index or a model, newest first."""
     query = select(Replay).where(Replay.kind == kind, *(getattr(Replay, name) == value for name, value in of.items()))
     return (await session.execute(newest_first(query, Replay.id, page_, route))).scalars().all()
-
-
-async def bank_of_key(session: AsyncSession, key: str, values: dict[str, Any]) -> Bank:
-    """Return the bank of a key, made from `values` if there is none."""
-    await session.execute(insert(Bank).values(key=key, **values).on_conflict_do_nothing(index_elements=[Bank.key]))
-    return (await session.execute(select(Bank).where(Bank.key == key))).scalar_one()
-
-
-async def bank(session: AsyncSession, bank_id: str) -> Bank | None:
-    """Return a bank."""
-    return (await session.execute(select(Bank).where(Bank.id == bank_id))).scalar_one_or_none()
-
-
-async def banks(session: AsyncSession, page_: Page) -> Sequence[Bank]:
-    """Return banks, newest first."""
-    return (await session.execute(newest_first(select(Bank), Bank.id, page_, "banks"))).scalars().all()
-
-
-async def groups(session: AsyncSession, bank_id: str) -> dict[int, str]:
-    """Return the artifact of each group of a bank that was retrained."""
-    found = await session.execute(select(BankGroup.ordinal, BankGroup.artifact).where(BankGroup.bank_id == bank_id))
-    return {int(ordinal): artifact for ordinal, artifact in found}
-
-
-async def totals(session: AsyncSession, bank_ids: Sequence[str]) -> dict[str, tuple[int, int, int]]:
-    """Return each bank's retrainings, how many of them diverged, and bytes."""
-    sums = (func.sum(column) for column in (BankGroup.retrainings, BankGroup.diverged, BankGroup.bytes))
-    query = select(BankGroup.bank_id, *sums).where(BankGroup.bank_id.in_(bank_ids)).group_by(BankGroup.bank_id)
-    return {row[0]: (int(row[1]), int(row[2]), int(row[3])) for row in await session.execute(query)}
-
-
-async def add_group(session: AsyncSession, values: dict[str, Any]) -> None:
-    """Record a retrained group; another evaluation may have recorded the same one."""
-    await session.execute(insert(BankGroup).values(**values).on_conflict_do_nothing())
-
-
-async def lock_bank(session: AsyncSession, bank_id: str) -> Bank | None:
-    """Return a bank, kept from being deleted until the transaction ends."""
-    query = select(Bank).where(Bank.id == bank_id).with_for_update(read=True)
-    return (await session.execute(query)).scalar_one_or_none()

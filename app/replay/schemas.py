@@ -7,8 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 
 from app.queries.schemas import Interval, Queries, QueryOut, Reference, Subset
 from attribution_core.evaluate.spec import LooSpec, RemovalSpec, TuneSpec
-from attribution_core.method_spec import Damping, Seed
-from attribution_core.spec import ColumnName, Filter, Row, Selector, Spec, check_filter_size
+from attribution_core.method_spec import Damping
+from attribution_core.spec import ColumnName, Filter, Row, Seed, Selector, Spec, check_filter_size
 from attribution_core.training.spec import Protocol, Semantics
 from attribution_core.unlearning.spec import FineTune, GradientAscent, Newton, UnlearningMethod
 
@@ -97,7 +97,8 @@ class EvaluationCreate(Spec):
 
     queries: QuerySet
     protocol: Protocol = Field(
-        default=Protocol(subsets=50), description="The bank of retrainings; what exists of it is used again."
+        default=Protocol(subsets=50, seed=1),
+        description="The bank of retrainings; what exists of it is used again. Not the one that the index learnt from, if it did.",
     )
     deterministic: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
         default_factory=list,
@@ -236,16 +237,3 @@ class UnlearnedOut(ReplayOut):
     comparison: dict[str, Any] | None = Field(
         description="KLoM and accuracy gaps on forget, retain and test sets, against retrained oracles; null if not asked for."
     )
-
-
-class BankOut(BaseModel):
-    """A bank of retrainings."""
-
-    id: str
-    model: str
-    dataset: str
-    protocol: dict[str, Any]
-    retrainings: int
-    diverged: int = Field(description="Retrainings whose weights stopped being finite; they are left out everywhere.")
-    bytes: int
-    created_at: datetime

@@ -1,16 +1,16 @@
 """Submitting replays, what a worker needs to know of them, and what it reports."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from app.banks import service as banks
 from app.datasets import service as datasets
 from app.db.ids import new_id
-from app.db.tables import Bank, Checkpoint, Dataset, Index, Job, Model, Replay
-from app.errors import Conflict, InUse, InvalidRequest, NotFound, RecipeMissing
+from app.db.tables import Checkpoint, Dataset, Index, Job, Model, Replay
+from app.errors import Conflict, InvalidRequest, NotFound
 from app.indexes import service as indexes
 from app.jobs import service as jobs
 from app.jobs.schemas import JobKind
@@ -19,7 +19,6 @@ from app.models.schemas import CheckpointMeta
 from app.queries import service as queries
 from app.replay import repository
 from app.replay.schemas import (
-    BankOut,
     EvaluationCreate,
     EvaluationOut,
     QuerySet,
@@ -33,19 +32,15 @@ from app.replay.schemas import (
 )
 from app.settings import Settings
 from app.storage.artifacts import ArtifactStore
-from app.storage.roots import resolve
 from app.web.pagination import Page, PageOf, cut
 from app.web.resources import Resources
 from attribution_core.evaluate.spec import BankRef, EvaluationSpec
-from attribution_core.fit_spec import CheckpointRef
-from attribution_core.spec import TokenizerSpec
-from attribution_core.training.recipe import CheckpointInitialisation, Recipe
+from attribution_core.training.recipe import Recipe
 from attribution_core.training.spec import Protocol, TrainSpec
 from attribution_core.unlearning.spec import EvaluationSet, UnlearnSpec
 from attribution_core.weights import WeightsSummary
 
 Json = dict[str, Any]
-GROUP_FILE = "group.safetensors"
 _PREFIXES = {"training": "trn", "evaluation": "eval", "verification": "ver", "unlearning": "unl"}
 _SHOWN_ROWS = 1000
 
@@ -62,13 +57,13 @@ async def create_training(
     """
     model = await models.find(session, reference)
     dataset = await datasets.find_ready(session, request.dataset)
-    recipe = recipe_of(model)
+    recipe = banks.recipe_of(model)
     indexes.check_fits(model, dataset)
     names = {f"{request.run}-{seed}" for seed in request.seeds}
     taken = sorted(names & await models.runs(session, model.id))
     if taken:
         raise Conflict(f"Model {model.name!r} has checkpoints of run {taken[0]!r}; name another `run`.", pointer="/run")
-    spec = await train_spec(session, model, dataset, resources.settings, resources.artifacts)
+    spec = await banks.train_spec(session, model, dataset, resources.settings, resources.artifacts)
     await _check_hours(resources, spec, recipe, (dataset.num_examples or 0) * len(request.seeds), request.max_hours)
     return await _submitted(session, "training", request.model_dump(mode="json"), model, dataset, None)
 
@@ -92,8 +87,13 @@ async def create_evaluation(
     body["queries"] = {"dataset": asked.id, "rows": rows}
     examples = 0.0
     for protocol in await protocols(session, index, request):
-        bank = await find_bank(session, model, training, spec, protocol)
-        missing = await missing_groups(session, bank, protocol, model.num_parameters)
+        bank = await banks.find_bank(session, model, training, spec, protocol)
+        if bank.id == index.bank_id:
+            raise InvalidRequest(
+                "The index learnt from these very retrainings: name another `seed` of the subsets.",
+                pointer="/protocol/seed",
+            )
+        missing = await banks.missing_groups(session, bank, protocol, model.num_parameters)
         share = protocol.alpha if protocol.semantics == "resample" else 1.0
         per_group = protocol.subsets_per_group(model.num_parameters) * protocol.seeds
         examples += len(missing) * per_group * share * (training.num_examples or 0)
@@ -101,7 +101,7 @@ async def create_evaluation(
     if request.removal:
         extra += request.removal.retrainings()
     examples += extra * (training.num_examples or 0)
-    await _check_hours(resources, spec, recipe_of(model), examples, request.max_hours)
+    await _check_hours(resources, spec, banks.recipe_of(model), examples, request.max_hours)
     return await _submitted(session, "evaluation", body, model, training, index)
 
 
@@ -136,7 +136,7 @@ async def create_verification(
     ]
     sets = 1 + sum(count if relative else 1 for relative in per_query)
     examples = sets * len(request.seeds) * (training.num_examples or 0)
-    await _check_hours(resources, spec, recipe_of(model), examples, request.max_hours)
+    await _check_hours(resources, spec, banks.recipe_of(model), examples, request.max_hours)
     body = request.model_dump(mode="json", by_alias=True)
     return await _submitted(session, "verification", body, model, training, index)
 
@@ -159,9 +159,9 @@ async def create_unlearned(
     if taken:
         raise Conflict(f"Model {model.name!r} has checkpoints of run {taken[0]!r}; name another `run`.", pointer="/run")
     if request.check is not None:
-        spec = await train_spec(session, model, training, resources.settings, resources.artifacts)
+        spec = await banks.train_spec(session, model, training, resources.settings, resources.artifacts)
         examples = request.check.oracles * (training.num_examples or 0)
-        await _check_hours(resources, spec, recipe_of(model), examples, request.max_hours)
+        await _check_hours(resources, spec, banks.recipe_of(model), examples, request.max_hours)
     rows = await queries.forgotten_rows(session, resources, index, request.forget)
     body = request.model_dump(mode="json", by_alias=True)
     body["forget"] = {"rows": rows}
@@ -172,48 +172,6 @@ async def create_unlearned(
     replay, job = await _submitted(session, "unlearning", body, model, training, index)
     (await unlearning_plan(session, replay.id, resources.settings, resources.artifacts)).check()
     return replay, job
-
-
-def recipe_of(model: Model) -> Recipe:
-    """Return a model's recipe.
-
-    Raises:
-        RecipeMissing: if it has none.
-    """
-    if model.recipe is None:
-        raise RecipeMissing(
-            f"Model {model.name!r} was registered without a `recipe`: optimizer, learning_rate, schedule, weight_decay, epochs "
-            "and batch_size. Register a model with one; its weights can be uploaded as its checkpoints, or trained from it.",
-            pointer="/recipe",
-        )
-    return Recipe.model_validate(model.recipe)
-
-
-async def train_spec(
-    session: AsyncSession, model: Model, dataset: Dataset, settings: Settings, artifacts: ArtifactStore
-) -> TrainSpec:
-    """Return everything a training depends on but its seed."""
-    assert dataset.artifact is not None
-    recipe = recipe_of(model)
-    initial = None
-    if isinstance(recipe.initialisation, CheckpointInitialisation):
-        found = await models.any_checkpoint(session, recipe.initialisation.checkpoint)
-        initial = CheckpointRef(
-            id=found.id, path=artifacts.open(found.artifact) / models.WEIGHTS_FILE, sha256=found.sha256
-        )
-    tokenizer = TokenizerSpec.model_validate(model.tokenizer) if model.tokenizer else None
-    source = tokenizer.source if tokenizer else None
-    return TrainSpec.model_validate(
-        {
-            "architecture": model.architecture,
-            "task": model.task,
-            "tokenizer": model.tokenizer,
-            "tokenizer_path": resolve(settings.roots, source, "/model") if source else None,
-            "dataset": indexes.dataset_ref(dataset, artifacts),
-            "recipe": model.recipe,
-            "initial": initial,
-        }
-    )
 
 
 async def protocols(session: AsyncSession, index: Index, request: EvaluationCreate) -> list[Protocol]:
@@ -231,19 +189,6 @@ async def protocols(session: AsyncSession, index: Index, request: EvaluationCrea
     ]
 
 
-async def find_bank(session: AsyncSession, model: Model, dataset: Dataset, spec: TrainSpec, protocol: Protocol) -> Bank:
-    """Return the bank of a protocol, made if there is none."""
-    stored = protocol.model_dump(mode="json", exclude={"subsets"})
-    values = {"id": new_id("bank"), "model_id": model.id, "dataset_id": dataset.id, "protocol": stored}
-    return await repository.bank_of_key(session, protocol.bank_key(spec), values)
-
-
-async def missing_groups(session: AsyncSession, bank: Bank, protocol: Protocol, num_parameters: int) -> list[int]:
-    """Return the groups of a protocol that were not retrained yet."""
-    known = await repository.groups(session, bank.id)
-    return [number for number in range(protocol.num_groups(num_parameters)) if number not in known]
-
-
 async def training_plan(
     session: AsyncSession, replay_id: str, settings: Settings, artifacts: ArtifactStore
 ) -> tuple[TrainSpec, TrainingCreate, Json]:
@@ -255,7 +200,7 @@ async def training_plan(
     replay = await find(session, "training", replay_id)
     model = await models.find(session, replay.model_id)
     dataset = await datasets.find_ready(session, replay.dataset_id or "")
-    spec = await train_spec(session, model, dataset, settings, artifacts)
+    spec = await banks.train_spec(session, model, dataset, settings, artifacts)
     return spec, TrainingCreate.model_validate(replay.request), model.parameters
 
 
@@ -273,23 +218,21 @@ async def evaluation_plan(
     model = await models.find(session, replay.model_id)
     training = await datasets.find_ready(session, index.dataset_id)
     asked = await datasets.find_ready(session, request.queries.dataset)
-    spec = await train_spec(session, model, training, settings, artifacts)
-    banks: list[BankRef] = []
+    spec = await banks.train_spec(session, model, training, settings, artifacts)
+    found: list[BankRef] = []
     places: list[tuple[str, str]] = []
     for protocol in await protocols(session, index, request):
-        bank = await find_bank(session, model, training, spec, protocol)
-        known = await repository.groups(session, bank.id)
-        wanted = range(protocol.num_groups(model.num_parameters))
-        files = {number: artifacts.open(known[number]) / GROUP_FILE for number in wanted if number in known}
-        banks.append(BankRef(protocol=protocol, groups=files))
-        places.append((bank.id, bank_folder(bank)))
+        bank = await banks.find_bank(session, model, training, spec, protocol)
+        files = await banks.group_files(session, bank.id, artifacts, protocol.num_groups(model.num_parameters))
+        found.append(BankRef(protocol=protocol, groups=files))
+        places.append((bank.id, banks.folder_of(bank)))
     return EvaluationSpec(
         folder=artifacts.open(index.artifact or ""),
         fit=await indexes.fit_spec(session, index.id, settings, artifacts),
         train=spec,
-        queries=indexes.dataset_ref(asked, artifacts, like=training),
+        queries=datasets.dataset_ref(asked, artifacts, like=training),
         rows=request.queries.rows or [],
-        banks=banks,
+        banks=found,
         loo=request.loo,
         removal=request.removal,
         mislabelled=request.mislabelled,
@@ -310,7 +253,7 @@ async def verification_plan(
     index = await indexes.find_ready(session, replay.index_id or "")
     model = await models.find(session, replay.model_id)
     training = await datasets.find_ready(session, index.dataset_id)
-    spec = await train_spec(session, model, training, settings, artifacts)
+    spec = await banks.train_spec(session, model, training, settings, artifacts)
     return replay, VerificationCreate.model_validate(replay.request), spec
 
 
@@ -330,7 +273,7 @@ async def unlearning_plan(
     check, test = request.check, None
     if check is not None and check.test is not None:
         asked = await datasets.find_ready(session, check.test.dataset)
-        test = EvaluationSet(dataset=indexes.dataset_ref(asked, artifacts, like=training), rows=check.test.rows)
+        test = EvaluationSet(dataset=datasets.dataset_ref(asked, artifacts, like=training), rows=check.test.rows)
     has_recipe = model.recipe is not None
     return UnlearnSpec(
         index=artifacts.open(index.artifact or ""),
@@ -338,7 +281,7 @@ async def unlearning_plan(
         forget=request.forget.rows or [],
         method=request.method,
         baselines=check.baselines if check else [],
-        train=await train_spec(session, model, training, settings, artifacts) if has_recipe else None,
+        train=await banks.train_spec(session, model, training, settings, artifacts) if has_recipe else None,
         oracles=check.oracles if check else 0,
         semantics=check.semantics if check else "resample",
         test=test,
@@ -398,18 +341,6 @@ async def finish_training(
         runs[meta.seed or 0].checkpoints.append(checkpoint_id)
     replay.status, replay.error = "succeeded", None
     replay.result = {"runs": [run.model_dump() for run in runs.values()]}
-
-
-async def add_groups(session: AsyncSession, bank_id: str, groups: Sequence[Json]) -> None:
-    """Record retrained groups of a bank.
-
-    Raises:
-        NotFound: if the bank was deleted meanwhile.
-    """
-    if groups and await repository.lock_bank(session, bank_id) is None:
-        raise NotFound(f"The bank {bank_id} was deleted.")
-    for group in groups:
-        await repository.add_group(session, {"bank_id": bank_id, **group})
 
 
 async def finish_evaluation(session: AsyncSession, replay_id: str, quality: Json, calibration: Json | None) -> None:
@@ -494,50 +425,6 @@ async def unlearnings(session: AsyncSession, index: str, page: Page) -> PageOf[U
     return PageOf[UnlearnedOut](items=[shown_unlearned(row) for row in rows], next=following)
 
 
-async def banks(session: AsyncSession, page: Page) -> PageOf[BankOut]:
-    """Return one page of banks, newest first."""
-    rows, following = cut(await repository.banks(session, page), page, "banks")
-    totals = await repository.totals(session, [row.id for row in rows])
-    return PageOf[BankOut](items=[_shown_bank(row, totals.get(row.id, (0, 0, 0))) for row in rows], next=following)
-
-
-async def bank(session: AsyncSession, bank_id: str) -> BankOut:
-    """Return a bank.
-
-    Raises:
-        NotFound: if there is none.
-    """
-    found = await repository.bank(session, bank_id)
-    if found is None:
-        raise NotFound(f"There is no bank {bank_id[:64]!r}.")
-    totals = await repository.totals(session, [found.id])
-    return _shown_bank(found, totals.get(found.id, (0, 0, 0)))
-
-
-async def delete_bank(session: AsyncSession, bank_id: str, artifacts: ArtifactStore) -> Callable[[], None]:
-    """Delete a bank; returns what removes its files once that is committed.
-
-    Raises:
-        NotFound: if there is none.
-        InUse: if an index is built on it.
-    """
-    found = await repository.bank(session, bank_id)
-    if found is None:
-        raise NotFound(f"There is no bank {bank_id[:64]!r}.")
-    folder = bank_folder(found)
-    await session.delete(found)
-    try:
-        await session.flush()
-    except IntegrityError:
-        raise InUse("An index is built on this bank; delete the index first.") from None
-    return lambda: artifacts.delete(folder)
-
-
-def bank_folder(bank: Bank) -> str:
-    """Return where a bank's groups are, below its model's folder: deleting a model deletes that."""
-    return f"{models.bank_folder(bank.model_id)}/{bank.id}"
-
-
 def shown_training(replay: Replay) -> TrainingOut:
     """Return a training as clients see it."""
     runs = None if replay.result is None else [TrainedRun(**run) for run in replay.result["runs"]]
@@ -596,7 +483,7 @@ async def _replayable(
     index = await indexes.find_ready(session, reference)
     model = await models.find(session, index.model_id)
     training = await datasets.find_ready(session, index.dataset_id)
-    spec = await train_spec(session, model, training, resources.settings, resources.artifacts)
+    spec = await banks.train_spec(session, model, training, resources.settings, resources.artifacts)
     return index, model, training, spec
 
 
@@ -667,20 +554,6 @@ def _common(replay: Replay) -> Json:
         "error": replay.error,
         "created_at": replay.created_at,
     }
-
-
-def _shown_bank(bank: Bank, totals: tuple[int, int, int]) -> BankOut:
-    retrainings, diverged, size = totals
-    return BankOut(
-        id=bank.id,
-        model=bank.model_id,
-        dataset=bank.dataset_id,
-        protocol=bank.protocol,
-        retrainings=retrainings,
-        diverged=diverged,
-        bytes=size,
-        created_at=bank.created_at,
-    )
 
 
 for _kind in _PREFIXES:

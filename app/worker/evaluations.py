@@ -1,17 +1,17 @@
 """The evaluation job: missing retrainings, then every measure; the result becomes the index's quality."""
 
-import shutil
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from app.banks import service as banks_service
 from app.replay import service as replays
-from app.storage.artifacts import ArtifactStore, crash_point
+from app.storage.artifacts import crash_point
+from app.worker.banks import published_groups
 from app.worker.runner import Kind, Runner, Running, computed
 from app.worker.sharded import assist, device_of, shard_files, work_through
-from attribution_core.evaluate.pipeline import Evaluated, EvaluationPipeline, NewGroup
+from attribution_core.evaluate.pipeline import Evaluated, EvaluationPipeline
 
 
 async def lead_evaluation(runner: Runner, running: Running) -> Callable[[AsyncSession], Awaitable[None]]:
@@ -29,7 +29,7 @@ async def lead_evaluation(runner: Runner, running: Running) -> Callable[[AsyncSe
     async def effect(session: AsyncSession) -> None:
         crash_point("before-commit")
         for bank_id, _ in banks:
-            await replays.add_groups(session, bank_id, [row for bank, row in made if bank == bank_id])
+            await banks_service.add_groups(session, bank_id, [row for bank, row in made if bank == bank_id])
         await replays.finish_evaluation(session, running.job.resource_id, found.quality, calibration)
 
     return effect
@@ -43,32 +43,6 @@ async def assist_evaluation(runner: Runner, running: Running) -> None:
         return pipeline, work
 
     await assist(runner, running, prepared)
-
-
-def published_groups(
-    artifacts: ArtifactStore, work: Path, banks: Sequence[tuple[str, str]], groups: Sequence[NewGroup]
-) -> list[tuple[str, dict[str, Any]]]:
-    """Publish retrained groups of banks, given as (id, folder); return the rows that name them, each with its bank's id.
-
-    Another evaluation may have published the same group: its bytes are the same.
-    """
-    rows = []
-    for group in groups:
-        bank_id, base = banks[group.bank]
-        folder = work / f"publish-{group.bank}-{group.group}"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        shutil.copyfile(group.path, folder / replays.GROUP_FILE)
-        published = artifacts.publish(folder, f"{base}/{group.group:06d}")
-        row = {
-            "ordinal": group.group,
-            "artifact": published.name,
-            "bytes": published.bytes,
-            "retrainings": group.retrainings,
-            "diverged": group.diverged,
-        }
-        rows.append((bank_id, row))
-    return rows
 
 
 async def _prepared(runner: Runner, running: Running) -> tuple[EvaluationPipeline, Path, list[tuple[str, str]]]:

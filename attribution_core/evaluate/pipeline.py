@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from attribution_core.arrays import read_arrays
 from attribution_core.data.batch import Batch
 from attribution_core.errors import InvalidInputError
 from attribution_core.evaluate.lds import linear_datamodeling_score
@@ -23,12 +22,12 @@ from attribution_core.evaluate.removal import random_ranking, ranking_of, remova
 from attribution_core.evaluate.retrainings import Retrainings
 from attribution_core.evaluate.served import ServedCalibration, fit_served
 from attribution_core.evaluate.spec import BankRef, EvaluationSpec, TuneSpec
-from attribution_core.methods.dense import DenseIndex, open_index
-from attribution_core.methods.loaded import LoadedIndex
+from attribution_core.methods.bank import GroupPiece, NewGroup, group_pieces
+from attribution_core.methods.opening import AnyIndex, open_index
 from attribution_core.methods.representation import Representation
 from attribution_core.progress import Progress
 from attribution_core.sharding import Stage
-from attribution_core.training.bank import DIVERGED, Bank, Retrained, train_group, train_runs
+from attribution_core.training.bank import Bank, Retrained, train_group, train_runs
 from attribution_core.training.pipeline import RunGroup, run_groups
 from attribution_core.training.trainer import Run, Trainer
 
@@ -37,24 +36,11 @@ Arrays = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
-class BankPiece:
-    """A group of a bank. One that was retrained before is a shard without work: attempts of a job agree on the shards' numbers."""
-
-    ordinal: int
-    units: int
-    bank: int
-    group: int
-
-
-@dataclass(frozen=True)
-class NewGroup:
-    """A group of a bank that this evaluation retrained."""
+class BankPiece(GroupPiece):
+    """A group of one of the banks."""
 
     bank: int
     group: int
-    path: Path
-    retrainings: int
-    diverged: int
 
 
 @dataclass(frozen=True)
@@ -126,7 +112,7 @@ class EvaluationPipeline:
         return Evaluated(quality, calibration, groups)
 
     @cached_property
-    def index(self) -> LoadedIndex | DenseIndex:
+    def index(self) -> AnyIndex:
         """The index that is evaluated."""
         return open_index(self.spec.folder, self.spec.fit, device=self.device)
 
@@ -148,26 +134,17 @@ class EvaluationPipeline:
 
     def _bank_pieces(self) -> list[BankPiece]:
         pieces: list[BankPiece] = []
-        size = self.trainer.network.num_parameters
         for number, bank in enumerate(self.spec.banks):
-            protocol = bank.protocol
-            kept = round(protocol.alpha * self.n) if protocol.semantics == "resample" else self.n
-            steps = len(self.spec.train.recipe.learning_rates(kept))
-            units = steps * protocol.subsets_per_group(size) * protocol.seeds
-            for group in range(protocol.num_groups(size)):
-                pieces.append(BankPiece(len(pieces), 0 if group in bank.groups else units, number, group))
+            found = group_pieces(self.trainer, bank.protocol, list(bank.groups), len(pieces))
+            pieces += [BankPiece(piece.ordinal, piece.units, number, group) for group, piece in enumerate(found)]
         return pieces
 
     def _new_groups(self, files: Sequence[Path]) -> list[NewGroup]:
-        found = []
-        for piece, path in zip(self._of_banks, files, strict=False):
-            if piece.group not in self.spec.banks[piece.bank].groups:
-                arrays = read_arrays(path)
-                if DIVERGED not in arrays:
-                    raise InvalidInputError("the bank was deleted meanwhile: ask for the evaluation again")
-                diverged = arrays[DIVERGED]
-                found.append(NewGroup(piece.bank, piece.group, path, diverged.size, int(diverged.sum())))
-        return found
+        return [
+            NewGroup.of(piece.bank, piece.group, path)
+            for piece, path in zip(self._of_banks, files, strict=False)
+            if piece.group not in self.spec.banks[piece.bank].groups
+        ]
 
     def _bank(self, number: int, made: Sequence[NewGroup]) -> tuple[BankRef, Retrainings]:
         reference = self.spec.banks[number]

@@ -4,6 +4,7 @@ It answers as a `LoadedIndex` does, for the queries it was made for alone; those
 """
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from attribution_core.errors import CorruptArtifactError, FingerprintMismatchErr
 from attribution_core.fit_spec import FitSpec, FitSummary
 from attribution_core.methods.artifact import read_description, write_description
 from attribution_core.methods.context import FitContext
-from attribution_core.methods.loaded import Attribution, LoadedIndex, Query, top_rows
+from attribution_core.methods.loaded import Attribution, Query, top_rows
 from attribution_core.progress import Progress
 
 SCORES_FILE = "scores.safetensors"
@@ -64,7 +65,102 @@ class DenseScores:
         return FitSummary(spec.fingerprint(), examples, queries, size, None, dict(self.coverage), spec.num_training)
 
 
-class DenseIndex:
+class ScoredIndex(ABC):
+    """An index whose queries carry a score for every training example in `Query.rows`, (queries, n); it answers as a `LoadedIndex` does.
+
+    Attributes:
+        recall: None, as nothing is searched for.
+        rescores: False, as scores are the method's own.
+    """
+
+    recall: ClassVar[float | None] = None
+    rescores: ClassVar[bool] = False
+    default_damping: ClassVar[float | None] = None
+    folder: Path
+    spec: FitSpec
+    context: FitContext
+
+    @property
+    @abstractmethod
+    def num_examples(self) -> int:
+        """n, the size of the training set."""
+
+    @property
+    @abstractmethod
+    def bytes(self) -> int:
+        """An estimate of what this index keeps in memory."""
+
+    @abstractmethod
+    def query(self, batch: Batch, damping: float | None) -> Query:
+        """Score all training examples for queries."""
+
+    @abstractmethod
+    def outputs(self, batch: Batch) -> list[dict[str, Any]]:
+        """Return what the model outputs for queries."""
+
+    def attribute(self, query: Query, top_k: int, allowed: np.ndarray | None, *, rescore: bool) -> list[Attribution]:
+        """Return the top_k allowed training examples of both signs for every query; see `LoadedIndex.attribute`."""
+        rows = np.arange(self.num_examples) if allowed is None else np.flatnonzero(allowed)
+        found = []
+        for output, scores in zip(query.outputs, query.rows, strict=True):
+            positive, negative = (top_rows(scores[rows], rows, top_k, sign) for sign in (1, -1))
+            found.append(Attribution(output, positive, negative, approximate=False))
+        return found
+
+    def scores(self, query: Query, rows: np.ndarray, *, rescore: bool, progress: Progress | None = None) -> np.ndarray:
+        """Return the scores of given training rows, (queries, rows) float32.
+
+        Raises:
+            InvalidInputError: naming a row that does not exist.
+        """
+        outside = rows[(rows < 0) | (rows >= self.num_examples)]
+        if len(outside):
+            raise InvalidInputError(
+                f"row {outside[0]} does not exist: the index has {self.num_examples} training examples"
+            )
+        found: np.ndarray = query.rows[:, rows]
+        return found
+
+    def group_effects(self, query: Query, groups: Sequence[np.ndarray], *, rescore: bool) -> np.ndarray:
+        """Return the summed scores of each group of rows, (queries, groups) float64: what having the group is worth.
+
+        Raises:
+            InvalidInputError: naming a row that does not exist.
+        """
+        effects = np.zeros((len(query), len(groups)))
+        for number, rows in enumerate(groups):
+            effects[:, number] = self.scores(query, rows, rescore=False).sum(1, dtype=np.float64)
+        return effects
+
+    def newton_effects(self, query: Query, groups: Sequence[np.ndarray]) -> np.ndarray:
+        """Refuse: stored scores tell nothing of curvature.
+
+        Raises:
+            InvalidInputError: always.
+        """
+        raise InvalidInputError(f"{self.spec.method.type} has no newton estimator: use additive", "/estimator")
+
+    def spreads(self, query: Query, groups: Sequence[np.ndarray]) -> np.ndarray:
+        """Return `Σ τ_i²` of each group, (queries, groups), by which prediction intervals grow."""
+        found = [np.square(query.rows[:, rows], dtype=np.float64).sum(1) for rows in groups]
+        return np.stack(found, axis=1)
+
+    def deviations(self, query: Query, groups: Sequence[np.ndarray]) -> np.ndarray | None:
+        """Return None: the method does not know how uncertain it is."""
+        return None
+
+    def self_influence(self) -> np.ndarray:
+        """Refuse: training examples are no queries of this index.
+
+        Raises:
+            InvalidInputError: always.
+        """
+        raise InvalidInputError(
+            f"{self.spec.method.type} scores queries, and training examples would be as many: ask another index for self-influence"
+        )
+
+
+class DenseIndex(ScoredIndex):
     """Stored scores, ready to answer; the file is mapped, so only what is asked for is read.
 
     Args:
@@ -73,18 +169,10 @@ class DenseIndex:
         context: reused if the fit has one.
         device: where the data's tensors are put.
 
-    Attributes:
-        recall: None, as nothing is searched for.
-        rescores: False, as stored scores are the method's own.
-
     Raises:
         FingerprintMismatchError: if the artifact was fitted from something else.
         CorruptArtifactError: if a file is missing, damaged or inconsistent.
     """
-
-    recall: ClassVar[float | None] = None
-    rescores: ClassVar[bool] = False
-    default_damping: ClassVar[float | None] = None
 
     def __init__(self, folder: Path, spec: FitSpec, context: FitContext | None = None, device: str = "cpu") -> None:
         described = read_description(folder)
@@ -132,58 +220,6 @@ class DenseIndex:
         """
         return [dict(self._outputs[place]) for place in self._recognised(batch)]
 
-    def attribute(self, query: Query, top_k: int, allowed: np.ndarray | None, *, rescore: bool) -> list[Attribution]:
-        """Return the top_k allowed training examples of both signs for every query; see `LoadedIndex.attribute`."""
-        rows = np.arange(self.num_examples) if allowed is None else np.flatnonzero(allowed)
-        found = []
-        for output, scores in zip(query.outputs, query.rows, strict=True):
-            positive, negative = (top_rows(scores[rows], rows, top_k, sign) for sign in (1, -1))
-            found.append(Attribution(output, positive, negative, approximate=False))
-        return found
-
-    def scores(self, query: Query, rows: np.ndarray, *, rescore: bool, progress: Progress | None = None) -> np.ndarray:
-        """Return the scores of given training rows, (queries, rows) float32.
-
-        Raises:
-            InvalidInputError: naming a row that does not exist.
-        """
-        outside = rows[(rows < 0) | (rows >= self.num_examples)]
-        if len(outside):
-            raise InvalidInputError(
-                f"row {outside[0]} does not exist: the index has {self.num_examples} training examples"
-            )
-        found: np.ndarray = query.rows[:, rows]
-        return found
-
-    def group_effects(self, query: Query, groups: Sequence[np.ndarray], *, rescore: bool) -> np.ndarray:
-        """Return the summed scores of each group of rows, (queries, groups) float64: what having the group is worth.
-
-        Raises:
-            InvalidInputError: naming a row that does not exist.
-        """
-        effects = np.zeros((len(query), len(groups)))
-        for number, rows in enumerate(groups):
-            effects[:, number] = self.scores(query, rows, rescore=False).sum(1, dtype=np.float64)
-        return effects
-
-    def newton_effects(self, query: Query, groups: Sequence[np.ndarray]) -> np.ndarray:
-        """Refuse: stored scores tell nothing of curvature.
-
-        Raises:
-            InvalidInputError: always.
-        """
-        raise InvalidInputError(f"{self.spec.method.type} has no newton estimator: use additive", "/estimator")
-
-    def self_influence(self) -> np.ndarray:
-        """Refuse: training examples are no queries of this index.
-
-        Raises:
-            InvalidInputError: always.
-        """
-        raise InvalidInputError(
-            f"{self.spec.method.type} scores named queries only, so training examples have no self-influence here"
-        )
-
     def _recognised(self, batch: Batch) -> list[int]:
         places = [self._places.get(key) for key in query_keys(batch)]
         unknown = [number for number, place in enumerate(places) if place is None]
@@ -192,19 +228,6 @@ class DenseIndex:
                 f"query {unknown[0]} is not one that this index has scores of: it answers {self.answers}", "/queries"
             )
         return [place for place in places if place is not None]
-
-
-def open_index(
-    folder: Path, spec: FitSpec, context: FitContext | None = None, device: str = "cpu"
-) -> LoadedIndex | DenseIndex:
-    """Return a fitted index of whichever kind its method makes.
-
-    Raises:
-        FingerprintMismatchError: if the artifact was fitted from something else.
-        CorruptArtifactError: if a file is missing, damaged or inconsistent.
-    """
-    kind = DenseIndex if spec.method.keeps == "scores" else LoadedIndex
-    return kind(folder, spec, context, device)
 
 
 def query_keys(batch: Batch) -> list[str]:

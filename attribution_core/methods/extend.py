@@ -26,10 +26,9 @@ from attribution_core.methods.artifact import (
 )
 from attribution_core.methods.context import of_checkpoint
 from attribution_core.methods.drift import drift_of
-from attribution_core.methods.fit import Arrays, FitPipeline, Shard, build_pipeline, run, summed_arrays
+from attribution_core.methods.fit import AnyPipeline, Arrays, FitPipeline, Shard, build_pipeline, run, summed_arrays
 from attribution_core.methods.loaded import LoadedIndex
 from attribution_core.methods.logra import Logra
-from attribution_core.methods.magic import MagicPipeline
 from attribution_core.progress import Progress
 from attribution_core.sharding import Stage
 
@@ -187,7 +186,7 @@ def extend(spec: FitSpec, work: Path, into: Path, progress: Progress, device: st
     return run(ExtensionPipeline(spec, work, device), into, progress)
 
 
-def pipeline_of(spec: FitSpec, work: Path, device: str = "cpu") -> FitPipeline | MagicPipeline:
+def pipeline_of(spec: FitSpec, work: Path, device: str = "cpu") -> AnyPipeline:
     """Return what fits or extends an index."""
     return build_pipeline(spec, work, device) if spec.base is None else ExtensionPipeline(spec, work, device)
 

@@ -33,16 +33,17 @@ from attribution_core.method_spec import (
     HessianMethod,
     KfacMethod,
     LograMethod,
-    MagicMethod,
     TrakMethod,
 )
 from attribution_core.methods import trak
 from attribution_core.methods.artifact import FACTORS_FILE, FEATURES_FOLDER, GRADIENTS_FOLDER, write_description
+from attribution_core.methods.bank import BankPipeline
 from attribution_core.methods.base import FeatureMethod, GradientMethod, QuerySide, TrainRows
 from attribution_core.methods.context import FitContext, of_checkpoint
 from attribution_core.methods.loaded import LoadedIndex, Query
 from attribution_core.methods.logra import Logra, fisher_of
 from attribution_core.methods.magic import MagicPipeline
+from attribution_core.methods.opening import opened_priors
 from attribution_core.methods.recall import measured_recall, recall_rows
 from attribution_core.methods.trak import Trak
 from attribution_core.progress import Progress
@@ -399,10 +400,17 @@ class FitPipeline:
         VectorIndex.build(self.spec.search, store).write(into / SEARCH_FILE)
 
 
-def build_pipeline(spec: FitSpec, work: Path, device: str = "cpu") -> FitPipeline | MagicPipeline:
+AnyPipeline = FitPipeline | MagicPipeline | BankPipeline
+
+
+def build_pipeline(spec: FitSpec, work: Path, device: str = "cpu") -> AnyPipeline:
     """Return what runs the parts of a method's fit."""
-    kind = MagicPipeline if isinstance(spec.method, MagicMethod) else FitPipeline
-    return kind(spec, work, device)
+    match spec.method.keeps:
+        case "scores":
+            return MagicPipeline(spec, work, device)
+        case "bank":
+            return BankPipeline(spec, work, device, opened_priors(spec, device))
+    return FitPipeline(spec, work, device)
 
 
 def fit(spec: FitSpec, work: Path, into: Path, progress: Progress, device: str = "cpu") -> FitSummary:
@@ -410,7 +418,7 @@ def fit(spec: FitSpec, work: Path, into: Path, progress: Progress, device: str =
     return run(build_pipeline(spec, work, device), into, progress)
 
 
-def run(pipeline: FitPipeline | MagicPipeline, into: Path, progress: Progress) -> FitSummary:
+def run(pipeline: AnyPipeline, into: Path, progress: Progress) -> FitSummary:
     """Run all parts of a pipeline in this process, and remove its work."""
     work, files = pipeline.work, list[Path]()
     for stage in pipeline.stages():

@@ -262,6 +262,19 @@ class LoadedIndex:
                 effects[:, place] += found.detach().double().cpu().numpy() / len(self.members)
         return effects
 
+    def spreads(self, query: Query, groups: Sequence[np.ndarray], *, rescore: bool = True) -> np.ndarray:
+        """Return `Σ τ_i²` of each group, (queries, groups), by which prediction intervals grow."""
+        spreads = np.zeros((len(query), len(groups)))
+        for number, rows in enumerate(groups):
+            for start in range(0, len(rows), _ROWS_AT_ONCE):
+                part = self.scores(query, rows[start : start + _ROWS_AT_ONCE], rescore=rescore)
+                spreads[:, number] += np.square(part, dtype=np.float64).sum(1)
+        return spreads
+
+    def deviations(self, query: Query, groups: Sequence[np.ndarray]) -> np.ndarray | None:
+        """Return None: the method does not know how uncertain it is."""
+        return None
+
     def self_influence(self) -> np.ndarray:
         """Return `τ_i(z_i)` at the default damping, (n,) float32."""
         return self._self_influence

@@ -8,9 +8,8 @@ from pydantic import Field, model_validator
 
 from attribution_core.errors import InvalidInputError
 from attribution_core.fingerprint import sha256_file, sha256_of
-from attribution_core.fit_spec import CheckpointRef, DatasetRef
-from attribution_core.method_spec import Seed
-from attribution_core.spec import ArchitectureSpec, Spec, TaskSpec, TokenizerSpec
+from attribution_core.references import CheckpointRef, DatasetRef
+from attribution_core.spec import ArchitectureSpec, Seed, Spec, TaskSpec, TokenizerSpec
 from attribution_core.training.recipe import CheckpointInitialisation, Recipe
 
 Semantics = Literal["resample", "mask"]

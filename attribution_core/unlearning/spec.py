@@ -19,9 +19,8 @@ from attribution_core.method_spec import (
     KfacMethod,
     MagicMethod,
     RepresentationMethod,
-    Seed,
 )
-from attribution_core.spec import Row, Spec
+from attribution_core.spec import Row, Seed, Spec
 from attribution_core.training.recipe import Adam, AdamW, OptimizerSpec, Recipe, Sgd
 from attribution_core.training.spec import Semantics, TrainSpec
 

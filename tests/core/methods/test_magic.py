@@ -10,9 +10,10 @@ import torch
 from attribution_core.errors import InvalidInputError
 from attribution_core.fit_spec import FitSpec
 from attribution_core.methods import magic
-from attribution_core.methods.dense import DenseIndex, open_index
+from attribution_core.methods.dense import DenseIndex
 from attribution_core.methods.fit import fit
 from attribution_core.methods.magic import train_spec
+from attribution_core.methods.opening import open_index
 from attribution_core.progress import NoProgress
 from attribution_core.training.replay import Replay
 from attribution_core.training.trainer import Run, Trainer

@@ -1,0 +1,166 @@
+"""Banks: how a model is trained, which retrainings there are of it, and where."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.banks import repository
+from app.banks.schemas import BankOut
+from app.datasets import service as datasets
+from app.db.ids import new_id
+from app.db.tables import Bank, Dataset, Model
+from app.errors import InUse, NotFound, RecipeMissing
+from app.models import service as models
+from app.settings import Settings
+from app.storage.artifacts import ArtifactStore
+from app.storage.roots import resolve
+from app.web.pagination import Page, PageOf, cut
+from attribution_core.references import CheckpointRef
+from attribution_core.spec import TokenizerSpec
+from attribution_core.training.recipe import CheckpointInitialisation, Recipe
+from attribution_core.training.spec import Protocol, TrainSpec
+
+Json = dict[str, Any]
+GROUP_FILE = "group.safetensors"
+
+
+def recipe_of(model: Model) -> Recipe:
+    """Return a model's recipe.
+
+    Raises:
+        RecipeMissing: if it has none.
+    """
+    if model.recipe is None:
+        raise RecipeMissing(
+            f"Model {model.name!r} was registered without a `recipe`: optimizer, learning_rate, schedule, weight_decay, epochs "
+            "and batch_size. Register a model with one; its weights can be uploaded as its checkpoints, or trained from it.",
+            pointer="/recipe",
+        )
+    return Recipe.model_validate(model.recipe)
+
+
+async def train_spec(
+    session: AsyncSession, model: Model, dataset: Dataset, settings: Settings, artifacts: ArtifactStore
+) -> TrainSpec:
+    """Return everything a training depends on but its seed."""
+    assert dataset.artifact is not None
+    recipe = recipe_of(model)
+    initial = None
+    if isinstance(recipe.initialisation, CheckpointInitialisation):
+        found = await models.any_checkpoint(session, recipe.initialisation.checkpoint)
+        initial = CheckpointRef(
+            id=found.id, path=artifacts.open(found.artifact) / models.WEIGHTS_FILE, sha256=found.sha256
+        )
+    tokenizer = TokenizerSpec.model_validate(model.tokenizer) if model.tokenizer else None
+    source = tokenizer.source if tokenizer else None
+    return TrainSpec.model_validate(
+        {
+            "architecture": model.architecture,
+            "task": model.task,
+            "tokenizer": model.tokenizer,
+            "tokenizer_path": resolve(settings.roots, source, "/model") if source else None,
+            "dataset": datasets.dataset_ref(dataset, artifacts),
+            "recipe": model.recipe,
+            "initial": initial,
+        }
+    )
+
+
+async def find_bank(session: AsyncSession, model: Model, dataset: Dataset, spec: TrainSpec, protocol: Protocol) -> Bank:
+    """Return the bank of a protocol, made if there is none."""
+    stored = protocol.model_dump(mode="json", exclude={"subsets"})
+    values = {"id": new_id("bank"), "model_id": model.id, "dataset_id": dataset.id, "protocol": stored}
+    return await repository.bank_of_key(session, protocol.bank_key(spec), values)
+
+
+async def group_files(session: AsyncSession, bank_id: str, artifacts: ArtifactStore, count: int) -> dict[int, Path]:
+    """Return the files of those of a bank's first groups that were retrained."""
+    known = await repository.groups(session, bank_id)
+    return {number: artifacts.open(known[number]) / GROUP_FILE for number in range(count) if number in known}
+
+
+async def find(session: AsyncSession, bank_id: str) -> Bank:
+    """Return a bank.
+
+    Raises:
+        NotFound: if there is none.
+    """
+    found = await repository.bank(session, bank_id)
+    if found is None:
+        raise NotFound(f"There is no bank {bank_id[:64]!r}.")
+    return found
+
+
+async def missing_groups(session: AsyncSession, bank: Bank, protocol: Protocol, num_parameters: int) -> list[int]:
+    """Return the groups of a protocol that were not retrained yet."""
+    known = await repository.groups(session, bank.id)
+    return [number for number in range(protocol.num_groups(num_parameters)) if number not in known]
+
+
+async def add_groups(session: AsyncSession, bank_id: str, groups: Sequence[Json]) -> None:
+    """Record retrained groups of a bank.
+
+    Raises:
+        NotFound: if the bank was deleted meanwhile.
+    """
+    if groups and await repository.lock_bank(session, bank_id) is None:
+        raise NotFound(f"The bank {bank_id} was deleted.")
+    for group in groups:
+        await repository.add_group(session, {"bank_id": bank_id, **group})
+
+
+async def page_of_banks(session: AsyncSession, page: Page) -> PageOf[BankOut]:
+    """Return one page of banks, newest first."""
+    rows, following = cut(await repository.banks(session, page), page, "banks")
+    totals = await repository.totals(session, [row.id for row in rows])
+    return PageOf[BankOut](items=[_shown(row, totals.get(row.id, (0, 0, 0))) for row in rows], next=following)
+
+
+async def shown_bank(session: AsyncSession, bank_id: str) -> BankOut:
+    """Return a bank.
+
+    Raises:
+        NotFound: if there is none.
+    """
+    found = await find(session, bank_id)
+    totals = await repository.totals(session, [found.id])
+    return _shown(found, totals.get(found.id, (0, 0, 0)))
+
+
+async def delete(session: AsyncSession, bank_id: str, artifacts: ArtifactStore) -> Callable[[], None]:
+    """Delete a bank; returns what removes its files once that is committed.
+
+    Raises:
+        NotFound: if there is none.
+        InUse: if an index is built on it.
+    """
+    found = await find(session, bank_id)
+    folder = folder_of(found)
+    await session.delete(found)
+    try:
+        await session.flush()
+    except IntegrityError:
+        raise InUse("An index is built on this bank; delete the index first.") from None
+    return lambda: artifacts.delete(folder)
+
+
+def folder_of(bank: Bank) -> str:
+    """Return where a bank's groups are, below its model's folder: deleting a model deletes that."""
+    return f"{models.bank_folder(bank.model_id)}/{bank.id}"
+
+
+def _shown(bank: Bank, totals: tuple[int, int, int]) -> BankOut:
+    retrainings, diverged, size = totals
+    return BankOut(
+        id=bank.id,
+        model=bank.model_id,
+        dataset=bank.dataset_id,
+        protocol=bank.protocol,
+        retrainings=retrainings,
+        diverged=diverged,
+        bytes=size,
+        created_at=bank.created_at,
+    )

@@ -1,0 +1,193 @@
+"""Indexes that learn from a bank of real retrainings, over HTTP: posterior datamodels, datamodels, empirical influence, Banzhaf values."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from attribution_core.bank_methods.empirical_influence import empirical_influence
+from attribution_core.bank_methods.posterior import fit_posterior
+from attribution_core.evaluate.retrainings import Retrainings
+from tests.conftest import MLP, Loaded
+
+RECIPE: dict[str, Any] = {
+    "optimizer": {"type": "sgd", "momentum": 0.9},
+    "learning_rate": 0.05,
+    "weight_decay": 1e-3,
+    "epochs": 3,
+    "batch_size": 50,
+}
+BANK = {"alpha": 0.5, "subsets": 24, "seeds": 1}
+NAMED = list(range(20))
+QUERIES = [{"dataset": "test", "rows": [30, 41]}]
+HALF = {"remove": {"where": {"field": "row", "op": "lt", "value": 300}}}
+
+
+@pytest.fixture(scope="module")
+def banked(loaded: Loaded) -> Loaded:
+    """The shared service with a trained model, an EK-FAC index of it, and a posterior on that."""
+    service = loaded.service
+    body = {"name": "banked", "architecture": MLP, "task": {"type": "classification"}, "recipe": RECIPE}
+    service.post("/v1/models", body, 201)
+    assert (
+        service.finished(service.post("/v1/models/banked/trainings", {"dataset": "digits"}, 202))["state"]
+        == "succeeded"
+    )
+    fit(loaded, "banked-prior", {"type": "ekfac"})
+    queries = {"dataset": "test", "rows": NAMED}
+    fit(loaded, "banked-posterior", {"type": "posterior", "prior": ["banked-prior"], "bank": BANK, "queries": queries})
+    return loaded
+
+
+def fit(loaded: Loaded, name: str, method: dict[str, Any]) -> dict[str, Any]:
+    body = {"name": name, "model": "banked", "dataset": "digits", "method": method}
+    job = loaded.service.finished(loaded.service.post("/v1/indexes", body, 202))
+    assert job["state"] == "succeeded", job["error"]
+    found: dict[str, Any] = loaded.service.get(f"/v1/indexes/{name}")
+    return found
+
+
+def scores(loaded: Loaded, name: str, rows: list[int]) -> np.ndarray:
+    """All scores of test rows, (rows, n), one query at a time."""
+    found = np.zeros((len(rows), 600))
+    for place, row in enumerate(rows):
+        body = {"queries": [{"dataset": "test", "rows": [row]}], "top_k": 600}
+        (result,) = loaded.service.post(f"/v1/indexes/{name}/attributions", body)["results"]
+        for entry in (*result["positive"], *result["negative"]):
+            found[place, entry["row"]] = entry["score"]
+    return found
+
+
+def test_a_posterior_is_its_prior_conditioned_on_the_bank(banked: Loaded) -> None:
+    index = banked.service.get("/v1/indexes/banked-posterior")
+    assert index["coverage"]["posterior"]["trainings"] == 24
+    assert index["coverage"]["diverged"] == 0
+    prior, posterior = (scores(banked, name, [*NAMED, 30]) for name in ("banked-prior", "banked-posterior"))
+    bank = bank_of(banked, [*NAMED, 30])
+    expected = fit_posterior([prior], bank).scores
+    np.testing.assert_allclose(posterior[-1], expected[-1], rtol=1e-3, atol=1e-4 * np.abs(expected[-1]).max())
+
+
+def bank_of(banked: Loaded, rows: list[int]) -> Retrainings:
+    """What test rows measure under the posterior's bank, read from the service's own files by the library."""
+    from pathlib import Path
+
+    from attribution_core.data.batch import Batch
+    from attribution_core.data.collate import ExampleSource
+    from attribution_core.data.reader import DatasetReader
+    from attribution_core.fit_spec import DatasetRef
+    from attribution_core.spec import ArchitectureSpec, ClassificationTask, DatasetSpec
+    from attribution_core.training.bank import Bank
+    from attribution_core.training.spec import Protocol, TrainSpec
+
+    service = banked.service
+    digits, test = (service.get(f"/v1/datasets/{name}") for name in ("digits", "test"))
+    artifacts = service.data / "artifacts"
+
+    def reference(dataset: dict[str, Any]) -> DatasetRef:
+        return DatasetRef(
+            id=dataset["id"],
+            folder=artifacts / "datasets" / dataset["id"],
+            spec=DatasetSpec.model_validate(dataset["spec"]),
+            sha256=dataset["sha256"],
+            num_examples=dataset["num_examples"],
+        )
+
+    spec = TrainSpec(
+        architecture=ArchitectureSpec(**MLP), task=ClassificationTask(), dataset=reference(digits), recipe=RECIPE
+    )
+    found = next(bank for bank in service.get("/v1/banks")["items"] if bank["id"] == bank_id(banked))
+    folder = artifacts / "banks" / found["model"] / found["id"]
+    files: list[Path] = sorted(folder.glob("*/group.safetensors"))
+    bank = Bank(spec, Protocol.model_validate(BANK), files)
+    where = reference(test)
+    source = ExampleSource(DatasetReader(where.folder, where.spec), ClassificationTask(), None, "cpu")
+    batch: Batch = source.batch(rows)
+    return Retrainings(bank.masks, bank.values(batch, "margin"))
+
+
+def bank_id(banked: Loaded) -> str:
+    model = banked.service.get("/v1/models/banked")["id"]
+    (found,) = (
+        bank["id"]
+        for bank in banked.service.get("/v1/banks")["items"]
+        if bank["model"] == model and bank["protocol"]["seed"] == 0
+    )
+    return str(found)
+
+
+def test_an_answer_does_not_depend_on_what_is_asked_beside_it(banked: Loaded) -> None:
+    def changes(rows: list[int]) -> list[float]:
+        body = {"queries": [{"dataset": "test", "rows": rows}], "subsets": [HALF]}
+        answer = banked.service.post("/v1/indexes/banked-posterior/counterfactuals", body)
+        return [result["predictions"][0]["change"] for result in answer["results"]]
+
+    together = changes([30, 41])
+    assert together == pytest.approx(changes([30]) + changes([41]), rel=1e-5, abs=1e-5)
+
+
+def test_the_posterior_knows_its_uncertainty(banked: Loaded) -> None:
+    few = {"remove": {"rows": [1, 2, 3]}}
+    body = {"queries": QUERIES, "subsets": [HALF, few], "interval": 0.9}
+    answer = banked.service.post("/v1/indexes/banked-posterior/counterfactuals", body)
+    for result in answer["results"]:
+        half, three = result["predictions"]
+        for prediction in (half, three):
+            low, high = prediction["interval"]
+            assert low < prediction["change"] < high
+            assert not prediction["calibrated"], "nothing has measured this index yet"
+        assert three["interval"][1] - three["interval"][0] < half["interval"][1] - half["interval"][0]
+
+
+def test_priors_and_banks_in_use_are_kept(banked: Loaded) -> None:
+    http = banked.service.http
+    for path in ("/v1/indexes/banked-prior", f"/v1/banks/{bank_id(banked)}"):
+        assert http.delete(path).status_code == 409, path
+    assert http.post("/v1/indexes/banked-prior/refresh").status_code == 409
+
+
+def test_other_methods_share_the_bank(banked: Loaded) -> None:
+    before = len(banked.service.get("/v1/banks")["items"])
+    for kind in ("empirical_influence", "banzhaf", "datamodels", "ame"):
+        method = {"type": kind, "bank": BANK} | ({"penalty": "ridge"} if kind == "datamodels" else {})
+        fit(banked, f"banked-{kind.replace('_', '-')}", method)
+    assert len(banked.service.get("/v1/banks")["items"]) == before
+    expected = empirical_influence(bank_of(banked, [30]))
+    np.testing.assert_allclose(scores(banked, "banked-empirical-influence", [30]), expected, rtol=1e-4, atol=1e-5)
+    answer = banked.service.post("/v1/indexes/banked-datamodels/attributions", {"queries": QUERIES})
+    assert answer["method"] == "datamodels"
+    refused = banked.service.http.get("/v1/indexes/banked-banzhaf/self-influence")
+    assert refused.status_code == 422
+
+
+def test_it_is_not_judged_by_what_it_learnt_from(banked: Loaded) -> None:
+    queries = {"dataset": "test", "rows": list(range(20, 50))}
+    same = {"queries": queries, "protocol": BANK}
+    answer = banked.service.http.post("/v1/indexes/banked-posterior/evaluations", json=same)
+    assert answer.status_code == 422
+    assert answer.json()["errors"][0]["pointer"] == "/protocol/seed"
+    other = {"queries": queries, "protocol": {**BANK, "seed": 1}}
+    job = banked.service.finished(banked.service.post("/v1/indexes/banked-posterior/evaluations", other, 202))
+    assert job["state"] == "succeeded", job["error"]
+    quality = banked.service.get("/v1/indexes/banked-posterior")["quality"]
+    assert quality["lds"] > 0.2
+    body = {"queries": QUERIES, "subsets": [HALF], "interval": 0.9}
+    answer = banked.service.post("/v1/indexes/banked-posterior/counterfactuals", body)
+    assert all(result["predictions"][0]["calibrated"] for result in answer["results"])
+
+
+@pytest.mark.parametrize(
+    ("method", "pointer"),
+    [
+        ({"type": "posterior", "prior": ["steady"], "queries": {"dataset": "test", "rows": [1]}}, "/method/prior/0"),
+        ({"type": "posterior", "prior": ["banked-posterior"], "queries": {"dataset": "test", "rows": [1]}}, "/method/prior/0"),
+        ({"type": "posterior", "prior": ["banked-prior"], "queries": {"dataset": "test", "rows": [99]}}, "/method/queries/rows/0"),
+    ],
+)  # fmt: skip
+def test_what_a_posterior_cannot_begin_with(
+    banked: Loaded, steady: Loaded, method: dict[str, Any], pointer: str
+) -> None:
+    body = {"name": "refused", "model": "banked", "dataset": "digits", "method": method}
+    answer = banked.service.http.post("/v1/indexes", json=body)
+    assert answer.status_code == 422, answer.text
+    assert answer.json()["errors"][0]["pointer"] == pointer
