@@ -27,8 +27,8 @@ Json = dict[str, Any]
 GROUP_FILE = "group.safetensors"
 
 
-def recipe_of(model: Model) -> Recipe:
-    """Return a model's recipe.
+def recipe_of(model: Model, pointer: str = "") -> Recipe:
+    """Return a model's recipe; `pointer` is the field that needs it.
 
     Raises:
         RecipeMissing: if it has none.
@@ -37,7 +37,7 @@ def recipe_of(model: Model) -> Recipe:
         raise RecipeMissing(
             f"Model {model.name!r} was registered without a `recipe`: optimizer, learning_rate, schedule, weight_decay, epochs "
             "and batch_size. Register a model with one; its weights can be uploaded as its checkpoints, or trained from it.",
-            pointer="/recipe",
+            pointer=pointer,
         )
     return Recipe.model_validate(model.recipe)
 

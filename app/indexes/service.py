@@ -99,6 +99,7 @@ async def create(
     )
     check_fits(model, dataset)
     if "recipe" in method.needs:
+        banks.recipe_of(model, "/method/type")
         _check_trained(request)
     if isinstance(method, MagicMethod | PosteriorMethod):
         queries = await _checked_queries(session, model, method)

@@ -58,7 +58,7 @@ def test_other_queries_are_refused_with_those_that_are_known(problem: Problem, d
             with pytest.raises(InvalidInputError, match=r"query 0 .* it answers rows 0 to 3") as caught:
                 ask(changed)
             assert caught.value.pointer == "/queries"
-    with pytest.raises(InvalidInputError, match="named queries only"):
+    with pytest.raises(InvalidInputError, match="ask another index"):
         dense.self_influence()
     with pytest.raises(InvalidInputError, match="row 60 does not exist"):
         dense.scores(dense.query(batch, None), np.array([60]), rescore=False)
