@@ -39,7 +39,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def mapped_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Map a file's arrays into memory, read-only; only pages that are touched are read, and the file closes with the last view.
+    """Map a file into memory once and return its arrays as read-only views; only pages that are touched are read, and the file closes with the last view.
 
     Raises:
         CorruptArtifactError: if it is missing or damaged.
@@ -48,10 +48,11 @@ def mapped_arrays(path: Path) -> dict[str, np.ndarray]:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             header: dict[str, Any] = json.loads(file.read(size))
+            # One mapping, and with it one open file, whatever the number of arrays: an index has many shards of many layers.
+            whole = np.memmap(file, np.uint8, "r")
+        data = whole[8 + size :]
         return {
-            name: np.memmap(
-                path, _DTYPES[entry["dtype"]], "r", 8 + size + entry["data_offsets"][0], tuple(entry["shape"])
-            )
+            name: data[slice(*entry["data_offsets"])].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
             for name, entry in header.items()
             if name != "__metadata__" and 0 not in entry["shape"]
         }

@@ -173,6 +173,19 @@ class FitSpec(Spec):
         if isinstance(method, SourceMethod):
             self.segments(method)
 
+    def check_store(self) -> None:
+        """Refuse bits where nothing scores candidates again: a query's whole answer would come from the signs of rows.
+
+        Raises:
+            InvalidInputError: naming the type.
+        """
+        if self.store.dtype == "binary" and self.method.exact_rows:
+            raise InvalidInputError(
+                f"{self.method.type} answers from its stored rows alone, and of their signs too little is left: store int8, float16 or "
+                "float32",
+                "/store/dtype",
+            )
+
     def segments(self, method: SourceMethod) -> list[list[Segment]]:
         """Return the segments of every run.
 

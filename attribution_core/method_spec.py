@@ -34,6 +34,7 @@ class MethodBase(Spec):
     needs: ClassVar[tuple[str, ...]] = ("checkpoints",)
     query_cost: ClassVar[Literal["inline", "job"]] = "inline"
     extends: ClassVar[bool] = False  # whether a fitted index can take more rows with its factors kept
+    exact_rows: ClassVar[bool] = False  # whether stored rows are the method's own definition, so nothing is re-scored
     reference: ClassVar[str] = ""
     # How the effect of a group of training examples can be told: as the sum of their scores, or with the curvature they leave.
     estimators: ClassVar[tuple[GroupEstimator, ...]] = ("additive",)
@@ -220,6 +221,7 @@ class LograMethod(GradientMethodBase):
     """Influence functions in a space where each layer's input and output gradient were projected apart, with that space's Fisher matrix."""
 
     extends: ClassVar[bool] = True
+    exact_rows: ClassVar[bool] = True
     reference: ClassVar[str] = "Choe et al. 2024, What is Your Data Worth to GPT?"
     estimators: ClassVar[tuple[GroupEstimator, ...]] = ("additive", "newton")
     type: Literal["logra"]
@@ -231,6 +233,7 @@ class TrakMethod(GradientMethodBase):
     """TRAK: the linearised model's one-step update, in a random projection, averaged over checkpoints."""
 
     extends: ClassVar[bool] = True
+    exact_rows: ClassVar[bool] = True
     reference: ClassVar[str] = "Park et al. 2023, TRAK: Attributing Model Behavior at Scale"
     estimators: ClassVar[tuple[GroupEstimator, ...]] = ("additive", "newton")
     type: Literal["trak"]
@@ -370,6 +373,7 @@ class RepresentationMethod(MethodBase):
 
     notion: ClassVar[Notion] = "corroborative"
     extends: ClassVar[bool] = True
+    exact_rows: ClassVar[bool] = True
     reference: ClassVar[str] = "Hanawa et al. 2021, Evaluation of Similarity-based Explanations"
     type: Literal["representation"]
     similarity: Literal["cosine", "dot"] = "cosine"
@@ -379,6 +383,7 @@ class ExactMethod(MethodBase):
     """Leave-one-out of linear and logistic regression: the parameters' own change, exact for squared errors."""
 
     architectures: ClassVar[tuple[str, ...]] = ("linear", "logistic")
+    exact_rows: ClassVar[bool] = True
     reference: ClassVar[str] = "Pregibon 1981; Rad & Maleki 2020; Koh & Liang 2017"
     estimators: ClassVar[tuple[GroupEstimator, ...]] = ("additive", "newton")
     type: Literal["exact"]

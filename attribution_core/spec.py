@@ -138,7 +138,8 @@ class StoreSpec(Spec):
     dtype: Literal["float32", "float16", "int8", "binary"] = Field(
         default="float32",
         description="`int8`: 256 levels with a scale per row, for vectors and factors. `binary`: one bit per number, the sign, with a scale "
-        "per row, for vectors only; scores of stored rows are then rough, and those of re-scored candidates as exact as ever.",
+        "per row, for vectors only, and only for methods that score candidates again: scores of stored rows are then rough, and those of "
+        "re-scored candidates as exact as ever.",
     )
     layout: Literal["auto", "vectors", "factors"] = Field(
         default="auto",

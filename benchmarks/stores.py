@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from attribution_core.method_spec import METHODS as METHOD_SPECS
 from attribution_core.methods.fit import fit
 from attribution_core.methods.loaded import LoadedIndex
 from attribution_core.progress import NoProgress
@@ -53,7 +54,7 @@ def main() -> None:
             f"\n{name}\n\n| method | rows | LDS of stored rows | slope | recall | bytes per example |\n|---|---|---|---|---|---|"
         )
         for method in arguments.methods:
-            for dtype in DTYPES:
+            for dtype in DTYPES[:-1] if METHOD_SPECS[method["type"]].exact_rows else DTYPES:
                 with tempfile.TemporaryDirectory() as folder:
                     print(row(WORKLOADS[name], method, dtype, Path(folder)), flush=True)
 

@@ -104,7 +104,8 @@ async def finish(
     dropped = await repository.drop_generations(session, index.id, index.generation)
     if index.generation != generation.number:
         index.generation, index.dataset_id = generation.number, generation.dataset_id
-        index.fingerprint, index.quality, index.pending = generation.fingerprint, None, None
+        index.fingerprint, index.pending = generation.fingerprint, None
+        index.quality = index.calibration = None  # they are of the generation before
     index.training_examples, index.drift = summary.num_training, summary.drift
     index.status, index.error = "ready", None
     index.artifact, index.bytes, index.dim = published.name, published.bytes, summary.dim

@@ -119,6 +119,7 @@ async def create(
         known = " and ".join(ExactMethod.architectures)
         raise InvalidRequest(f"Exact attribution is for the architectures {known}.", pointer="/method/type")
     spec.check_trajectory()
+    spec.check_store()
     check_deletions(spec)
     _check_optimizer(spec, model)
     _check_layers(index, model)

@@ -138,12 +138,10 @@ class FeatureMethod(ABC):
     """One method on one checkpoint.
 
     Attributes:
-        exact_rows: stored rows are the method's own definition, so nothing is re-scored.
         linear: scores are linear in the training gradient, so a group's effect needs one summed gradient only.
         shared: the training set shares the effect, so that scores are proportional to 1/n.
     """
 
-    exact_rows: ClassVar[bool] = False
     linear: ClassVar[bool] = False
     shared: ClassVar[bool] = True
 

@@ -101,6 +101,7 @@ class FitContext:
                 f"{spec.task.type} has no measurement {spec.measurement!r}; it has {known}", "/measurement"
             )
         spec.check_trajectory()
+        spec.check_store()
         self.source = self.source_of(spec.dataset.folder, spec.dataset.spec)
         if self.source.reader.num_examples != spec.dataset.num_examples:
             raise FingerprintMismatchError(

@@ -39,7 +39,6 @@ class Exact(FeatureMethod):
         InvalidInputError: if the model is something else, or its curvature is too large to decompose.
     """
 
-    exact_rows: ClassVar[bool] = True
     shared: ClassVar[bool] = False
 
     def __init__(self, checkpoint: Checkpoint, spec: ExactMethod, training: Callable[[], Iterable[Batch]]) -> None:

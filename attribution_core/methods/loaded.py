@@ -138,7 +138,7 @@ class LoadedIndex:
     @property
     def rescores(self) -> bool:
         """Whether exact scores differ from inner products of stored rows, and take the model and the data."""
-        return self.gradients is None and not self.members[0].exact_rows
+        return self.gradients is None and not self.spec.method.exact_rows
 
     @property
     def default_damping(self) -> float | None:

@@ -23,8 +23,6 @@ from attribution_core.projection import FactoredProjection
 class Logra(FeatureMethod):
     """One member of the ensemble; the Fisher matrix is known once all rows are."""
 
-    exact_rows = True
-
     def __init__(self, checkpoint: Checkpoint, projection: FactoredProjection, fisher: Arrays | None) -> None:
         super().__init__(checkpoint)
         self.projection = projection

@@ -18,7 +18,6 @@ _TINY = 1e-30
 class Representation(FeatureMethod):
     """Rows are inputs of the model's last linear layer, averaged over positions that are not padding; unit length for cosines."""
 
-    exact_rows = True
     shared = False
 
     def __init__(self, checkpoint: Checkpoint, similarity: str) -> None:

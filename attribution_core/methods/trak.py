@@ -43,8 +43,6 @@ _SINGULAR = 1e-12
 class Trak(FeatureMethod):
     """One member of the ensemble; `kernel` is known once all rows are."""
 
-    exact_rows = True
-
     def __init__(self, checkpoint: Checkpoint, projection: Projection, kernel: Arrays | None, spec: TrakMethod) -> None:
         super().__init__(checkpoint)
         self.spec = spec

@@ -271,6 +271,7 @@ def test_impossible_questions_are_refused(steady: Loaded, kind: str, change: dic
         ({"layers": ["*", "!nothing.*"]}, 422),
         ({"precision": "float8"}, 422),
         ({"store": {"dtype": "int1"}}, 422),
+        ({"store": {"dtype": "binary"}, "method": {"type": "trak"}}, 422),
         ({"search": {"type": "hnsw"}}, 422),
     ],
 )

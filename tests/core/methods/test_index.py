@@ -165,7 +165,7 @@ def test_overflow_is_refused_and_never_answered_with_nan(problem: Problem, metho
 def test_every_damaged_byte_is_noticed(problem: Problem) -> None:
     index = problem.fit("damaged", method=METHODS["ekfac"], search=EVERY_LIST)
     paths = [path for path in index.folder.rglob("*") if path.is_file()]
-    assert len(paths) == 7
+    assert len(paths) == 8
     for path in paths:
         whole = path.read_bytes()
         for place in (0, len(whole) // 2, len(whole) - 1):

@@ -89,8 +89,14 @@ def test_representation_is_the_similarity_of_the_last_hidden_layer(problem: Prob
     assert relative_error(scores(index, problem), query @ train.T) < 1e-5
 
 
-def ekfac_layers(modules: Sequence[nn.Module], inputs: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Per layer of the two-layer tanh network the eigenbasis (P, P) and eigenvalues (P,), averaged over networks, every factor written out."""
+def ekfac_layers(
+    modules: Sequence[nn.Module], inputs: Tensor, staying: Tensor | None = None
+) -> list[tuple[Tensor, Tensor]]:
+    """Per layer of the two-layer tanh network the eigenbasis (P, P) and eigenvalues (P,), averaged over networks, every factor written out.
+
+    With `staying` (n,) bool the eigenvalues are those of some examples only, still divided by n, in the basis of all.
+    """
+    kept = torch.ones(len(inputs), dtype=torch.bool) if staying is None else staying
     ones = torch.ones(len(inputs), 1, dtype=torch.float64)
     seen: dict[str, list[tuple[Tensor, list[Tensor]]]] = {"first": [], "second": []}
     with torch.no_grad():
@@ -111,18 +117,21 @@ def ekfac_layers(modules: Sequence[nn.Module], inputs: Tensor) -> list[tuple[Ten
             _, q_in = torch.linalg.eigh(torch.stack([a.T @ a for a, _ in parts]).sum(0))
             _, q_out = torch.linalg.eigh(torch.stack([g.T @ g for _, pseudo in parts for g in pseudo]).sum(0))
             squares = [
-                torch.einsum("bo,bi->boi", g @ q_out, a @ q_in).square().mean(0) for a, pseudo in parts for g in pseudo
+                torch.einsum("bo,bi->boi", g @ q_out, a @ q_in)[kept].square().sum(0) / len(inputs)
+                for a, pseudo in parts
+                for g in pseudo
             ]
             layers.append((torch.kron(q_out, q_in), torch.stack(squares).sum(0).flatten() / len(modules)))
     return layers
 
 
-def ekfac_inverse(module: nn.Module, inputs: Tensor, damping: float) -> Tensor:
-    """Dense `(H + λ)⁻¹`: (P, P)."""
+def ekfac_inverse(module: nn.Module, inputs: Tensor, damping: float, staying: Tensor | None = None) -> Tensor:
+    """Dense `(H + λ)⁻¹`: (P, P); with `staying` (n,) bool H is of some examples only, and the λ of all."""
+    everything, some = ekfac_layers([module], inputs), ekfac_layers([module], inputs, staying)
     return torch.block_diag(
         *(
-            basis @ torch.diag(1 / (values + damping * values.mean())) @ basis.T
-            for basis, values in ekfac_layers([module], inputs)
+            basis @ torch.diag(1 / (values + damping * whole.mean())) @ basis.T
+            for (basis, values), (_, whole) in zip(some, everything, strict=True)
         )
     )
 
