@@ -1,5 +1,6 @@
 """Banks: how a model is trained, which retrainings there are of it, and where."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ from app.banks.schemas import BankOut
 from app.datasets import service as datasets
 from app.db.ids import new_id
 from app.db.tables import Bank, Dataset, Model
-from app.errors import InUse, NotFound, RecipeMissing
+from app.errors import InUse, InvalidRequest, NotFound, RecipeMissing
 from app.models import service as models
 from app.settings import Settings
 from app.storage.artifacts import ArtifactStore
 from app.storage.roots import resolve
 from app.web.pagination import Page, PageOf, cut
+from app.web.resources import Resources
 from attribution_core.references import CheckpointRef
 from attribution_core.spec import TokenizerSpec
 from attribution_core.training.recipe import CheckpointInitialisation, Recipe
@@ -94,10 +96,46 @@ async def find(session: AsyncSession, bank_id: str) -> Bank:
     return found
 
 
-async def missing_groups(session: AsyncSession, bank: Bank, protocol: Protocol, num_parameters: int) -> list[int]:
-    """Return the groups of a protocol that were not retrained yet."""
+async def missing_examples(
+    session: AsyncSession, bank: Bank, protocol: Protocol, model: Model, dataset: Dataset
+) -> float:
+    """Return how many training examples, all retrainings together, a bank lacks of a protocol."""
     known = await repository.groups(session, bank.id)
-    return [number for number in range(protocol.num_groups(num_parameters)) if number not in known]
+    missing = protocol.num_groups(model.num_parameters) - sum(
+        number < protocol.num_groups(model.num_parameters) for number in known
+    )
+    share = protocol.alpha if protocol.semantics == "resample" else 1.0
+    per_group = protocol.subsets_per_group(model.num_parameters) * protocol.seeds
+    return missing * per_group * share * (dataset.num_examples or 0)
+
+
+async def check_hours(
+    resources: Resources, spec: TrainSpec, examples: float, asked: float | None, pointer: str = "/max_hours"
+) -> None:
+    """Refuse retraining that would take too long, before it starts.
+
+    Args:
+        resources: the engine measures a step.
+        spec: how the model is trained.
+        examples: training examples of all retrainings together; each is seen once an epoch.
+        asked: hours that the request allows.
+        pointer: the field that could ask for less.
+
+    Raises:
+        InvalidRequest: with the estimate.
+    """
+    steps = examples * spec.recipe.epochs / spec.recipe.batch_size
+    if steps == 0:
+        return
+    payload = {"train": spec.model_dump(mode="json", by_alias=True)}
+    per_step = (await resources.engine.call("training_seconds", payload))["seconds_per_step"]
+    hours, allowed = per_step * steps / 3600, min(asked or math.inf, resources.settings.limits.max_replay_hours)
+    if hours > allowed:
+        raise InvalidRequest(
+            f"The retrainings would take about {hours:.2g} hours, and {allowed:g} are allowed: ask for fewer subsets or seeds, "
+            "or raise max_hours up to the operator's limit.",
+            pointer=pointer,
+        )
 
 
 async def add_groups(session: AsyncSession, bank_id: str, groups: Sequence[Json]) -> None:

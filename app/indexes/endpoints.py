@@ -69,7 +69,7 @@ async def create_index(
 
     The fit runs in deterministic shards on the workers; the index appears when every byte of it is published.
     """
-    created, job = await service.create(session, index, resources.settings, resources.artifacts)
+    created, job = await service.create(session, index, resources)
     return _submitted(request, response, created.id, job)
 
 

@@ -20,6 +20,7 @@ from app.settings import Settings
 from app.storage.artifacts import ArtifactStore
 from app.storage.roots import resolve
 from app.web.pagination import Page, PageOf, cut
+from app.web.resources import Resources
 from attribution_core.architectures.registry import ARCHITECTURES
 from attribution_core.auto import Choice, Situation, chosen
 from attribution_core.fit_spec import CheckpointRef, FitSpec, PriorRef
@@ -59,9 +60,7 @@ def methods() -> list[MethodOut]:
     ]
 
 
-async def create(
-    session: AsyncSession, request: IndexCreate, settings: Settings, artifacts: ArtifactStore
-) -> tuple[Index, Job]:
+async def create(session: AsyncSession, request: IndexCreate, resources: Resources) -> tuple[Index, Job]:
     """Register an index and submit its fit.
 
     Raises:
@@ -70,6 +69,7 @@ async def create(
         RecipeMissing: if the method trains the model, and it has no recipe.
         NameTaken: if an index of that name exists.
     """
+    settings, artifacts = resources.settings, resources.artifacts
     model = await models.find(session, request.model)
     dataset = await datasets.find_ready(session, request.dataset)
     method, choice = _method(request, model, dataset)
@@ -98,18 +98,10 @@ async def create(
         index_id=index.id, number=1, dataset_id=dataset.id, left_out=left_out, base=None, fingerprint=""
     )
     check_fits(model, dataset)
+    priors: list[Index] = []
     if "recipe" in method.needs:
-        banks.recipe_of(model, "/method/type")
         _check_trained(request)
-    if isinstance(method, MagicMethod | PosteriorMethod):
-        queries = await _checked_queries(session, model, method)
-        index.queries_id = queries.id
-        index.method["queries"]["dataset"] = queries.id
-    priors = await _checked_priors(session, index, method) if isinstance(method, PosteriorMethod) else []
-    index.method |= {"prior": [prior.id for prior in priors]} if priors else {}
-    if isinstance(method, BankMethodBase):
-        train = await banks.train_spec(session, model, dataset, settings, artifacts)
-        index.bank_id = (await banks.find_bank(session, model, dataset, train, method.bank)).id
+        priors = await _bound(session, index, method, model, dataset, resources)
     trained = await _trained(session, index, model, dataset, settings, artifacts)
     spec = _spec(index, first, model, dataset, checkpoints, trained, settings, artifacts)
     if index.measurement not in spec.task.measurements:
@@ -399,6 +391,34 @@ async def _trained(
         for prior in priors
     ]
     return found
+
+
+async def _bound(
+    session: AsyncSession, index: Index, method: MethodSpec, model: Model, dataset: Dataset, resources: Resources
+) -> list[Index]:
+    """Bind an index whose method trains the model to its queries and bank, and return the indexes that it begins with.
+
+    Raises:
+        RecipeMissing: if the model has no recipe.
+        InvalidRequest: if queries or priors do not fit, or training would take too long.
+    """
+    banks.recipe_of(model, "/method/type")
+    train = await banks.train_spec(session, model, dataset, resources.settings, resources.artifacts)
+    if isinstance(method, MagicMethod | PosteriorMethod):
+        queries = await _checked_queries(session, model, method)
+        index.queries_id = queries.id
+        index.method["queries"]["dataset"] = queries.id
+    priors = await _checked_priors(session, index, method) if isinstance(method, PosteriorMethod) else []
+    index.method |= {"prior": [prior.id for prior in priors]} if priors else {}
+    if isinstance(method, BankMethodBase):
+        bank = await banks.find_bank(session, model, dataset, train, method.bank)
+        examples = await banks.missing_examples(session, bank, method.bank, model, dataset)
+        await banks.check_hours(resources, train, examples, None, "/method/bank/subsets")
+        index.bank_id = bank.id
+    if isinstance(method, MagicMethod):
+        examples = method.trainings * (dataset.num_examples or 0)
+        await banks.check_hours(resources, train, examples, None, "/method/queries")
+    return priors
 
 
 async def _checked_priors(session: AsyncSession, index: Index, method: PosteriorMethod) -> list[Index]:

@@ -35,7 +35,6 @@ from app.storage.artifacts import ArtifactStore
 from app.web.pagination import Page, PageOf, cut
 from app.web.resources import Resources
 from attribution_core.evaluate.spec import BankRef, EvaluationSpec
-from attribution_core.training.recipe import Recipe
 from attribution_core.training.spec import Protocol, TrainSpec
 from attribution_core.unlearning.spec import EvaluationSet, UnlearnSpec
 from attribution_core.weights import WeightsSummary
@@ -57,14 +56,14 @@ async def create_training(
     """
     model = await models.find(session, reference)
     dataset = await datasets.find_ready(session, request.dataset)
-    recipe = banks.recipe_of(model)
+    banks.recipe_of(model)
     indexes.check_fits(model, dataset)
     names = {f"{request.run}-{seed}" for seed in request.seeds}
     taken = sorted(names & await models.runs(session, model.id))
     if taken:
         raise Conflict(f"Model {model.name!r} has checkpoints of run {taken[0]!r}; name another `run`.", pointer="/run")
     spec = await banks.train_spec(session, model, dataset, resources.settings, resources.artifacts)
-    await _check_hours(resources, spec, recipe, (dataset.num_examples or 0) * len(request.seeds), request.max_hours)
+    await banks.check_hours(resources, spec, (dataset.num_examples or 0) * len(request.seeds), request.max_hours)
     return await _submitted(session, "training", request.model_dump(mode="json"), model, dataset, None)
 
 
@@ -93,15 +92,12 @@ async def create_evaluation(
                 "The index learnt from these very retrainings: name another `seed` of the subsets.",
                 pointer="/protocol/seed",
             )
-        missing = await banks.missing_groups(session, bank, protocol, model.num_parameters)
-        share = protocol.alpha if protocol.semantics == "resample" else 1.0
-        per_group = protocol.subsets_per_group(model.num_parameters) * protocol.seeds
-        examples += len(missing) * per_group * share * (training.num_examples or 0)
+        examples += await banks.missing_examples(session, bank, protocol, model, training)
     extra = (request.loo.examples * request.loo.seeds + request.loo.seeds) if request.loo else 0
     if request.removal:
         extra += request.removal.retrainings()
     examples += extra * (training.num_examples or 0)
-    await _check_hours(resources, spec, banks.recipe_of(model), examples, request.max_hours)
+    await banks.check_hours(resources, spec, examples, request.max_hours)
     return await _submitted(session, "evaluation", body, model, training, index)
 
 
@@ -136,7 +132,7 @@ async def create_verification(
     ]
     sets = 1 + sum(count if relative else 1 for relative in per_query)
     examples = sets * len(request.seeds) * (training.num_examples or 0)
-    await _check_hours(resources, spec, banks.recipe_of(model), examples, request.max_hours)
+    await banks.check_hours(resources, spec, examples, request.max_hours)
     body = request.model_dump(mode="json", by_alias=True)
     return await _submitted(session, "verification", body, model, training, index)
 
@@ -161,7 +157,7 @@ async def create_unlearned(
     if request.check is not None:
         spec = await banks.train_spec(session, model, training, resources.settings, resources.artifacts)
         examples = request.check.oracles * (training.num_examples or 0)
-        await _check_hours(resources, spec, banks.recipe_of(model), examples, request.max_hours)
+        await banks.check_hours(resources, spec, examples, request.max_hours)
     rows = await queries.forgotten_rows(session, resources, index, request.forget)
     body = request.model_dump(mode="json", by_alias=True)
     body["forget"] = {"rows": rows}
@@ -506,35 +502,6 @@ async def _submitted(
     await session.flush()
     await session.refresh(replay)
     return replay, job
-
-
-async def _check_hours(
-    resources: Resources, spec: TrainSpec, recipe: Recipe, examples: float, asked: float | None
-) -> None:
-    """Refuse retraining that would take too long, before it starts.
-
-    Args:
-        resources: the engine measures a step.
-        spec: how the model is trained.
-        recipe: of the model.
-        examples: training examples of all retrainings together; each is seen once an epoch.
-        asked: hours that the request allows.
-
-    Raises:
-        InvalidRequest: with the estimate.
-    """
-    steps = examples * recipe.epochs / recipe.batch_size
-    if steps == 0:
-        return
-    payload = {"train": spec.model_dump(mode="json", by_alias=True)}
-    per_step = (await resources.engine.call("training_seconds", payload))["seconds_per_step"]
-    hours, allowed = per_step * steps / 3600, min(asked or np.inf, resources.settings.limits.max_replay_hours)
-    if hours > allowed:
-        raise InvalidRequest(
-            f"The retrainings would take about {hours:.2g} hours, and {allowed:g} are allowed: ask for fewer subsets or seeds, "
-            "or raise max_hours up to the operator's limit.",
-            pointer="/max_hours",
-        )
 
 
 def _rows_of(asked: QuerySet, dataset: Dataset) -> list[int]:

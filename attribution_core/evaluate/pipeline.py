@@ -32,6 +32,7 @@ from attribution_core.training.pipeline import RunGroup, run_groups
 from attribution_core.training.trainer import Run, Trainer
 
 Json = dict[str, Any]
+_QUERIES_AT_ONCE = 64
 Arrays = dict[str, np.ndarray]
 
 
@@ -124,8 +125,11 @@ class EvaluationPipeline:
 
     def scores(self, damping: float | None) -> np.ndarray:
         """Return the index's scores of all training examples at a damping, (queries, n)."""
-        query = self.index.query(self.batch, damping)
-        return self.index.scores(query, np.arange(self.n), rescore=True)
+        found = []
+        for start in range(0, len(self.batch), _QUERIES_AT_ONCE):
+            query = self.index.query(self.batch[start : start + _QUERIES_AT_ONCE], damping)
+            found.append(self.index.scores(query, np.arange(self.n), rescore=True))
+        return np.concatenate(found)
 
     @cached_property
     def full(self) -> np.ndarray:

@@ -160,6 +160,15 @@ def test_other_methods_share_the_bank(banked: Loaded) -> None:
     assert refused.status_code == 422
 
 
+def test_an_overlarge_bank_is_refused_with_its_hours(banked: Loaded) -> None:
+    method = {"type": "empirical_influence", "bank": {"subsets": 100_000, "seeds": 1000}}
+    body = {"name": "endless", "model": "banked", "dataset": "digits", "method": method}
+    answer = banked.service.http.post("/v1/indexes", json=body)
+    assert answer.status_code == 422
+    assert "hours" in answer.json()["detail"]
+    assert answer.json()["errors"][0]["pointer"] == "/method/bank/subsets"
+
+
 def test_it_is_not_judged_by_what_it_learnt_from(banked: Loaded) -> None:
     queries = {"dataset": "test", "rows": list(range(20, 50))}
     same = {"queries": queries, "protocol": BANK}
