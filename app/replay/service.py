@@ -34,7 +34,9 @@ from app.settings import Settings
 from app.storage.artifacts import ArtifactStore
 from app.web.pagination import Page, PageOf, cut
 from app.web.resources import Resources
-from attribution_core.evaluate.spec import BankRef, EvaluationSpec
+from attribution_core.evaluate.spec import BankRef, EvaluationSpec, TuneSpec
+from attribution_core.fit_spec import PriorRef
+from attribution_core.method_spec import METHODS
 from attribution_core.training.spec import Protocol, TrainSpec
 from attribution_core.unlearning.spec import EvaluationSet, UnlearnSpec
 from attribution_core.weights import WeightsSummary
@@ -82,6 +84,7 @@ async def create_evaluation(
     rows = _rows_of(request.queries, asked)
     if request.removal is not None and not index.checkpoint_ids:
         raise InvalidRequest("The similarity ranking needs a checkpoint, and this index has none.", pointer="/removal")
+    await _rivals(session, index, request)
     body = request.model_dump(mode="json", by_alias=True)
     body["queries"] = {"dataset": asked.id, "rows": rows}
     examples = 0.0
@@ -234,6 +237,14 @@ async def evaluation_plan(
         mislabelled=request.mislabelled,
         source=request.source,
         tune=request.tune,
+        rivals=[
+            PriorRef(
+                id=rival.id,
+                folder=artifacts.open(rival.artifact or ""),
+                fit=await indexes.fit_spec(session, rival.id, settings, artifacts),
+            )
+            for rival in await _rivals(session, index, request)
+        ],
     ), places
 
 
@@ -502,6 +513,25 @@ async def _submitted(
     await session.flush()
     await session.refresh(replay)
     return replay, job
+
+
+async def _rivals(session: AsyncSession, index: Index, request: EvaluationCreate) -> list[Index]:
+    """Return the indexes that a tuned evaluation compares with.
+
+    Raises:
+        InvalidRequest: if one is of another model, data set or measurement, or scores only named queries.
+    """
+    rivals = []
+    for place, reference in enumerate(request.tune.candidates if isinstance(request.tune, TuneSpec) else []):
+        rival = await indexes.find_ready(session, reference)
+        same = all(getattr(rival, name) == getattr(index, name) for name in ("model_id", "dataset_id", "measurement"))
+        if not same or METHODS[rival.method["type"]].keeps != "features":
+            raise InvalidRequest(
+                "A candidate scores any query of the same model, data set and measurement.",
+                pointer=f"/tune/candidates/{place}",
+            )
+        rivals.append(rival)
+    return rivals
 
 
 def _rows_of(asked: QuerySet, dataset: Dataset) -> list[int]:

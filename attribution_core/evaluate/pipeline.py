@@ -125,10 +125,13 @@ class EvaluationPipeline:
 
     def scores(self, damping: float | None) -> np.ndarray:
         """Return the index's scores of all training examples at a damping, (queries, n)."""
+        return self._scores_of(self.index, damping)
+
+    def _scores_of(self, index: AnyIndex, damping: float | None) -> np.ndarray:
         found = []
         for start in range(0, len(self.batch), _QUERIES_AT_ONCE):
-            query = self.index.query(self.batch[start : start + _QUERIES_AT_ONCE], damping)
-            found.append(self.index.scores(query, np.arange(self.n), rescore=True))
+            query = index.query(self.batch[start : start + _QUERIES_AT_ONCE], damping)
+            found.append(index.scores(query, np.arange(self.n), rescore=True))
         return np.concatenate(found)
 
     @cached_property
@@ -195,6 +198,7 @@ class EvaluationPipeline:
         before = linear_datamodeling_score(self.scores(None), halves[1]).lds
         quality["tuned"] = {
             "damping": best,
+            "methods": self._compared(halves, on_half[best], quality["lds"]),
             "lds_by_damping": [{"damping": damping, "lds": lds} for damping, lds in on_half.items()],
             "lds_tuning_half": on_half[best],
             "lds_held_out": quality["lds"],
@@ -202,6 +206,17 @@ class EvaluationPipeline:
             "default_damping": self.index.default_damping,
         }
         return best, quality
+
+    def _compared(self, halves: Sequence[Retrainings], own: float, held_out: float) -> list[Json]:
+        """Return the LDS on both halves of this index and of those it is compared with, best on the tuning half first."""
+        fit = self.spec.fit.method.type
+        found: list[Json] = [{"index": None, "method": fit, "lds_tuning_half": own, "lds_held_out": held_out}]
+        for rival in self.spec.rivals:
+            scores = self._scores_of(open_index(rival.folder, rival.fit, device=self.device), None)
+            lds = [linear_datamodeling_score(scores, half).lds for half in halves]
+            entry = {"index": rival.id, "method": rival.fit.method.type}
+            found.append({**entry, "lds_tuning_half": lds[0], "lds_held_out": lds[1]})
+        return sorted(found, key=lambda entry: -float(entry["lds_tuning_half"]))
 
     def _calibrated(self, bank: tuple[BankRef, Retrainings], scores: np.ndarray) -> ServedCalibration | None:
         try:

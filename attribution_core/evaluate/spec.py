@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from attribution_core.fit_spec import DatasetRef, FitSpec
+from attribution_core.fit_spec import DatasetRef, FitSpec, PriorRef
 from attribution_core.method_spec import Damping
 from attribution_core.spec import ColumnName, Filter, Spec
 from attribution_core.training.spec import Protocol, TrainSpec
@@ -35,10 +35,13 @@ class RemovalSpec(Spec):
 
 
 class TuneSpec(Spec):
-    """Choose the damping by LDS on half of the bank's subsets."""
+    """Choose the damping, and among other indexes the best, by LDS on half of the bank's subsets."""
 
     dampings: Annotated[list[Damping], Field(min_length=2, max_length=32)] = Field(
         default=list(DAMPINGS), description="Candidates, as multiples of the mean eigenvalue."
+    )
+    candidates: Annotated[list[Annotated[str, Field(min_length=1, max_length=64)]], Field(max_length=16)] = Field(
+        default_factory=list, description="Other indexes of the same model and data set to compare with; ids or names."
     )
 
 
@@ -57,6 +60,7 @@ class EvaluationSpec(Spec):
         rows: of `queries` that are asked about.
         banks: the main one first, then those of the deterministic protocols.
         tune: the candidates; True for the default ones.
+        rivals: the indexes that `tune` names.
     """
 
     folder: Path
@@ -70,3 +74,4 @@ class EvaluationSpec(Spec):
     mislabelled: Filter | None = None
     source: ColumnName | None = None
     tune: TuneSpec | bool = False
+    rivals: list[PriorRef] = Field(default_factory=list)

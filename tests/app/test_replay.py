@@ -145,6 +145,23 @@ def test_a_second_index_shares_the_bank(trained: Loaded, evaluated: dict[str, An
     assert [(bank["id"], bank["retrainings"]) for bank in after] == [(b["id"], b["retrainings"]) for b in before]
 
 
+def test_methods_are_compared_on_one_bank(trained: Loaded, evaluated: dict[str, Any]) -> None:
+    service = trained.service
+    fit = {"name": "retrained-trak", "model": "retrained", "dataset": "digits", "method": {"type": "trak"}}
+    assert service.finished(service.post("/v1/indexes", fit, 202))["state"] == "succeeded"
+    tune = {"dampings": [0.1, 1.0], "candidates": ["retrained-ekfac"]}
+    body = {"queries": {"dataset": "test", "count": 30}, "protocol": PROTOCOL, "tune": tune}
+    job = service.finished(service.post("/v1/indexes/retrained-trak/evaluations", body, 202))
+    assert job["state"] == "succeeded", job["error"]
+    methods = service.get("/v1/indexes/retrained-trak/quality")["quality"]["tuned"]["methods"]
+    assert {entry["method"] for entry in methods} == {"trak", "ekfac"}
+    assert methods[0]["lds_tuning_half"] >= methods[1]["lds_tuning_half"]
+    refused = service.http.post(
+        "/v1/indexes/retrained-trak/evaluations", json={**body, "tune": {"candidates": ["steady"]}}
+    )
+    assert refused.status_code in (404, 422)
+
+
 def test_a_verification_lays_predictions_beside_retraining(trained: Loaded) -> None:
     body = {
         "queries": [{"dataset": "test", "rows": [3, 8]}],
