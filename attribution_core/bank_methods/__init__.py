@@ -6,18 +6,28 @@ from attribution_core.bank_methods.datamodels import Datamodel, lasso_datamodel,
 from attribution_core.bank_methods.design import widest_subsets
 from attribution_core.bank_methods.empirical_influence import empirical_influence
 from attribution_core.bank_methods.knn_shapley import knn_shapley
-from attribution_core.bank_methods.posterior import Hyperparameters, PosteriorDatamodel, fit_posterior
+from attribution_core.bank_methods.posterior import (
+    Hyperparameters,
+    Learned,
+    PosteriorDatamodel,
+    condition,
+    fit_posterior,
+    learn,
+)
 
 __all__ = [
     "Datamodel",
     "Hyperparameters",
+    "Learned",
     "PosteriorDatamodel",
     "average_marginal_effects",
+    "condition",
     "data_banzhaf",
     "empirical_influence",
     "fit_posterior",
     "knn_shapley",
     "lasso_datamodel",
+    "learn",
     "ridge_datamodel",
     "widest_subsets",
 ]

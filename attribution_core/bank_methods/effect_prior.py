@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+_SAME = 1e-9
+
 
 @dataclass(frozen=True)
 class EffectPrior:
@@ -29,11 +31,17 @@ class EffectPrior:
         return cls(magnitudes, np.zeros((0, magnitudes.shape[1])), np.zeros((len(magnitudes), 0)))
 
     @classmethod
-    def of_neighbours(cls, scores: np.ndarray) -> "EffectPrior":
-        """Return the part that queries share, from scores (queries, n)."""
-        norms = np.linalg.norm(scores, axis=1, keepdims=True)
-        directions = np.divide(scores, norms, out=np.zeros_like(scores), where=norms > 0)
-        return cls(np.zeros_like(scores), directions, np.abs(directions @ directions.T))
+    def of_neighbours(cls, scores: np.ndarray, directions: np.ndarray) -> "EffectPrior":
+        """Return the part that queries share, from scores (queries, n) and a pool's unit directions (pool, n).
+
+        A query that is not of the pool has its own scores as one more direction, for itself alone.
+        """
+        own = unit_rows(scores)
+        near = np.abs(own @ directions.T)  # (queries, pool)
+        fresh = np.flatnonzero(near.max(1) < 1 - _SAME)
+        alone = np.zeros((len(scores), len(fresh)))
+        alone[fresh, np.arange(len(fresh))] = 1
+        return cls(np.zeros_like(scores), np.concatenate([directions, own[fresh]]), np.hstack([near, alone]))
 
     def scaled(self, factors: np.ndarray) -> "EffectPrior":
         """Return the covariance times each query's factor (queries,)."""
@@ -61,3 +69,9 @@ class EffectPrior:
         """Return `Cov(δ_z) v_z` for v (queries, n)."""
         applied: np.ndarray = self.own * vectors + (self.shared * (vectors @ self.directions.T)) @ self.directions
         return applied
+
+
+def unit_rows(scores: np.ndarray) -> np.ndarray:
+    """Return rows scaled to unit norm; zeros stay zeros."""
+    norms = np.linalg.norm(scores, axis=1, keepdims=True)
+    return np.asarray(np.divide(scores, norms, out=np.zeros_like(scores), where=norms > 0))

@@ -14,13 +14,13 @@ Scores are in units of the measurement: prior scores of any scale are brought to
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from attribution_core.bank_methods.contrasts import Contrasts
-from attribution_core.bank_methods.effect_prior import EffectPrior
-from attribution_core.bank_methods.variance_components import Components, Problem, generalised_least_squares, maximise
+from attribution_core.bank_methods.effect_prior import EffectPrior, unit_rows
+from attribution_core.bank_methods.variance_components import Problem, conditioned, generalised_least_squares, maximise
 from attribution_core.errors import InvalidInputError
 from attribution_core.evaluate.result import Result
 from attribution_core.evaluate.retrainings import Retrainings
@@ -77,6 +77,20 @@ class PosteriorDatamodel:
     contrasts: Contrasts
     inverses: np.ndarray
 
+    def of(self, queries: slice) -> "PosteriorDatamodel":
+        """Return the posterior of some of the queries."""
+        prior = EffectPrior(self.prior.own[queries], self.prior.directions, self.prior.shared[queries])
+        evidence = replace(self.contrasts, targets=self.contrasts.targets[queries], level=self.contrasts.level[queries])
+        return PosteriorDatamodel(
+            self.scores[queries],
+            self.prior_mean[queries],
+            prior,
+            self.noise[queries],
+            self.hyperparameters,
+            evidence,
+            self.inverses[queries],
+        )
+
     def covariance(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
         """Return the posterior covariance of sums of effects `L β_z` and `R β_z`, L (a, n), R (b, n): (queries, a, b)."""
         design = self.contrasts.design
@@ -105,10 +119,34 @@ class PosteriorDatamodel:
         return self.contrasts.level[:, None] + self.scores @ moved.T, self.variances(moved) + anchor[:, None]
 
 
+@dataclass(frozen=True)
+class Learned:
+    """What a pool of queries taught, by which any other query is conditioned on the same retrainings.
+
+    Attributes:
+        hyperparameters: as chosen.
+        start: the methods' weights by least squares, by which both parts of D are shaped.
+        floor: least v_z, in units of the measurement squared.
+        directions: Σ w τ of every query of the pool, of unit norm, (pool, n).
+        run: the leading run factors u_p, (factors, m − 1); None where seeds tell the noise.
+    """
+
+    hyperparameters: Hyperparameters
+    start: tuple[float, ...]
+    floor: float
+    directions: np.ndarray
+    run: np.ndarray | None
+
+
 def fit_posterior(
     methods: Sequence[np.ndarray], retrainings: Retrainings, *, run_factors: int = RUN_FACTORS
 ) -> PosteriorDatamodel:
-    """Condition methods' scores on retrainings.
+    """Condition methods' scores on retrainings, the queries being their own pool; see `learn` and `condition`."""
+    return condition(learn(methods, retrainings, run_factors=run_factors), methods, retrainings)
+
+
+def learn(methods: Sequence[np.ndarray], retrainings: Retrainings, *, run_factors: int = RUN_FACTORS) -> Learned:
+    """Choose the hyper-parameters by the marginal likelihood pooled over queries.
 
     Args:
         methods: scores of each prior method, (queries, n); one or more, of any scale.
@@ -123,40 +161,15 @@ def fit_posterior(
     evidence = Contrasts.of(retrainings)
     if np.abs(evidence.targets).max() <= 1e-12 * np.abs(evidence.level).max():
         raise InvalidInputError("no measurement differs between subsets: there is nothing to condition on")
-    seen = np.stack([scores @ evidence.design.T for scores in stacked], axis=-1)  # (queries, m - 1, methods)
-    weights = _least_squares(seen, evidence.targets)
-    residuals = evidence.targets - seen @ weights
-    spread = (residuals**2).mean(1)
-    spread = spread.clip(min=_EXPLAINED * float((evidence.targets**2).mean()))  # v, (queries,)
-    own, shared = _prior_shapes(stacked, weights, evidence.design, spread)
-    between_seeds = retrainings.usable.seed_variance()
-    shapes = {
-        "own": own.between(evidence.design, evidence.design),
-        "shared": shared.between(evidence.design, evidence.design),
-        "noise": np.eye(residuals.shape[1]) * spread[:, None, None],
-    }
-    if between_seeds is None and run_factors > 0:
-        shapes["run"] = _run_noise(residuals, spread, run_factors)
-    known = np.zeros(len(spread)) if between_seeds is None else between_seeds
-    problem = Problem(list(shapes.values()), evidence.targets, seen, known)
-    found = maximise(np.array([_STARTS[name] for name in shapes]), problem)
-    return _conditioned(stacked, evidence, (own, shared), found, shapes, known)
-
-
-def _conditioned(
-    methods: list[np.ndarray],
-    evidence: Contrasts,
-    parts: tuple[EffectPrior, EffectPrior],
-    found: Components,
-    shapes: dict[str, np.ndarray],
-    known: np.ndarray,
-) -> PosteriorDatamodel:
-    chosen = dict(zip(shapes, found.variances.tolist(), strict=True))
-    own, shared = parts
-    prior = own.scaled(np.full(len(known), chosen["own"])).plus(shared.scaled(np.full(len(known), chosen["shared"])))
-    mean = np.tensordot(found.weights, np.stack(methods), axes=1)
-    unknown = [chosen[name] * np.trace(shapes[name], axis1=1, axis2=2) for name in ("noise", "run") if name in shapes]
-    noise = known + np.sum(unknown, axis=0) / evidence.targets.shape[1]
+    start = _least_squares(_seen(stacked, evidence), evidence.targets)
+    floor = _EXPLAINED * float((evidence.targets**2).mean())
+    directions = unit_rows(np.tensordot(start, np.stack(stacked), axes=1))
+    run = None
+    if retrainings.usable.seed_variance() is None and run_factors > 0:
+        run = _run_directions(*_residuals(stacked, evidence, start, floor), run_factors)
+    given = _Given.of(stacked, retrainings, evidence, start, floor, directions, run)
+    found = maximise(np.array([_STARTS[name] for name in given.shapes]), given.problem)
+    chosen = dict(zip(given.shapes, found.variances.tolist(), strict=True))
     hyperparameters = Hyperparameters(
         weights=tuple(found.weights.tolist()),
         noise=chosen["noise"],
@@ -167,8 +180,99 @@ def _conditioned(
         subsets=len(evidence.design) + 1,
         trainings=evidence.trainings,
     )
-    scores = mean + prior.apply(found.alphas @ evidence.design)
-    return PosteriorDatamodel(scores, mean, prior, noise, hyperparameters, evidence, found.inverses)
+    return Learned(hyperparameters, tuple(start.tolist()), floor, directions, run)
+
+
+def condition(learned: Learned, methods: Sequence[np.ndarray], retrainings: Retrainings) -> PosteriorDatamodel:
+    """Condition methods' scores on the retrainings that hyper-parameters were learned from.
+
+    A query's posterior does not depend on the queries beside it. One of the pool gets what the pool's own fit gives it.
+
+    Args:
+        learned: from a pool of queries.
+        methods: scores of each prior method, (queries, n), on the scales they had for the pool.
+        retrainings: the same ones, as these queries measure them.
+
+    Raises:
+        InvalidInputError: if shapes disagree, scores are not finite, or other retrainings finished.
+    """
+    stacked = [np.asarray(scores, np.float64) for scores in methods]
+    _check(stacked, retrainings)
+    evidence, chosen = Contrasts.of(retrainings), learned.hyperparameters
+    if (len(evidence.design) + 1, evidence.trainings) != (chosen.subsets, chosen.trainings):
+        raise InvalidInputError("a query has no finite measurement under some of the retrainings conditioned on")
+    start = np.array(learned.start)
+    given = _Given.of(stacked, retrainings, evidence, start, learned.floor, learned.directions, learned.run)
+    variances = {name: getattr(chosen, name) for name in given.shapes}
+    weights = np.array(chosen.weights)
+    inverses, alphas = conditioned(np.array(list(variances.values())), weights, given.problem)
+    prior = given.own.scaled(np.full(len(alphas), chosen.own)).plus(
+        given.shared.scaled(np.full(len(alphas), chosen.shared))
+    )
+    mean = np.tensordot(weights, np.stack(stacked), axes=1)
+    unknown = [
+        variances[name] * np.trace(given.shapes[name], axis1=1, axis2=2)
+        for name in ("noise", "run")
+        if name in variances
+    ]
+    noise = given.problem.known + np.sum(unknown, axis=0) / evidence.targets.shape[1]
+    scores = mean + prior.apply(alphas @ evidence.design)
+    return PosteriorDatamodel(scores, mean, prior, noise, chosen, evidence, inverses)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """Queries' evidence and the covariance shapes in it.
+
+    Attributes:
+        own: each query's own part of D, of unit size.
+        shared: the part that queries share.
+        shapes: by name, each (queries, m − 1, m − 1).
+        problem: the same for `variance_components`.
+    """
+
+    own: EffectPrior
+    shared: EffectPrior
+    shapes: dict[str, np.ndarray]
+    problem: Problem
+
+    @classmethod
+    def of(
+        cls,
+        methods: list[np.ndarray],
+        retrainings: Retrainings,
+        evidence: Contrasts,
+        start: np.ndarray,
+        floor: float,
+        directions: np.ndarray,
+        run: np.ndarray | None,
+    ) -> "_Given":
+        residuals, spread = _residuals(methods, evidence, start, floor)
+        own, shared = _prior_shapes(methods, start, evidence.design, spread, directions)
+        shapes = {
+            "own": own.between(evidence.design, evidence.design),
+            "shared": shared.between(evidence.design, evidence.design),
+            "noise": np.eye(residuals.shape[1]) * spread[:, None, None],
+        }
+        if run is not None:
+            shapes["run"] = _run_noise(residuals, run)
+        between_seeds = retrainings.usable.seed_variance()
+        known = np.zeros(len(spread)) if between_seeds is None else between_seeds
+        problem = Problem(list(shapes.values()), evidence.targets, _seen(methods, evidence), known)
+        return cls(own, shared, shapes, problem)
+
+
+def _seen(methods: list[np.ndarray], evidence: Contrasts) -> np.ndarray:
+    """Return what each method predicts of the contrasts, (queries, m − 1, methods)."""
+    return np.stack([scores @ evidence.design.T for scores in methods], axis=-1)
+
+
+def _residuals(
+    methods: list[np.ndarray], evidence: Contrasts, start: np.ndarray, floor: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return what least squares leaves of the contrasts, (queries, m − 1), and its variance v, (queries,)."""
+    residuals = evidence.targets - _seen(methods, evidence) @ start
+    return residuals, (residuals**2).mean(1).clip(min=floor)
 
 
 def _check(methods: list[np.ndarray], retrainings: Retrainings) -> None:
@@ -192,22 +296,28 @@ def _least_squares(seen: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 def _prior_shapes(
-    methods: list[np.ndarray], weights: np.ndarray, design: np.ndarray, spread: np.ndarray
+    methods: list[np.ndarray], weights: np.ndarray, design: np.ndarray, spread: np.ndarray, directions: np.ndarray
 ) -> tuple[EffectPrior, EffectPrior]:
     """Return both parts of D, scaled so that a contrast's mean prior variance is each query's spread."""
     magnitudes = sum(abs(weight) * np.abs(scores) for weight, scores in zip(weights, methods, strict=True))
     mean = sum(weight * scores for weight, scores in zip(weights, methods, strict=True))
     parts = []
-    for part in (EffectPrior.of_magnitudes(np.asarray(magnitudes)), EffectPrior.of_neighbours(np.asarray(mean))):
+    for part in (
+        EffectPrior.of_magnitudes(np.asarray(magnitudes)),
+        EffectPrior.of_neighbours(np.asarray(mean), directions),
+    ):
         size = part.variances(design).mean(1)
         parts.append(part.scaled(np.divide(spread, size, out=np.zeros_like(size), where=size > 0)))
     return parts[0], parts[1]
 
 
-def _run_noise(residuals: np.ndarray, spread: np.ndarray, factors: int) -> np.ndarray:
-    """Return `Σ_p l_{zp} u_p u_pᵀ`, (queries, m − 1, m − 1), from what standardised residuals have in common: l is the squared loading."""
-    standardised = residuals / np.sqrt(spread)[:, None]
-    _, _, directions = np.linalg.svd(standardised, full_matrices=False)
-    leading = directions[:factors]  # u, (factors, m - 1)
-    loadings = (residuals @ leading.T) ** 2  # (queries, factors)
-    return np.asarray((leading.T[None] * loadings[:, None]) @ leading)
+def _run_directions(residuals: np.ndarray, spread: np.ndarray, factors: int) -> np.ndarray:
+    """Return what standardised residuals of queries have in common, u (factors, m − 1)."""
+    _, _, directions = np.linalg.svd(residuals / np.sqrt(spread)[:, None], full_matrices=False)
+    return np.asarray(directions[:factors])
+
+
+def _run_noise(residuals: np.ndarray, run: np.ndarray) -> np.ndarray:
+    """Return `Σ_p l_{zp} u_p u_pᵀ`, (queries, m − 1, m − 1): l is the squared loading."""
+    loadings = (residuals @ run.T) ** 2  # (queries, factors)
+    return np.asarray((run.T[None] * loadings[:, None]) @ run)

@@ -73,9 +73,7 @@ class Problem:
 def at(variances: np.ndarray, problem: Problem) -> Components:
     """Return the model at given variances."""
     targets, regressors = problem.targets, problem.regressors
-    total = problem.known[:, None, None] * np.eye(targets.shape[1])
-    for variance, shape in zip(variances, problem.shapes, strict=True):
-        total = total + variance * shape
+    total = _total(variances, problem)
     lower = np.linalg.cholesky(total)
     inverses = np.linalg.inv(total)
     weights = generalised_least_squares(regressors, inverses, targets)
@@ -85,6 +83,13 @@ def at(variances: np.ndarray, problem: Problem) -> Components:
     squares = float((residuals * alphas).sum())
     value = -(determinant + squares + residuals.size * float(np.log(2 * np.pi))) / 2
     return Components(variances, weights, value, alphas, inverses)
+
+
+def conditioned(variances: np.ndarray, weights: np.ndarray, problem: Problem) -> tuple[np.ndarray, np.ndarray]:
+    """Return M⁻¹ (queries, m, m) and M⁻¹(y − A w) (queries, m) at given variances and weights, each query for itself."""
+    inverses = np.linalg.inv(_total(variances, problem))
+    residuals = problem.targets - problem.regressors @ weights
+    return inverses, (inverses @ residuals[:, :, None])[:, :, 0]
 
 
 def maximise(start: np.ndarray, problem: Problem) -> Components:
@@ -98,6 +103,14 @@ def maximise(start: np.ndarray, problem: Problem) -> Components:
         if risen < _SETTLED * len(problem.targets):
             break
     return found
+
+
+def _total(variances: np.ndarray, problem: Problem) -> np.ndarray:
+    """Return M, (queries, m, m)."""
+    total = problem.known[:, None, None] * np.eye(problem.targets.shape[1])
+    for variance, shape in zip(variances, problem.shapes, strict=True):
+        total = total + variance * shape
+    return total
 
 
 def _scoring_step(found: Components, shapes: Sequence[np.ndarray]) -> np.ndarray:

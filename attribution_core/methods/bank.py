@@ -1,8 +1,8 @@
 """Indexes that learn from a bank of retrainings: what each query measures under every retrained model, regressed on what was left out.
 
 A fit retrains what is missing of the bank. For a posterior it also keeps what the named queries say: their prior scores and their measurements.
-A query is answered by running it through the bank's models; for a posterior, together with the named queries, so that what queries have
-in common is learnt from all of them and the answer does not depend on what else is asked.
+A query is answered by running it through the bank's models; a posterior conditions it with what the named queries taught, so that what queries
+have in common is learnt once, and the answer does not depend on what else is asked.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from attribution_core.bank_methods.ame import average_marginal_effects
 from attribution_core.bank_methods.banzhaf import data_banzhaf
 from attribution_core.bank_methods.datamodels import lasso_datamodel, ridge_datamodel
 from attribution_core.bank_methods.empirical_influence import empirical_influence
-from attribution_core.bank_methods.posterior import PosteriorDatamodel, fit_posterior
+from attribution_core.bank_methods.posterior import Learned, PosteriorDatamodel, condition, learn
 from attribution_core.data.batch import Batch
 from attribution_core.errors import FingerprintMismatchError, InvalidInputError
 from attribution_core.evaluate.retrainings import Retrainings
@@ -141,8 +141,8 @@ class BankPipeline:
             queries = _named_queries(context, self.method)
             scores = np.stack([_all_scores(prior, queries) for prior in self._priors])
             values = bank.values(queries, self.spec.measurement)
-            fitted = fit_posterior(list(scores), Retrainings(bank.masks, values))
-            coverage["posterior"] = fitted.hyperparameters.as_json()
+            learned = learn(list(scores), Retrainings(bank.masks, values))
+            coverage["posterior"] = learned.hyperparameters.as_json()
             write_arrays(into / EVIDENCE_FILE, {"scores": scores.astype(np.float32), "values": values})
         described = {"fingerprint": self.spec.fingerprint(), "coverage": coverage, "recall": None}
         write_description(into, described)
@@ -155,13 +155,13 @@ class BankPipeline:
 
 @dataclass(frozen=True)
 class PosteriorQuery(Query):
-    """Encoded queries with a posterior each."""
+    """Encoded queries with their posterior."""
 
-    posteriors: tuple[PosteriorDatamodel, ...] = ()
+    posterior: PosteriorDatamodel
 
     def __getitem__(self, part: slice) -> "PosteriorQuery":
         return PosteriorQuery(
-            self.outputs[part], [], self.rows[part], self.batch[part], self.damping, self.posteriors[part]
+            self.outputs[part], [], self.rows[part], self.batch[part], self.damping, self.posterior.of(part)
         )
 
 
@@ -216,17 +216,9 @@ class BankIndex(ScoredIndex):
         if not isinstance(self.method, PosteriorMethod):
             rows = _scores(self.method, Retrainings(self._masks, values)).astype(np.float32)
             return Query(outputs, [], rows, batch, damping)
-        prior_scores = [_all_scores(prior, batch, damping) for prior in self._priors]
-        posteriors = []
-        for number in range(len(batch)):
-            methods = [
-                np.concatenate([known, asked[number : number + 1]])
-                for known, asked in zip(self._evidence["scores"], prior_scores, strict=True)
-            ]
-            joined = np.concatenate([self._evidence["values"], values[:, :, number : number + 1]], axis=2)
-            posteriors.append(fit_posterior(methods, Retrainings(self._masks, joined)))
-        rows = np.stack([posterior.scores[-1] for posterior in posteriors]).astype(np.float32)
-        return PosteriorQuery(outputs, [], rows, batch, damping, tuple(posteriors))
+        methods = [_all_scores(prior, batch, damping) for prior in self._priors]
+        posterior = condition(self._learned, methods, Retrainings(self._masks, values))
+        return PosteriorQuery(outputs, [], posterior.scores.astype(np.float32), batch, damping, posterior)
 
     def outputs(self, batch: Batch) -> list[dict[str, Any]]:
         """Return what the model outputs for queries, mean over the index's checkpoints.
@@ -248,14 +240,19 @@ class BankIndex(ScoredIndex):
         removed = np.zeros((len(groups), self.num_examples))
         for number, rows in enumerate(groups):
             removed[number, rows] = 1
-        return np.stack([posterior.variances(removed)[-1] for posterior in query.posteriors])
+        return query.posterior.variances(removed)
 
     def deviations(self, query: Query, groups: Sequence[np.ndarray]) -> np.ndarray | None:
         """Return the standard deviation of one retraining's change without each group, (queries, groups); None without a posterior."""
         if not isinstance(query, PosteriorQuery):
             return None
-        noise = np.array([posterior.noise[-1] for posterior in query.posteriors])
-        return np.asarray(np.sqrt(self.spreads(query, groups) + noise[:, None]))
+        return np.asarray(np.sqrt(self.spreads(query, groups) + query.posterior.noise[:, None]))
+
+    @cached_property
+    def _learned(self) -> Learned:
+        """What the named queries taught."""
+        known = Retrainings(self._masks, self._evidence["values"])
+        return learn(list(self._evidence["scores"]), known)
 
     @cached_property
     def _masks(self) -> np.ndarray:

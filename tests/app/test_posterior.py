@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from attribution_core.bank_methods.empirical_influence import empirical_influence
-from attribution_core.bank_methods.posterior import fit_posterior
+from attribution_core.bank_methods.posterior import condition, learn
 from attribution_core.evaluate.retrainings import Retrainings
 from tests.conftest import MLP, Loaded
 
@@ -64,8 +64,9 @@ def test_a_posterior_is_its_prior_conditioned_on_the_bank(banked: Loaded) -> Non
     assert index["coverage"]["diverged"] == 0
     prior, posterior = (scores(banked, name, [*NAMED, 30]) for name in ("banked-prior", "banked-posterior"))
     bank = bank_of(banked, [*NAMED, 30])
-    expected = fit_posterior([prior], bank).scores
-    np.testing.assert_allclose(posterior[-1], expected[-1], rtol=1e-3, atol=1e-4 * np.abs(expected[-1]).max())
+    named = Retrainings(bank.masks, bank.values[:, :, :-1])
+    expected = condition(learn([prior[:-1]], named), [prior], bank).scores
+    np.testing.assert_allclose(posterior, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
 
 
 def bank_of(banked: Loaded, rows: list[int]) -> Retrainings:

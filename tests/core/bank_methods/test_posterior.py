@@ -6,7 +6,7 @@ import pytest
 from attribution_core.bank_methods.contrasts import Contrasts
 from attribution_core.bank_methods.design import random_subsets, widest_subsets
 from attribution_core.bank_methods.effect_prior import EffectPrior
-from attribution_core.bank_methods.posterior import fit_posterior
+from attribution_core.bank_methods.posterior import condition, fit_posterior, learn
 from attribution_core.bank_methods.variance_components import Problem, at, maximise
 from attribution_core.errors import InvalidInputError
 from attribution_core.evaluate.lds import correlations
@@ -116,6 +116,34 @@ def test_posterior_intervals_hold_the_true_effects_of_groups():
     true = -effects @ (~masks).T
     inside = np.abs(true - mean) <= 1.645 * np.sqrt(variance)
     assert inside.mean() == pytest.approx(0.9, abs=0.07)
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_queries_are_conditioned_by_what_a_pool_taught_whatever_is_beside_them(seeds):
+    """A query of the pool gets the pool's own fit; others are better than their prior, and the same alone."""
+    effects, scores, bank = world(seeds=seeds)
+    bank, held = bank.of(np.arange(40)), bank.of(np.arange(200, 400))
+    pool, asked = slice(0, 10), slice(10, 15)
+
+    def of(part):
+        return [scores[part]], Retrainings(bank.masks, bank.values[:, :, part])
+
+    learned, whole = learn(*of(pool)), fit_posterior(*of(pool))
+    again = condition(learned, *of(slice(3, 12)))
+    probe = np.random.default_rng(3).normal(size=(4, 80))
+    assert again.scores[:7] == pytest.approx(whole.scores[3:], rel=1e-9, abs=1e-9)
+    assert again.variances(probe)[:7] == pytest.approx(whole.variances(probe)[3:], rel=1e-9)
+    found = condition(learned, *of(asked))
+    alone = condition(learned, *of(slice(11, 12)))
+    assert found.scores[1:2] == pytest.approx(alone.scores, rel=1e-9, abs=1e-9)
+    assert found.variances(probe)[1:2] == pytest.approx(alone.variances(probe), rel=1e-9)
+    assert found.of(slice(1, 2)).variances(probe) == pytest.approx(alone.variances(probe), rel=1e-9)
+    truth = Retrainings(held.masks, (held.masks @ effects[asked].T)[:, None])
+    assert correlations(found.scores, truth).mean() > correlations(scores[asked], truth).mean()
+    with pytest.raises(InvalidInputError, match="some of the retrainings"):
+        values = bank.values[:, :, asked].copy()
+        values[5] = np.inf
+        condition(learned, [scores[asked]], Retrainings(bank.masks, values))
 
 
 def test_diverged_retrainings_do_not_matter():
