@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from attribution_core.arrays import read_arrays
 from attribution_core.data.batch import Batch
 from attribution_core.errors import InvalidInputError
 from attribution_core.evaluate.lds import linear_datamodeling_score
@@ -85,8 +86,9 @@ class EvaluationPipeline:
         """Retrain one group."""
         piece = self._pieces[ordinal]
         if isinstance(piece, BankPiece):
-            if piece.group in self.spec.banks[piece.bank].groups:
-                return {}
+            groups = self.spec.banks[piece.bank].groups
+            if piece.group in groups:
+                return read_arrays(groups[piece.group])
             return train_group(self.trainer, self.spec.banks[piece.bank].protocol, piece.group, progress)
         return train_runs(self.trainer, piece.runs, "resample", progress)
 
@@ -97,7 +99,7 @@ class EvaluationPipeline:
     def conclude(self, files: Sequence[Path]) -> Evaluated:
         """Measure everything that was asked for."""
         groups = self._new_groups(files)
-        main, *deterministic = (self._bank(number, groups) for number in range(len(self.spec.banks)))
+        main, *deterministic = (self._bank(number, files) for number in range(len(self.spec.banks)))
         damping, quality = self._tuned(main) if self.spec.tune else (None, self._measured(main, self.scores(None)))
         scores = self.scores(damping)
         calibration = self._calibrated(main, scores)
@@ -153,10 +155,11 @@ class EvaluationPipeline:
             if piece.group not in self.spec.banks[piece.bank].groups
         ]
 
-    def _bank(self, number: int, made: Sequence[NewGroup]) -> tuple[BankRef, Retrainings]:
+    def _bank(self, number: int, files: Sequence[Path]) -> tuple[BankRef, Retrainings]:
+        """Return a bank, from the shards of its groups."""
         reference = self.spec.banks[number]
-        paths = dict(reference.groups) | {group.group: group.path for group in made if group.bank == number}
-        bank = Bank(self.spec.train, reference.protocol, [paths[group] for group in sorted(paths)], self.device)
+        paths = [path for piece, path in zip(self._of_banks, files, strict=False) if piece.bank == number]
+        bank = Bank(self.spec.train, reference.protocol, paths, self.device)
         return reference, Retrainings(bank.masks, bank.values(self.batch, self.spec.fit.measurement))
 
     def _measured(self, bank: tuple[BankRef, Retrainings], scores: np.ndarray) -> Json:

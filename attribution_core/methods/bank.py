@@ -21,7 +21,7 @@ from attribution_core.bank_methods.datamodels import lasso_datamodel, ridge_data
 from attribution_core.bank_methods.empirical_influence import empirical_influence
 from attribution_core.bank_methods.posterior import Learned, PosteriorDatamodel, condition, learn
 from attribution_core.data.batch import Batch
-from attribution_core.errors import FingerprintMismatchError, InvalidInputError
+from attribution_core.errors import FingerprintMismatchError
 from attribution_core.evaluate.retrainings import Retrainings
 from attribution_core.fit_spec import FitSpec, FitSummary
 from attribution_core.method_spec import (
@@ -50,7 +50,7 @@ Prior = LoadedIndex | ScoredIndex
 
 @dataclass(frozen=True)
 class GroupPiece:
-    """A group of a bank. One that was retrained before is a shard without work: attempts of a job agree on the shards' numbers."""
+    """A group of a bank. One that was retrained before is a shard of a copy: attempts of a job agree on the shards' numbers."""
 
     ordinal: int
     units: int
@@ -73,15 +73,9 @@ class NewGroup:
 
     @classmethod
     def of(cls, bank: int, group: int, path: Path) -> "NewGroup":
-        """Describe a shard's file.
-
-        Raises:
-            InvalidInputError: if the shard had nothing to retrain when it ran, and the bank was deleted since.
-        """
-        arrays = read_arrays(path)
-        if DIVERGED not in arrays:
-            raise InvalidInputError("the bank was deleted meanwhile: ask again")
-        return cls(bank, group, path, arrays[DIVERGED].size, int(arrays[DIVERGED].sum()))
+        """Describe a shard's file."""
+        diverged = read_arrays(path)[DIVERGED]
+        return cls(bank, group, path, diverged.size, int(diverged.sum()))
 
 
 def group_pieces(trainer: Trainer, protocol: Protocol, known: Sequence[int], first: int = 0) -> list[GroupPiece]:
@@ -114,9 +108,9 @@ class BankPipeline:
         return [Stage("retraining", tuple(self._pieces))]
 
     def run_shard(self, stage: str, ordinal: int, progress: Progress) -> Arrays:
-        """Retrain one group, unless the bank has it."""
+        """Retrain one group, or take it as the bank has it: another worker may have found it there, or not."""
         if ordinal in self.spec.bank:
-            return {}
+            return read_arrays(self.spec.bank[ordinal])
         return train_group(self.trainer, self.method.bank, ordinal, progress)
 
     def reduce(self, stage: str, shard_files: Sequence[Path]) -> Arrays:
@@ -133,8 +127,7 @@ class BankPipeline:
         Raises:
             InvalidInputError: if the retrainings are too few for the method.
         """
-        paths = [self.spec.bank.get(group, path) for group, path in enumerate(files)]
-        bank = Bank(train_spec(self.spec), self.method.bank, paths, self.device)
+        bank = Bank(train_spec(self.spec), self.method.bank, files, self.device)
         context = FitContext(self.spec, self.device)
         coverage = {"percent": 100.0, "covered": [], "skipped": [], "diverged": int(bank.diverged.sum())}
         if isinstance(self.method, PosteriorMethod):
