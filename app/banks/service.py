@@ -43,9 +43,14 @@ def recipe_of(model: Model, pointer: str = "") -> Recipe:
 
 
 async def train_spec(
-    session: AsyncSession, model: Model, dataset: Dataset, settings: Settings, artifacts: ArtifactStore
+    session: AsyncSession,
+    model: Model,
+    dataset: Dataset,
+    left_out: list[int],
+    settings: Settings,
+    artifacts: ArtifactStore,
 ) -> TrainSpec:
-    """Return everything a training depends on but its seed."""
+    """Return everything a training depends on but its seed; it sees none of the rows that are left out."""
     assert dataset.artifact is not None
     recipe = recipe_of(model)
     initial = None
@@ -65,6 +70,7 @@ async def train_spec(
             "dataset": datasets.dataset_ref(dataset, artifacts),
             "recipe": model.recipe,
             "initial": initial,
+            "left_out": left_out,
         }
     )
 

@@ -108,7 +108,7 @@ async def create(
     priors = await _checked_priors(session, index, method) if isinstance(method, PosteriorMethod) else []
     index.method |= {"prior": [prior.id for prior in priors]} if priors else {}
     if isinstance(method, BankMethodBase):
-        train = await banks.train_spec(session, model, dataset, settings, artifacts)
+        train = await banks.train_spec(session, model, dataset, left_out, settings, artifacts)
         index.bank_id = (await banks.find_bank(session, model, dataset, train, method.bank)).id
     trained = await _trained(session, index, model, dataset, settings, artifacts)
     spec = _spec(index, first, model, dataset, checkpoints, trained, settings, artifacts)
@@ -281,11 +281,12 @@ async def spec_of(
 
 
 async def set_quality(
-    session: AsyncSession, index_id: str, quality: dict[str, Any], calibration: dict[str, Any] | None
+    session: AsyncSession, index_id: str, artifact: str, quality: dict[str, Any], calibration: dict[str, Any] | None
 ) -> None:
-    """Attach what an evaluation measured to an index."""
+    """Attach what an evaluation measured of an index's files to it, unless another generation has taken their place."""
     index = await find(session, index_id, lock=True)
-    index.quality, index.calibration = quality, calibration
+    if index.artifact == artifact:
+        index.quality, index.calibration = quality, calibration
 
 
 async def fail_fit(session: AsyncSession, index_id: str, error: dict[str, Any]) -> None:
@@ -381,7 +382,8 @@ async def _trained(
     """
     if "recipe" not in METHODS[index.method["type"]].needs:
         return {}
-    train = await banks.train_spec(session, model, dataset, settings, artifacts)
+    # Such methods are refused where examples were deleted (`check_deletions`), so nothing is left out.
+    train = await banks.train_spec(session, model, dataset, [], settings, artifacts)
     found: dict[str, Any] = {"recipe": train.recipe, "initial": train.initial}
     if index.queries_id is not None:
         queries = await datasets.find_ready(session, index.queries_id)
