@@ -45,9 +45,14 @@ def recipe_of(model: Model, pointer: str = "") -> Recipe:
 
 
 async def train_spec(
-    session: AsyncSession, model: Model, dataset: Dataset, settings: Settings, artifacts: ArtifactStore
+    session: AsyncSession,
+    model: Model,
+    dataset: Dataset,
+    left_out: list[int],
+    settings: Settings,
+    artifacts: ArtifactStore,
 ) -> TrainSpec:
-    """Return everything a training depends on but its seed."""
+    """Return everything a training depends on but its seed; it sees none of the rows that are left out."""
     assert dataset.artifact is not None
     recipe = recipe_of(model)
     initial = None
@@ -67,6 +72,7 @@ async def train_spec(
             "dataset": datasets.dataset_ref(dataset, artifacts),
             "recipe": model.recipe,
             "initial": initial,
+            "left_out": left_out,
         }
     )
 
@@ -97,7 +103,7 @@ async def find(session: AsyncSession, bank_id: str) -> Bank:
 
 
 async def missing_examples(
-    session: AsyncSession, bank: Bank, protocol: Protocol, model: Model, dataset: Dataset
+    session: AsyncSession, bank: Bank, protocol: Protocol, model: Model, spec: TrainSpec
 ) -> float:
     """Return how many training examples, all retrainings together, a bank lacks of a protocol."""
     known = await repository.groups(session, bank.id)
@@ -106,7 +112,7 @@ async def missing_examples(
     )
     share = protocol.alpha if protocol.semantics == "resample" else 1.0
     per_group = protocol.subsets_per_group(model.num_parameters) * protocol.seeds
-    return missing * per_group * share * (dataset.num_examples or 0)
+    return missing * per_group * share * spec.num_training
 
 
 async def check_hours(

@@ -215,9 +215,8 @@ def training_seconds(payload: Json) -> Json:
     """Return the wall time of one step of one model, when as many are trained at once as a bank's groups hold."""
     spec = TrainSpec.model_validate(payload["train"])
     trainer = Trainer(spec)
-    everything = np.ones(spec.dataset.num_examples, bool)
-    runs = [Run(everything, seed) for seed in range(min(MODELS_PER_GROUP, trainer.models_at_once()))]
-    steps = len(spec.recipe.learning_rates(spec.dataset.num_examples))
+    runs = [Run(spec.everything(), seed) for seed in range(min(MODELS_PER_GROUP, trainer.models_at_once()))]
+    steps = len(spec.recipe.learning_rates(spec.num_training))
     return {"seconds_per_step": trainer.estimate_seconds(runs) / (steps * len(runs))}
 
 

@@ -101,7 +101,7 @@ async def create(session: AsyncSession, request: IndexCreate, resources: Resourc
     priors: list[Index] = []
     if "recipe" in method.needs:
         _check_trained(request)
-        priors = await _bound(session, index, method, model, dataset, resources)
+        priors = await _bound(session, index, method, model, dataset, left_out, resources)
     trained = await _trained(session, index, model, dataset, settings, artifacts)
     spec = _spec(index, first, model, dataset, checkpoints, trained, settings, artifacts)
     if index.measurement not in spec.task.measurements:
@@ -273,11 +273,12 @@ async def spec_of(
 
 
 async def set_quality(
-    session: AsyncSession, index_id: str, quality: dict[str, Any], calibration: dict[str, Any] | None
+    session: AsyncSession, index_id: str, artifact: str, quality: dict[str, Any], calibration: dict[str, Any] | None
 ) -> None:
-    """Attach what an evaluation measured to an index."""
+    """Attach what an evaluation measured of an index's files to it, unless another generation has taken their place."""
     index = await find(session, index_id, lock=True)
-    index.quality, index.calibration = quality, calibration
+    if index.artifact == artifact:
+        index.quality, index.calibration = quality, calibration
 
 
 async def fail_fit(session: AsyncSession, index_id: str, error: dict[str, Any]) -> None:
@@ -373,7 +374,8 @@ async def _trained(
     """
     if "recipe" not in METHODS[index.method["type"]].needs:
         return {}
-    train = await banks.train_spec(session, model, dataset, settings, artifacts)
+    # Such methods are refused where examples were deleted (`check_deletions`), so nothing is left out.
+    train = await banks.train_spec(session, model, dataset, [], settings, artifacts)
     found: dict[str, Any] = {"recipe": train.recipe, "initial": train.initial}
     if index.queries_id is not None:
         queries = await datasets.find_ready(session, index.queries_id)
@@ -394,7 +396,13 @@ async def _trained(
 
 
 async def _bound(
-    session: AsyncSession, index: Index, method: MethodSpec, model: Model, dataset: Dataset, resources: Resources
+    session: AsyncSession,
+    index: Index,
+    method: MethodSpec,
+    model: Model,
+    dataset: Dataset,
+    left_out: list[int],
+    resources: Resources,
 ) -> list[Index]:
     """Bind an index whose method trains the model to its queries and bank, and return the indexes that it begins with.
 
@@ -403,7 +411,7 @@ async def _bound(
         InvalidRequest: if queries or priors do not fit, or training would take too long.
     """
     banks.recipe_of(model, "/method/type")
-    train = await banks.train_spec(session, model, dataset, resources.settings, resources.artifacts)
+    train = await banks.train_spec(session, model, dataset, left_out, resources.settings, resources.artifacts)
     if isinstance(method, MagicMethod | PosteriorMethod):
         queries = await _checked_queries(session, model, method)
         index.queries_id = queries.id
@@ -412,11 +420,11 @@ async def _bound(
     index.method |= {"prior": [prior.id for prior in priors]} if priors else {}
     if isinstance(method, BankMethodBase):
         bank = await banks.find_bank(session, model, dataset, train, method.bank)
-        examples = await banks.missing_examples(session, bank, method.bank, model, dataset)
+        examples = await banks.missing_examples(session, bank, method.bank, model, train)
         await banks.check_hours(resources, train, examples, None, "/method/bank/subsets")
         index.bank_id = bank.id
     if isinstance(method, MagicMethod):
-        examples = method.trainings * (dataset.num_examples or 0)
+        examples = method.trainings * train.num_training
         await banks.check_hours(resources, train, examples, None, "/method/queries")
     return priors
 

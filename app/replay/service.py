@@ -64,9 +64,10 @@ async def create_training(
     taken = sorted(names & await models.runs(session, model.id))
     if taken:
         raise Conflict(f"Model {model.name!r} has checkpoints of run {taken[0]!r}; name another `run`.", pointer="/run")
-    spec = await banks.train_spec(session, model, dataset, resources.settings, resources.artifacts)
-    await banks.check_hours(resources, spec, (dataset.num_examples or 0) * len(request.seeds), request.max_hours)
-    return await _submitted(session, "training", request.model_dump(mode="json"), model, dataset, None)
+    left_out = await datasets.deleted_rows(session, dataset.id)
+    spec = await banks.train_spec(session, model, dataset, left_out, resources.settings, resources.artifacts)
+    await banks.check_hours(resources, spec, spec.num_training * len(request.seeds), request.max_hours)
+    return await _submitted(session, "training", request.model_dump(mode="json"), model, dataset, left_out, None)
 
 
 async def create_evaluation(
@@ -81,7 +82,7 @@ async def create_evaluation(
     index, model, training, spec = await _replayable(session, resources, reference)
     asked = await datasets.find_ready(session, request.queries.dataset)
     indexes.check_fits(model, asked, "/queries/dataset")
-    rows = _rows_of(request.queries, asked)
+    rows = _rows_of(request.queries, asked, await datasets.deleted_rows(session, asked.id), "/queries/rows")
     if request.removal is not None and not index.checkpoint_ids:
         raise InvalidRequest("The similarity ranking needs a checkpoint, and this index has none.", pointer="/removal")
     await _rivals(session, index, request)
@@ -95,13 +96,13 @@ async def create_evaluation(
                 "The index learnt from these very retrainings: name another `seed` of the subsets.",
                 pointer="/protocol/seed",
             )
-        examples += await banks.missing_examples(session, bank, protocol, model, training)
+        examples += await banks.missing_examples(session, bank, protocol, model, spec)
     extra = (request.loo.examples * request.loo.seeds + request.loo.seeds) if request.loo else 0
     if request.removal:
         extra += request.removal.retrainings()
-    examples += extra * (training.num_examples or 0)
+    examples += extra * spec.num_training
     await banks.check_hours(resources, spec, examples, request.max_hours)
-    return await _submitted(session, "evaluation", body, model, training, index)
+    return await _submitted(session, "evaluation", body, model, training, spec.left_out, index)
 
 
 async def create_verification(
@@ -134,10 +135,10 @@ async def create_verification(
         if (selector := subset.remove or subset.keep) is not None
     ]
     sets = 1 + sum(count if relative else 1 for relative in per_query)
-    examples = sets * len(request.seeds) * (training.num_examples or 0)
+    examples = sets * len(request.seeds) * spec.num_training
     await banks.check_hours(resources, spec, examples, request.max_hours)
     body = request.model_dump(mode="json", by_alias=True)
-    return await _submitted(session, "verification", body, model, training, index)
+    return await _submitted(session, "verification", body, model, training, spec.left_out, index)
 
 
 async def create_unlearned(
@@ -157,9 +158,10 @@ async def create_unlearned(
     taken = sorted({f"{request.run}-{source.run}" for source in sources} & await models.runs(session, model.id))
     if taken:
         raise Conflict(f"Model {model.name!r} has checkpoints of run {taken[0]!r}; name another `run`.", pointer="/run")
+    left_out = await datasets.deleted_rows(session, training.id)
     if request.check is not None:
-        spec = await banks.train_spec(session, model, training, resources.settings, resources.artifacts)
-        examples = request.check.oracles * (training.num_examples or 0)
+        spec = await banks.train_spec(session, model, training, left_out, resources.settings, resources.artifacts)
+        examples = request.check.oracles * spec.num_training
         await banks.check_hours(resources, spec, examples, request.max_hours)
     rows = await queries.forgotten_rows(session, resources, index, request.forget)
     body = request.model_dump(mode="json", by_alias=True)
@@ -167,8 +169,10 @@ async def create_unlearned(
     if request.check is not None and request.check.test is not None:
         test = await datasets.find_ready(session, request.check.test.dataset)
         indexes.check_fits(model, test, "/check/test/dataset")
-        body["check"]["test"] = {"dataset": test.id, "rows": _rows_of(request.check.test, test)}
-    replay, job = await _submitted(session, "unlearning", body, model, training, index)
+        deleted = await datasets.deleted_rows(session, test.id)
+        chosen = _rows_of(request.check.test, test, deleted, "/check/test/rows")
+        body["check"]["test"] = {"dataset": test.id, "rows": chosen}
+    replay, job = await _submitted(session, "unlearning", body, model, training, left_out, index)
     (await unlearning_plan(session, replay.id, resources.settings, resources.artifacts)).check()
     return replay, job
 
@@ -199,7 +203,7 @@ async def training_plan(
     replay = await find(session, "training", replay_id)
     model = await models.find(session, replay.model_id)
     dataset = await datasets.find_ready(session, replay.dataset_id or "")
-    spec = await banks.train_spec(session, model, dataset, settings, artifacts)
+    spec = await banks.train_spec(session, model, dataset, replay.left_out, settings, artifacts)
     return spec, TrainingCreate.model_validate(replay.request), model.parameters
 
 
@@ -213,11 +217,11 @@ async def evaluation_plan(
     """
     replay = await find(session, "evaluation", replay_id)
     request = EvaluationCreate.model_validate(replay.request)
-    index = await indexes.find_ready(session, replay.index_id or "")
+    index = await _index_of(session, replay)
     model = await models.find(session, replay.model_id)
     training = await datasets.find_ready(session, index.dataset_id)
     asked = await datasets.find_ready(session, request.queries.dataset)
-    spec = await banks.train_spec(session, model, training, settings, artifacts)
+    spec = await banks.train_spec(session, model, training, replay.left_out, settings, artifacts)
     found: list[BankRef] = []
     places: list[tuple[str, str]] = []
     for protocol in await protocols(session, index, request):
@@ -257,10 +261,10 @@ async def verification_plan(
         NotFound: if it was deleted meanwhile.
     """
     replay = await find(session, "verification", replay_id)
-    index = await indexes.find_ready(session, replay.index_id or "")
+    index = await _index_of(session, replay)
     model = await models.find(session, replay.model_id)
     training = await datasets.find_ready(session, index.dataset_id)
-    spec = await banks.train_spec(session, model, training, settings, artifacts)
+    spec = await banks.train_spec(session, model, training, replay.left_out, settings, artifacts)
     return replay, VerificationCreate.model_validate(replay.request), spec
 
 
@@ -274,21 +278,23 @@ async def unlearning_plan(
     """
     replay = await find(session, "unlearning", replay_id)
     request = UnlearnedCreate.model_validate(replay.request)
-    index = await indexes.find_ready(session, replay.index_id or "")
+    index = await _index_of(session, replay)
     model = await models.find(session, replay.model_id)
     training = await datasets.find_ready(session, index.dataset_id)
     check, test = request.check, None
     if check is not None and check.test is not None:
         asked = await datasets.find_ready(session, check.test.dataset)
         test = EvaluationSet(dataset=datasets.dataset_ref(asked, artifacts, like=training), rows=check.test.rows)
-    has_recipe = model.recipe is not None
+    train = None
+    if model.recipe is not None:
+        train = await banks.train_spec(session, model, training, replay.left_out, settings, artifacts)
     return UnlearnSpec(
         index=artifacts.open(index.artifact or ""),
         fit=await indexes.fit_spec(session, index.id, settings, artifacts),
         forget=request.forget.rows or [],
         method=request.method,
         baselines=check.baselines if check else [],
-        train=await banks.train_spec(session, model, training, settings, artifacts) if has_recipe else None,
+        train=train,
         oracles=check.oracles if check else 0,
         semantics=check.semantics if check else "resample",
         test=test,
@@ -350,12 +356,14 @@ async def finish_training(
     replay.result = {"runs": [run.model_dump() for run in runs.values()]}
 
 
-async def finish_evaluation(session: AsyncSession, replay_id: str, quality: Json, calibration: Json | None) -> None:
-    """Make an evaluation's result its index's quality."""
+async def finish_evaluation(
+    session: AsyncSession, replay_id: str, artifact: str, quality: Json, calibration: Json | None
+) -> None:
+    """Make an evaluation's result its index's quality, if the generation that it measured is still the one that answers."""
     replay = await find(session, "evaluation", replay_id, lock=True)
     replay.status, replay.error, replay.result = "succeeded", None, quality
     quality = {**quality, "evaluation": replay.id}
-    await indexes.set_quality(session, replay.index_id or "", quality, calibration)
+    await indexes.set_quality(session, replay.index_id or "", artifact, quality, calibration)
 
 
 async def finish_verification(session: AsyncSession, replay_id: str, result: Json) -> None:
@@ -490,12 +498,31 @@ async def _replayable(
     index = await indexes.find_ready(session, reference)
     model = await models.find(session, index.model_id)
     training = await datasets.find_ready(session, index.dataset_id)
-    spec = await banks.train_spec(session, model, training, resources.settings, resources.artifacts)
+    left_out = await datasets.deleted_rows(session, training.id)
+    spec = await banks.train_spec(session, model, training, left_out, resources.settings, resources.artifacts)
     return index, model, training, spec
 
 
+async def _index_of(session: AsyncSession, replay: Replay) -> Index:
+    """Return the index that a replay is about.
+
+    Raises:
+        Conflict: if it went over to another version of its data set since.
+    """
+    index = await indexes.find_ready(session, replay.index_id or "")
+    if index.dataset_id != replay.dataset_id:
+        raise Conflict(f"Index {index.name!r} was extended to another version of its data set meanwhile: ask again.")
+    return index
+
+
 async def _submitted(
-    session: AsyncSession, kind: JobKind, body: Json, model: Model, dataset: Dataset, index: Index | None
+    session: AsyncSession,
+    kind: JobKind,
+    body: Json,
+    model: Model,
+    dataset: Dataset,
+    left_out: list[int],
+    index: Index | None,
 ) -> tuple[Replay, Job]:
     replay = Replay(
         id=new_id(_PREFIXES[kind]),
@@ -504,6 +531,7 @@ async def _submitted(
         dataset_id=dataset.id,
         index_id=index.id if index else None,
         request=body,
+        left_out=left_out,
         status="running",
     )
     session.add(replay)
@@ -534,12 +562,16 @@ async def _rivals(session: AsyncSession, index: Index, request: EvaluationCreate
     return rivals
 
 
-def _rows_of(asked: QuerySet, dataset: Dataset) -> list[int]:
+def _rows_of(asked: QuerySet, dataset: Dataset, deleted: list[int], pointer: str) -> list[int]:
     total = dataset.num_examples or 0
     if asked.rows is None:
-        return [int(row) for row in np.unique(np.linspace(0, total - 1, min(asked.count, total)).round().astype(int))]
+        rows = np.setdiff1d(np.arange(total), np.asarray(deleted, np.int64))
+        places = np.linspace(0, len(rows) - 1, min(asked.count, len(rows))).round().astype(int)
+        return [int(row) for row in rows[np.unique(places)]]
     if max(asked.rows) >= total or len(set(asked.rows)) != len(asked.rows):
-        raise InvalidRequest(f"Rows must differ and be below {total}.", pointer="/queries/rows")
+        raise InvalidRequest(f"Rows must differ and be below {total}.", pointer=pointer)
+    if gone := sorted(set(asked.rows) & set(deleted)):
+        raise InvalidRequest(f"Row {gone[0]} was deleted.", pointer=pointer)
     return asked.rows
 
 

@@ -112,6 +112,10 @@ class ArtifactStore:
                 raise CorruptArtifactError(f"file {key} of {name} does not match its checksum")
         return folder
 
+    def name_of(self, folder: Path) -> str:
+        """Return the name of a published artifact's folder."""
+        return folder.relative_to(self._artifacts).as_posix()
+
     def delete(self, name: str) -> None:
         """Remove an artifact; it may be gone already."""
         shutil.rmtree(self._path(name), ignore_errors=True)

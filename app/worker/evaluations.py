@@ -17,6 +17,7 @@ from attribution_core.evaluate.pipeline import Evaluated, EvaluationPipeline
 async def lead_evaluation(runner: Runner, running: Running) -> Callable[[AsyncSession], Awaitable[None]]:
     """Retrain what is missing, measure, publish the retrainings, and return what makes them and the quality visible."""
     pipeline, work, banks = await _prepared(runner, running)
+    artifact = runner.artifacts.name_of(pipeline.spec.folder)
     await work_through(runner, running, pipeline, work)
     files = shard_files(work, pipeline.stages()[0])
     found = await computed(lambda: pipeline.conclude(files), running.progress)
@@ -30,7 +31,7 @@ async def lead_evaluation(runner: Runner, running: Running) -> Callable[[AsyncSe
         crash_point("before-commit")
         for bank_id, _ in banks:
             await banks_service.add_groups(session, bank_id, [row for bank, row in made if bank == bank_id])
-        await replays.finish_evaluation(session, running.job.resource_id, found.quality, calibration)
+        await replays.finish_evaluation(session, running.job.resource_id, artifact, found.quality, calibration)
 
     return effect
 

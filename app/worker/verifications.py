@@ -51,7 +51,7 @@ class VerificationPipeline:
         self.seeds, self.semantics = list(seeds), semantics
         self.trainer = Trainer(train, device)
         self._rows = operations.predictions(payload).rows
-        self._sets = self._distinct_sets(train.dataset.num_examples)
+        self._sets = self._distinct_sets(train.everything())
         runs = [Run(kept, seed) for kept in self._sets.values() for seed in seeds]
         self._groups = run_groups(self.trainer, runs, semantics)
 
@@ -91,9 +91,8 @@ class VerificationPipeline:
             ],
         }
 
-    def _distinct_sets(self, n: int) -> dict[bytes, np.ndarray]:
-        """Return which examples each set keeps, by the rows it leaves out; nothing left out comes first."""
-        everything = np.ones(n, bool)
+    def _distinct_sets(self, everything: np.ndarray) -> dict[bytes, np.ndarray]:
+        """Return which examples each set keeps, by the rows it leaves out of everything; nothing left out comes first."""
         sets = {np.empty(0, np.int64).tobytes(): everything}
         for of_query in self._rows:
             for rows in of_query:

@@ -30,6 +30,7 @@ from attribution_core.progress import Progress
 from attribution_core.sharding import Stage
 from attribution_core.training.bank import Bank, Retrained, train_group, train_runs
 from attribution_core.training.pipeline import RunGroup, run_groups
+from attribution_core.training.spec import TrainSpec
 from attribution_core.training.trainer import Run, Trainer
 
 Json = dict[str, Any]
@@ -71,7 +72,7 @@ class EvaluationPipeline:
     def __init__(self, spec: EvaluationSpec, device: str = "cpu") -> None:
         self.spec, self.device = spec, device
         self.trainer = Trainer(spec.train, device)
-        self.n = spec.train.dataset.num_examples
+        self.rows = spec.train.training_rows  # all that is measured is over these; deleted examples have no part in it
         self._sets = _SetsToRetrain(self)
         self._of_banks = self._bank_pieces()
         self._pieces: list[BankPiece | RunGroup] = [*self._of_banks]
@@ -126,14 +127,14 @@ class EvaluationPipeline:
         return source.batch(self.spec.rows)
 
     def scores(self, damping: float | None) -> np.ndarray:
-        """Return the index's scores of all training examples at a damping, (queries, n)."""
+        """Return the index's scores at a damping of all examples that are trained on, (queries, num_training)."""
         return self._scores_of(self.index, damping)
 
     def _scores_of(self, index: AnyIndex, damping: float | None) -> np.ndarray:
         found = []
         for start in range(0, len(self.batch), _QUERIES_AT_ONCE):
             query = index.query(self.batch[start : start + _QUERIES_AT_ONCE], damping)
-            found.append(index.scores(query, np.arange(self.n), rescore=True))
+            found.append(index.scores(query, self.rows, rescore=True))
         return np.concatenate(found)
 
     @cached_property
@@ -160,7 +161,7 @@ class EvaluationPipeline:
         reference = self.spec.banks[number]
         paths = [path for piece, path in zip(self._of_banks, files, strict=False) if piece.bank == number]
         bank = Bank(self.spec.train, reference.protocol, paths, self.device)
-        return reference, Retrainings(bank.masks, bank.values(self.batch, self.spec.fit.measurement))
+        return reference, Retrainings(bank.masks[:, self.rows], bank.values(self.batch, self.spec.fit.measurement))
 
     def _measured(self, bank: tuple[BankRef, Retrainings], scores: np.ndarray) -> Json:
         """Return the LDS of scores against a bank."""
@@ -230,9 +231,8 @@ class EvaluationPipeline:
     def _mislabel(self) -> Json | None:
         if self.spec.mislabelled is None:
             return None
-        flipped = np.zeros(self.n, bool)
-        flipped[self.index.context.source.reader.matching(self.spec.mislabelled)] = True
-        return mislabel_auc(self.index.self_influence(), flipped).as_json()
+        flipped = np.isin(self.rows, self.index.context.source.reader.matching(self.spec.mislabelled))
+        return mislabel_auc(self.index.self_influence()[self.rows], flipped).as_json()
 
     def _mixture(self, scores: np.ndarray) -> Json | None:
         if self.spec.source is None:
@@ -240,7 +240,7 @@ class EvaluationPipeline:
         field_name, training = self.spec.source, self.index.context.source.reader
         asked = self.index.context.source_of(self.spec.queries.folder, self.spec.queries.spec).reader
         sources = []
-        for reader, rows in ((training, np.arange(self.n)), (asked, np.asarray(self.spec.rows))):
+        for reader, rows in ((training, self.rows), (asked, np.asarray(self.spec.rows))):
             described = reader.describe(rows)
             if field_name not in described[0]["metadata"]:
                 raise InvalidInputError(f"there is no metadata column {field_name!r} in both data sets", "/source")
@@ -253,15 +253,22 @@ class _Seeds:
     """Sets that are retrained with the same seeds.
 
     Attributes:
-        kept: which examples each set keeps, everything first.
+        kept: which of the examples that are trained on each set keeps, (num_training,) bool, everything first.
+        train: says which rows of the data set these are.
     """
 
     seeds: int
     kept: list[np.ndarray]
+    train: TrainSpec
 
     @property
     def runs(self) -> list[Run]:
-        return [Run(kept, seed) for kept in self.kept for seed in range(self.seeds)]
+        return [Run(self._of_dataset(kept), seed) for kept in self.kept for seed in range(self.seeds)]
+
+    def _of_dataset(self, kept: np.ndarray) -> np.ndarray:
+        mask = self.train.everything()
+        mask[mask] = kept
+        return mask
 
 
 class _SetsToRetrain:
@@ -270,16 +277,15 @@ class _SetsToRetrain:
     def __init__(self, pipeline: EvaluationPipeline) -> None:
         self._pipeline, spec = pipeline, pipeline.spec
         self.by_seeds: dict[str, _Seeds] = {}
-        everything = np.ones(pipeline.n, bool)
+        everything = np.ones(len(pipeline.rows), bool)
         if spec.loo is not None:
             sets = [everything, *self._loo_sets()]
-            self.by_seeds["loo"] = _Seeds(spec.loo.seeds, sets)
+            self.by_seeds["loo"] = _Seeds(spec.loo.seeds, sets, spec.train)
         if spec.removal is not None:
             self._sizes = sorted(set(spec.removal.top))
             masks = [removal_masks(ranking, self._sizes) for ranking in self._rankings.values()]
-            self.by_seeds["removal"] = _Seeds(
-                spec.removal.seeds, [everything, *np.concatenate(masks).reshape(-1, pipeline.n)]
-            )
+            sets = [everything, *np.concatenate(masks).reshape(-1, len(everything))]
+            self.by_seeds["removal"] = _Seeds(spec.removal.seeds, sets, spec.train)
 
     def measured(self, scores: np.ndarray, files: list[Path]) -> Json:
         """Return what the sets' retrainings say, given all shards' files, of which theirs are the last."""
@@ -314,24 +320,24 @@ class _SetsToRetrain:
         pipeline = self._pipeline
         assert pipeline.spec.loo is not None
         order = np.abs(pipeline.scores(None)).mean(0).argsort(kind="stable")
-        places = np.linspace(0, pipeline.n - 1, min(pipeline.spec.loo.examples, pipeline.n)).round().astype(int)
-        return [np.arange(pipeline.n) != row for row in order[np.unique(places)]]
+        n = len(order)
+        places = np.linspace(0, n - 1, min(pipeline.spec.loo.examples, n)).round().astype(int)
+        return [np.arange(n) != place for place in order[np.unique(places)]]
 
     @cached_property
     def _rankings(self) -> dict[str, np.ndarray]:
-        """Rankings (queries, n) by the method, at random, and by similarity of representations."""
+        """Rankings (queries, num_training) by the method, at random, and by similarity of representations."""
         pipeline = self._pipeline
         assert pipeline.spec.removal is not None
         count = min(pipeline.spec.removal.queries, len(pipeline.batch))
         method = pipeline.spec.fit.method.type
         similarity = Representation(pipeline.index.context.checkpoint(0), "cosine")
-        rows = np.concatenate(
-            [similarity.encode_train(batch).rows.cpu().numpy() for batch in pipeline.index.context.batches(0)]
-        )
+        batches = pipeline.index.context.batches(0, pipeline.rows)
+        rows = np.concatenate([similarity.encode_train(batch).rows.cpu().numpy() for batch in batches])
         asked = similarity.encode_query(pipeline.batch[:count]).rows.cpu().numpy()
         return {
             method: ranking_of(pipeline.scores(None)[:count]),
-            "random": random_ranking(count, pipeline.n, 0),
+            "random": random_ranking(count, len(pipeline.rows), 0),
             "similarity": ranking_of(asked @ rows.T),
         }
 

@@ -220,6 +220,7 @@ def train_spec(spec: FitSpec) -> TrainSpec:
         dataset=spec.dataset,
         recipe=spec.recipe,
         initial=spec.initial,
+        left_out=spec.left_out,
     )
 
 

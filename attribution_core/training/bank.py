@@ -24,10 +24,10 @@ WEIGHTS, DIVERGED = "weights.", "diverged"
 _OUTPUT_BYTES = 64 << 20
 
 
-def group_runs(protocol: Protocol, n: int, group: int, num_parameters: int) -> list[Run]:
+def group_runs(protocol: Protocol, n: int, group: int, num_parameters: int, left_out: Sequence[int] = ()) -> list[Run]:
     """Return the runs of one group, subset by subset and within a subset seed by seed."""
     size = protocol.subsets_per_group(num_parameters)
-    masks = [subset_mask(protocol, n, subset) for subset in range(group * size, (group + 1) * size)]
+    masks = [subset_mask(protocol, n, subset, left_out) for subset in range(group * size, (group + 1) * size)]
     return [Run(mask, seed) for mask in masks for seed in protocol.training_seeds()]
 
 
@@ -42,7 +42,8 @@ def train_group(
     Raises:
         Cancelled: from progress.
     """
-    runs = group_runs(protocol, len(trainer.data), group, trainer.network.num_parameters)
+    n, size = len(trainer.data), trainer.network.num_parameters
+    runs = group_runs(protocol, n, group, size, trainer.spec.left_out)
     shape = (-1, protocol.seeds)
     found = train_runs(trainer, runs, protocol.semantics, progress)
     return {name: value.reshape(*shape, *value.shape[1:]) for name, value in found.items()}
@@ -140,9 +141,9 @@ class Bank:
 
     @cached_property
     def masks(self) -> np.ndarray:
-        """Which examples each subset keeps, (subsets, n) bool."""
-        n = self.spec.dataset.num_examples
-        return np.stack([subset_mask(self.protocol, n, subset) for subset in range(self.protocol.subsets)])
+        """Which examples each subset keeps, (subsets, n) bool; those left out of every training are in none."""
+        n, left_out = self.spec.dataset.num_examples, self.spec.left_out
+        return np.stack([subset_mask(self.protocol, n, subset, left_out) for subset in range(self.protocol.subsets)])
 
     @cached_property
     def diverged(self) -> np.ndarray:

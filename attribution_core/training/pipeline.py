@@ -59,8 +59,8 @@ class TrainingPipeline:
     def __init__(self, spec: TrainSpec, seeds: Sequence[int], save_every: int | None, device: str = "cpu") -> None:
         self.trainer = Trainer(spec, device)
         self.seeds, self.save_every = list(seeds), save_every
-        everything = np.ones(spec.dataset.num_examples, bool)
-        self._groups = run_groups(self.trainer, [Run(everything, seed) for seed in seeds], "resample")
+        everything = [Run(spec.everything(), seed) for seed in seeds]
+        self._groups = run_groups(self.trainer, everything, "resample")
 
     def stages(self) -> list[Stage]:
         """Return the one stage."""

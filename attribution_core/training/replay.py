@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.func import grad, grad_and_value, jvp, vjp, vmap
@@ -62,7 +61,7 @@ class Replay:
 
     def __init__(self, trainer: Trainer, seed: int) -> None:
         self.trainer = trainer
-        self.run = Run(np.ones(len(trainer.data), bool), seed)
+        self.run = Run(trainer.spec.everything(), seed)
         self.plan = trainer.plan(self.run, "mask")
 
     @property

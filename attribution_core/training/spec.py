@@ -1,5 +1,6 @@
 """What a training depends on, and the protocol of a bank of retrainings; free of torch."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -22,6 +23,7 @@ class TrainSpec(Spec):
 
     Attributes:
         initial: the checkpoint that the recipe starts from, None where the seed decides.
+        left_out: rows of the data set that no training sees, ascending: deleted examples. Rows keep their numbers.
     """
 
     architecture: ArchitectureSpec
@@ -31,6 +33,7 @@ class TrainSpec(Spec):
     dataset: DatasetRef
     recipe: Recipe
     initial: CheckpointRef | None = None
+    left_out: list[int] = Field(default_factory=list)
     format: Literal[1] = 1
 
     @model_validator(mode="after")
@@ -41,9 +44,34 @@ class TrainSpec(Spec):
             raise ValueError("initial must be the checkpoint that the recipe's initialisation names")
         return self
 
+    @model_validator(mode="after")
+    def _something_is_left(self) -> Self:
+        n, rows = self.dataset.num_examples, self.left_out
+        if rows != sorted(set(rows)) or (rows and not 0 <= rows[0] <= rows[-1] < n):
+            raise ValueError(f"left_out must be rows below {n}, ascending")
+        if len(rows) == n:
+            raise ValueError("every example is left out")
+        return self
+
+    @property
+    def training_rows(self) -> np.ndarray:
+        """The rows that are trained on, in order, (num_training,) int64."""
+        return np.setdiff1d(np.arange(self.dataset.num_examples), np.asarray(self.left_out, np.int64))
+
+    @property
+    def num_training(self) -> int:
+        """How many examples are trained on."""
+        return self.dataset.num_examples - len(self.left_out)
+
+    def everything(self) -> np.ndarray:
+        """Return which rows of the data set are trained on, (n,) bool."""
+        kept = np.ones(self.dataset.num_examples, bool)
+        kept[self.left_out] = False
+        return kept
+
     def fingerprint(self) -> str:
         """Return the hash of all that decides the trained weights, given a seed: recipe, architecture, task, data, initial weights."""
-        decides = self.model_dump(mode="json", include={"architecture", "task", "tokenizer", "format"})
+        decides = self.model_dump(mode="json", include={"architecture", "task", "tokenizer", "left_out", "format"})
         recipe = self.recipe.model_dump(mode="json", exclude={"initialisation"})
         initial = self.initial.sha256 if self.initial else None
         tokenizer = sha256_file(self.tokenizer_path) if self.tokenizer_path else None
@@ -53,7 +81,7 @@ class TrainSpec(Spec):
 class Protocol(Spec):
     """Which retrainings make up a bank: random subsets that keep a share of the examples, each trained with several seeds.
 
-    Subset j is a function of (seed, alpha, n, j) alone, so a larger bank begins with the smaller one.
+    Subset j is a function of (seed, alpha, n, left_out, j) alone, so a larger bank begins with the smaller one.
     """
 
     alpha: float = Field(default=0.5, gt=0, lt=1, description="Share of the examples that each subset keeps.")
@@ -85,19 +113,20 @@ class Protocol(Spec):
         return -(-self.subsets // self.subsets_per_group(num_parameters))
 
 
-def subset_mask(protocol: Protocol, n: int, j: int) -> np.ndarray:
-    """Return which examples subset j keeps, (n,) bool: exactly `round(alpha * n)` of them.
+def subset_mask(protocol: Protocol, n: int, j: int, left_out: Sequence[int] = ()) -> np.ndarray:
+    """Return which of n rows subset j keeps, (n,) bool: of the m rows that are not left out exactly `round(alpha * m)`.
 
     The bits of a Philox counter are sorted, as numpy promises those, and not its permutations, for all time.
 
     Raises:
         InvalidInputError: if that many are none or all of them.
     """
-    kept = round(protocol.alpha * n)
-    if not 0 < kept < n:
-        raise InvalidInputError(f"alpha {protocol.alpha} keeps {kept} of {n} examples", "/alpha")
-    entropy: list[Any] = [protocol.seed, n, j, *np.array([protocol.alpha]).view(np.uint32).tolist()]
-    bits = np.random.Philox(np.random.SeedSequence(entropy)).random_raw(n)
+    rows = np.setdiff1d(np.arange(n), np.asarray(left_out, np.int64))
+    kept = round(protocol.alpha * len(rows))
+    if not 0 < kept < len(rows):
+        raise InvalidInputError(f"alpha {protocol.alpha} keeps {kept} of {len(rows)} examples", "/alpha")
+    entropy: list[Any] = [protocol.seed, len(rows), j, *np.array([protocol.alpha]).view(np.uint32).tolist()]
+    bits = np.random.Philox(np.random.SeedSequence(entropy)).random_raw(len(rows))
     mask = np.zeros(n, bool)
-    mask[np.argsort(bits, kind="stable")[:kept]] = True
+    mask[rows[np.argsort(bits, kind="stable")[:kept]]] = True
     return mask

@@ -35,7 +35,7 @@ class Run:
     """One training.
 
     Attributes:
-        kept: which examples are trained on, (n,) bool.
+        kept: which examples are trained on, (n,) bool; none of those that the spec leaves out.
         seed: of initial weights, order and augmentation.
     """
 
@@ -116,9 +116,11 @@ class Trainer:
         """Return every step of a run; a function of the recipe, the run and the semantics alone.
 
         Raises:
-            InvalidInputError: if the run keeps too few examples for a single step, or the warm-up never ends.
+            InvalidInputError: if the run keeps examples that the spec leaves out, or too few for a single step, or the warm-up never ends.
         """
-        own = np.flatnonzero(run.kept) if semantics == "resample" else np.arange(len(run.kept))
+        if run.kept[self.spec.left_out].any():
+            raise InvalidInputError("a run keeps examples that are left out of every training")
+        own = np.flatnonzero(run.kept) if semantics == "resample" else self.spec.training_rows
         rates = self._learning_rates(len(own))
         each = self.recipe.steps_per_epoch(len(own))
         generator = torch.Generator().manual_seed(run.seed)
@@ -195,7 +197,7 @@ class Trainer:
         tensors = 5 + 2 * len(self.optimizer.moments)
         weights = tensors * self.network.num_parameters * self.dtype.itemsize
         example = self.data.batch(np.arange(1))
-        batch = min(self.recipe.batch_size, len(self.data))
+        batch = min(self.recipe.batch_size, self.spec.num_training)
         return weights + 2 * batch * (example.inputs.nbytes + self.network.activation_bytes(example))
 
     def estimate_seconds(
@@ -223,9 +225,8 @@ class Trainer:
             )
         return rates
 
-    @staticmethod
-    def _examples(run: Run, semantics: Semantics) -> int:
-        return int(run.kept.sum()) if semantics == "resample" else len(run.kept)
+    def _examples(self, run: Run, semantics: Semantics) -> int:
+        return int(run.kept.sum()) if semantics == "resample" else self.spec.num_training
 
     def _parts(self, runs: Sequence[Run], semantics: Semantics, budget: int) -> Iterator[list[int]]:
         """Yield numbers of runs that train together: as many steps each, as many at once as memory allows."""

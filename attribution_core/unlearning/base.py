@@ -31,7 +31,7 @@ class Subject:
     @property
     def num_examples(self) -> int:
         """n, the size of the whole training set."""
-        return self.spec.fit.dataset.num_examples
+        return self.spec.fit.num_training
 
     @cached_property
     def index(self) -> LoadedIndex:

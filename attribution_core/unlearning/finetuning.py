@@ -70,7 +70,7 @@ class FineTuner(Unlearner):
         return Trainer(spec, self.subject.device)
 
     def _kept(self) -> np.ndarray:
-        kept = np.zeros(self.subject.num_examples, bool)
+        kept = np.zeros(self.subject.spec.fit.dataset.num_examples, bool)
         kept[self.rows] = True
         return kept
 

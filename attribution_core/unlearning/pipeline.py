@@ -162,7 +162,8 @@ class UnlearnPipeline:
     @property
     def _trained_on(self) -> int:
         """How many examples an oracle's steps are over."""
-        return len(self.subject.retain) if self.spec.semantics == "resample" else self.subject.num_examples
+        assert self.spec.train is not None
+        return len(self.subject.retain) if self.spec.semantics == "resample" else self.spec.train.num_training
 
     def _unlearnings(self) -> list[Shard]:
         """Return the shards method by method; the one that is asked for comes first."""

@@ -193,13 +193,15 @@ class UnlearnSpec(Spec):
         return np.unique(np.array(self.forget, np.int64))
 
     def retained(self) -> np.ndarray:
-        """Return all other rows in order, int64."""
-        return np.setdiff1d(np.arange(self.fit.dataset.num_examples), self.forgotten())
+        """Return all other rows that are trained on, in order, int64; deleted examples are in neither set."""
+        absent = [self.fit.left_out, self.train.left_out if self.train else []]
+        gone = np.concatenate([self.forgotten(), *(np.asarray(rows, np.int64) for rows in absent)])
+        return np.setdiff1d(np.arange(self.fit.dataset.num_examples), gone)
 
     def kept(self) -> np.ndarray:
         """Return which examples stay, (n,) bool."""
-        kept = np.ones(self.fit.dataset.num_examples, bool)
-        kept[self.forgotten()] = False
+        kept = np.zeros(self.fit.dataset.num_examples, bool)
+        kept[self.retained()] = True
         return kept
 
     def l2(self, method: Newton | ExactNewton) -> float:
@@ -237,7 +239,7 @@ class UnlearnSpec(Spec):
             raise InvalidInputError("the forget set is empty: name at least one training example", "/forget")
         if forgotten[-1] >= n:
             raise InvalidInputError(f"row {forgotten[-1]} is not one of the {n} training examples", "/forget")
-        if len(forgotten) == n:
+        if not len(self.retained()):
             raise InvalidInputError(
                 "the forget set is the whole training set: nothing would be left to train on", "/forget"
             )

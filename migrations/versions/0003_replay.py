@@ -58,6 +58,7 @@ def upgrade() -> None:
         sa.Column("dataset_id", sa.String(), nullable=True),
         sa.Column("index_id", sa.String(), nullable=True),
         sa.Column("request", _JSON, nullable=False),
+        sa.Column("left_out", _JSON, nullable=False),
         sa.Column("status", sa.String(), nullable=False),
         sa.Column("result", _JSON, nullable=True),
         sa.Column("error", _JSON, nullable=True),

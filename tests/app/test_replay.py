@@ -1,11 +1,12 @@
 """Trainings, evaluations and verifications over HTTP, by real retraining of a small model on real digits."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.conftest import MLP, Loaded
+from tests.conftest import MLP, Loaded, save_digits
 
 RECIPE: dict[str, Any] = {
     "optimizer": {"type": "sgd", "momentum": 0.9},
@@ -162,6 +163,23 @@ def test_methods_are_compared_on_one_bank(trained: Loaded, evaluated: dict[str, 
     assert refused.status_code in (404, 422)
 
 
+def test_a_new_generation_has_no_quality_and_no_calibration(trained: Loaded, evaluated: dict[str, Any]) -> None:
+    service, half = trained.service, {"remove": {"rows": list(range(0, 600, 2))}}
+    fit = {"name": "renewed", "model": "retrained", "dataset": "digits", "method": {"type": "grad_dot"}}
+    assert service.finished(service.post("/v1/indexes", fit, 202))["state"] == "succeeded"
+    body = {"queries": {"dataset": "test", "count": 30}, "protocol": PROTOCOL}
+    assert service.finished(service.post("/v1/indexes/renewed/evaluations", body, 202))["state"] == "succeeded"
+    asked = {"queries": [{"dataset": "test", "rows": [3]}], "subsets": [half], "interval": 0.9}
+    before = service.post("/v1/indexes/renewed/counterfactuals", asked)
+    assert before["quality"] is not None
+    assert before["results"][0]["predictions"][0]["calibrated"]
+    assert service.finished(service.post("/v1/indexes/renewed/refresh", {}, 202))["state"] == "succeeded"
+    after = service.post("/v1/indexes/renewed/counterfactuals", asked)
+    assert after["quality"] is None
+    assert not after["results"][0]["predictions"][0]["calibrated"]
+    assert after["results"][0]["predictions"][0]["interval"] is None
+
+
 def test_a_verification_lays_predictions_beside_retraining(trained: Loaded) -> None:
     body = {
         "queries": [{"dataset": "test", "rows": [3, 8]}],
@@ -238,6 +256,59 @@ def test_diverging_retrainings_are_counted_and_left_out(trained: Loaded) -> None
     job = service.finished(service.post("/v1/models/wild/trainings", {"dataset": "digits", "seeds": [0]}, 202))
     assert job["state"] == "failed"
     assert "diverged" in job["error"]["detail"]
+
+
+def test_deleted_examples_are_trained_on_no_more(loaded: Loaded, tmp_path: Path) -> None:
+    """Digits without some rows are trained on, evaluated and verified as a data set that never had them."""
+    service, gone = loaded.service, [0, 7, 199]
+    spec = {"kind": "image", "input": "image", "target": "label", "metadata": ["source"]}
+    part = np.load(save_digits(tmp_path / "some.npz", 0, 200))
+    np.savez(tmp_path / "fewer.npz", **{name: np.delete(part[name], gone, axis=0) for name in part})
+    quality, weights, banks = [], [], []
+    for name in ("some", "fewer"):
+        imported = service.upload("/v1/datasets", tmp_path / f"{name}.npz", 202, spec={"name": f"r-{name}", **spec})
+        assert service.finished(imported)["state"] == "succeeded"
+        if name == "some":
+            service.post("/v1/datasets/r-some/deletions", {"selector": {"rows": gone}})
+        model = {"name": f"r-{name}", "architecture": MLP, "task": {"type": "classification"}, "recipe": RECIPE}
+        service.post("/v1/models", model, 201)
+        training = service.post(f"/v1/models/r-{name}/trainings", {"dataset": f"r-{name}", "seeds": [0]}, 202)
+        assert service.finished(training)["state"] == "succeeded"
+        weights.append(service.get(f"/v1/models/r-{name}/checkpoints")["items"][0]["sha256"])
+        fit = {"name": f"r-{name}", "model": f"r-{name}", "dataset": f"r-{name}", "method": {"type": "grad_dot"}}
+        assert service.finished(service.post("/v1/indexes", fit, 202))["state"] == "succeeded"
+        body = {
+            "queries": {"dataset": "test", "count": 10},
+            "protocol": {"subsets": 8},
+            "deterministic": [0.9],
+            "loo": {"examples": 3, "seeds": 1},
+            "removal": {"top": [5], "queries": 1, "seeds": 1},
+            "mislabelled": {"field": "target", "op": "lt", "value": 2},
+        }
+        job = service.finished(service.post(f"/v1/indexes/r-{name}/evaluations", body, 202))
+        assert job["state"] == "succeeded", job["error"]
+        quality.append(service.get(f"/v1/indexes/r-{name}/evaluations")["items"][0]["quality"])
+        subsets = [{"remove": {"top_positive": 5}}]
+        asked = {"queries": [{"dataset": "test", "rows": [3]}], "subsets": subsets, "seeds": [0]}
+        checked = service.finished(service.post(f"/v1/indexes/r-{name}/verifications", asked, 202))
+        assert checked["state"] == "succeeded", checked["error"]
+        (found,) = service.get(f"/v1/indexes/r-{name}/verifications")["items"]
+        banks.append(found["results"][0]["predictions"][0])
+    assert weights[0] == weights[1], "to the bit"
+    assert banks[0] == approximately(banks[1])
+    assert quality[0] == approximately(quality[1])
+    refused = {"queries": {"dataset": "r-some", "rows": gone[:1]}, "protocol": {"subsets": 8}}
+    answer = service.http.post("/v1/indexes/r-some/evaluations", json=refused)
+    assert (answer.status_code, answer.json()["errors"][0]["pointer"]) == (422, "/queries/rows")
+
+
+def approximately(value: Any) -> Any:
+    """JSON whose numbers may differ by rounding; ids differ."""
+    if isinstance(value, dict):
+        return {key: approximately(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [approximately(entry) for entry in value]
+    return pytest.approx(value, rel=1e-3, abs=1e-4) if isinstance(value, float) else value
 
 
 def test_banks_are_listed_and_deleted(trained: Loaded, evaluated: dict[str, Any]) -> None:

@@ -18,18 +18,18 @@ MAGIC = {"type": "magic", "queries": {"dataset": "test", "rows": ROWS}, "seed": 
 
 
 def body(name: str, method: dict, **more: object) -> dict:
-    return {"name": name, "model": "path-of-sgd", "dataset": "digits", "method": method, **more}
+    return {"name": name, "model": "replayed", "dataset": "digits", "method": method, **more}
 
 
 @pytest.fixture(scope="module")
 def replayed(loaded: Loaded, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     """The shared service with a model that has a recipe, two checkpoints of one run, and a MAGIC index without any."""
-    model = {"name": "path-of-sgd", "architecture": MLP, "task": {"type": "classification"}, "recipe": RECIPE}
+    model = {"name": "replayed", "architecture": MLP, "task": {"type": "classification"}, "recipe": RECIPE}
     loaded.service.post("/v1/models", model, 201)
     for number, rate in enumerate((0.05, 0.01)):
         file = train_mlp(tmp_path_factory.mktemp("weights") / "some.safetensors", number)
         meta = {"run": "one", "step": 12 * (number + 1), "learning_rate": rate, "final": number == 1}
-        loaded.service.upload("/v1/models/path-of-sgd/checkpoints", file, 201, meta=meta)
+        loaded.service.upload("/v1/models/replayed/checkpoints", file, 201, meta=meta)
     job = loaded.service.post("/v1/indexes", body("magic", MAGIC), 202)
     finished = loaded.service.finished(job)
     assert finished["state"] == "succeeded", finished

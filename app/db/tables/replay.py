@@ -34,7 +34,10 @@ class BankGroup(Created, Base):
 
 
 class Replay(Created, Base):
-    """One training, evaluation, verification or unlearning: what was asked, and what came of it."""
+    """One training, evaluation, verification or unlearning: what was asked, and what came of it.
+
+    `left_out` are the rows of the data set that were deleted when it was asked: every attempt of its job trains without the same ones.
+    """
 
     __tablename__ = "replay"
 
@@ -44,6 +47,7 @@ class Replay(Created, Base):
     dataset_id: Mapped[str | None] = mapped_column(ForeignKey("dataset.id", ondelete="SET NULL"), index=True)
     index_id: Mapped[str | None] = mapped_column(ForeignKey("attribution_index.id", ondelete="CASCADE"), index=True)
     request: Mapped[dict[str, Any]]
+    left_out: Mapped[list[Any]]
     status: Mapped[str]
     result: Mapped[dict[str, Any] | None]
     error: Mapped[dict[str, Any] | None]

@@ -9,10 +9,12 @@ import torch
 
 from attribution_core.arrays import read_arrays, write_arrays
 from attribution_core.data.batch import Batch
+from attribution_core.data.importer import import_dataset
 from attribution_core.errors import InvalidInputError
+from attribution_core.progress import NoProgress
 from attribution_core.training.bank import Bank, group_runs, train_group
-from attribution_core.training.spec import Protocol, TrainSpec, subset_mask
-from attribution_core.training.trainer import Trainer
+from attribution_core.training.spec import Protocol, Semantics, TrainSpec, subset_mask
+from attribution_core.training.trainer import Run, Trainer
 from tests.core.training.problems import N, spec_of
 
 PROTOCOL = Protocol(subsets=5, seeds=16)  # two subsets per group
@@ -125,3 +127,45 @@ def test_a_bank_needs_all_its_groups(spec: TrainSpec, files: list[Path]) -> None
         Bank(spec, PROTOCOL, files[:2])
     with pytest.raises(InvalidInputError, match="measurement"):
         Bank(spec, PROTOCOL, files).values(queries(), "prediction")
+
+
+def test_examples_left_out_are_in_no_subset_and_rows_keep_their_numbers(spec: TrainSpec) -> None:
+    left_out = [0, 7, 21]
+    without = TrainSpec.model_validate({**spec.model_dump(), "left_out": left_out})
+    masks = Bank(without, changed(subsets=9), [Path("unread")] * 9).masks
+    assert masks.shape == (9, N)
+    assert not masks[:, left_out].any()
+    assert (masks.sum(1) == round(0.5 * (N - 3))).all()
+    assert np.array_equal(
+        np.delete(masks, left_out, axis=1), np.stack([subset_mask(changed(), N - 3, j) for j in range(9)])
+    ), "as if they had never been there"
+    assert PROTOCOL.bank_key(without) != PROTOCOL.bank_key(spec)
+
+
+@pytest.mark.parametrize("semantics", ["resample", "mask"])
+def test_training_without_examples_is_training_on_a_data_set_that_lacks_them(
+    spec: TrainSpec, tmp_path: Path, semantics: Semantics
+) -> None:
+    left_out = [0, 7, 21]
+    without = Trainer(TrainSpec.model_validate({**spec.model_dump(), "left_out": left_out}))
+    source = np.load(spec.dataset.folder.parent / "train.npz")
+    np.savez(tmp_path / "fewer.npz", **{name: np.delete(source[name], left_out, axis=0) for name in source})
+    (tmp_path / "fewer").mkdir()
+    summary = import_dataset(tmp_path / "fewer.npz", spec.dataset.spec, tmp_path / "fewer", NoProgress())
+    fewer = {"folder": tmp_path / "fewer", "sha256": summary.sha256, "num_examples": N - 3}
+    lacking = Trainer(
+        TrainSpec.model_validate({**spec.model_dump(), "dataset": {**spec.dataset.model_dump(), **fewer}})
+    )
+    mask = subset_mask(PROTOCOL, N, 0, left_out)
+    ours = without.train([Run(without.spec.everything(), 3), Run(mask, 4)], semantics)
+    theirs = lacking.train([Run(np.ones(N - 3, bool), 3), Run(np.delete(mask, left_out), 4)], semantics)
+    for name, value in theirs.parameters.items():
+        torch.testing.assert_close(ours.parameters[name], value, rtol=0, atol=0)
+    with pytest.raises(InvalidInputError, match="left out of every training"):
+        without.train([Run(np.ones(N, bool), 3)], semantics)
+
+
+@pytest.mark.parametrize("left_out", [[3, 1], [1, 1], [N], [-1], list(range(N))])
+def test_impossible_rows_are_not_left_out(spec: TrainSpec, left_out: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"left_out|left out"):
+        TrainSpec.model_validate({**spec.model_dump(), "left_out": left_out})

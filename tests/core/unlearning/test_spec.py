@@ -31,6 +31,16 @@ def test_rows_named_twice_are_forgotten_once(perceptrons: Problem) -> None:
     assert twice.fingerprint() == once.fingerprint()
 
 
+def test_deleted_examples_neither_stay_nor_are_forgotten(perceptrons: Problem) -> None:
+    """Those that the fit was made without, and those that were deleted since."""
+    assert perceptrons.train is not None
+    fit = type(perceptrons.fit).model_validate({**perceptrons.fit.model_dump(), "left_out": [5]})
+    train = TrainSpec.model_validate({**perceptrons.train.model_dump(), "left_out": [1, 5]})
+    spec = perceptrons.spec(NEWTON, forget=[2, 4], fit=fit, train=train)
+    assert spec.retained().tolist() == [row for row in range(N) if row not in (1, 2, 4, 5)]
+    assert spec.kept().nonzero()[0].tolist() == spec.retained().tolist()
+
+
 @pytest.mark.parametrize(
     ("chosen", "pointer"),
     [
