@@ -1,7 +1,7 @@
 """Submitting replays, what a worker needs to know of them, and what it reports."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -22,6 +22,7 @@ from app.replay.schemas import (
     EvaluationCreate,
     EvaluationOut,
     QuerySet,
+    ReplayOut,
     TrainedRun,
     TrainingCreate,
     TrainingOut,
@@ -42,6 +43,7 @@ from attribution_core.unlearning.spec import EvaluationSet, UnlearnSpec
 from attribution_core.weights import WeightsSummary
 
 Json = dict[str, Any]
+Shown = TypeVar("Shown", bound=ReplayOut)
 _PREFIXES = {"training": "trn", "evaluation": "eval", "verification": "ver", "unlearning": "unl"}
 _SHOWN_ROWS = 1000
 
@@ -411,33 +413,34 @@ async def find_training(session: AsyncSession, model: str, replay_id: str) -> Re
 async def trainings(session: AsyncSession, model: str, page: Page) -> PageOf[TrainingOut]:
     """Return one page of a model's trainings, newest first."""
     found = await models.find(session, model)
-    route = f"trainings:{found.id}"
-    rows, following = cut(await repository.page(session, "training", page, route, model_id=found.id), page, route)
-    return PageOf[TrainingOut](items=[shown_training(row) for row in rows], next=following)
+    return await _page(session, "training", found.id, page, shown_training, model_id=found.id)
 
 
 async def evaluations(session: AsyncSession, index: str, page: Page) -> PageOf[EvaluationOut]:
     """Return one page of an index's evaluations, newest first."""
     found = await indexes.find(session, index)
-    route = f"evaluations:{found.id}"
-    rows, following = cut(await repository.page(session, "evaluation", page, route, index_id=found.id), page, route)
-    return PageOf[EvaluationOut](items=[shown_evaluation(row) for row in rows], next=following)
+    return await _page(session, "evaluation", found.id, page, shown_evaluation, index_id=found.id)
 
 
 async def verifications(session: AsyncSession, index: str, page: Page) -> PageOf[VerificationOut]:
     """Return one page of an index's verifications, newest first."""
     found = await indexes.find(session, index)
-    route = f"verifications:{found.id}"
-    rows, following = cut(await repository.page(session, "verification", page, route, index_id=found.id), page, route)
-    return PageOf[VerificationOut](items=[shown_verification(row) for row in rows], next=following)
+    return await _page(session, "verification", found.id, page, shown_verification, index_id=found.id)
 
 
 async def unlearnings(session: AsyncSession, index: str, page: Page) -> PageOf[UnlearnedOut]:
     """Return one page of an index's unlearnings, newest first."""
     found = await indexes.find(session, index)
-    route = f"unlearnings:{found.id}"
-    rows, following = cut(await repository.page(session, "unlearning", page, route, index_id=found.id), page, route)
-    return PageOf[UnlearnedOut](items=[shown_unlearned(row) for row in rows], next=following)
+    return await _page(session, "unlearning", found.id, page, shown_unlearned, index_id=found.id)
+
+
+async def _page(
+    session: AsyncSession, kind: str, owner: str, page: Page, show: Callable[[Replay], Shown], **of: str
+) -> PageOf[Shown]:
+    """Return one page of the replays of a kind that belong to a model or an index."""
+    route = f"{kind}:{owner}"
+    rows, following = cut(await repository.page(session, kind, page, route, **of), page, route)
+    return PageOf(items=[show(row) for row in rows], next=following)
 
 
 def shown_training(replay: Replay) -> TrainingOut:
