@@ -17,7 +17,7 @@ from app.errors import (
 )
 from app.jobs.schemas import JobOut
 from app.jobs.service import shown as shown_job
-from app.replay import service
+from app.replay import plans, service
 from app.replay.schemas import (
     EvaluationCreate,
     EvaluationOut,
@@ -72,7 +72,7 @@ async def create_training(
     response.headers["Location"] = f"/v1/jobs/{job.id}"
 
     async def finished(later: AsyncSession) -> TrainingOut:
-        return service.shown_training(await service.find(later, "training", created.id))
+        return service.shown_training(await plans.find(later, "training", created.id))
 
     answer_when_finished(request, finished)
     return shown_job(job)
@@ -123,7 +123,7 @@ async def create_evaluation(
     response.headers["Location"] = f"/v1/jobs/{job.id}"
 
     async def finished(later: AsyncSession) -> EvaluationOut:
-        return service.shown_evaluation(await service.find(later, "evaluation", created.id))
+        return service.shown_evaluation(await plans.find(later, "evaluation", created.id))
 
     answer_when_finished(request, finished)
     return shown_job(job)
@@ -174,7 +174,7 @@ async def create_verification(
     response.headers["Location"] = f"/v1/jobs/{job.id}"
 
     async def finished(later: AsyncSession) -> VerificationOut:
-        return service.shown_verification(await service.find(later, "verification", created.id))
+        return service.shown_verification(await plans.find(later, "verification", created.id))
 
     answer_when_finished(request, finished)
     return shown_job(job)
@@ -228,7 +228,7 @@ async def create_unlearned_checkpoints(
     response.headers["Location"] = f"/v1/jobs/{job.id}"
 
     async def finished(later: AsyncSession) -> UnlearnedOut:
-        return service.shown_unlearned(await service.find(later, "unlearning", created.id))
+        return service.shown_unlearned(await plans.find(later, "unlearning", created.id))
 
     answer_when_finished(request, finished)
     return shown_job(job)

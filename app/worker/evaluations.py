@@ -6,7 +6,7 @@ from pathlib import Path
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.banks import service as banks_service
-from app.replay import service as replays
+from app.replay import plans as replays
 from app.storage.artifacts import crash_point
 from app.worker.banks import published_groups
 from app.worker.runner import Kind, Runner, Running, computed

@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.db.tables import Checkpoint
 from app.models import service as models
 from app.models.schemas import CheckpointMeta
-from app.replay import service as replays
+from app.replay import plans as replays
 from app.replay.schemas import UnlearnedCreate
 from app.worker.runner import Kind, Runner, Running, computed
 from app.worker.sharded import assist, device_of, shard_files, work_through

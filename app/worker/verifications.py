@@ -12,7 +12,7 @@ from app.engine.operations import Operations
 from app.queries import service as queries
 from app.queries.schemas import CounterfactualRequest
 from app.queries.service import Asked
-from app.replay import service as replays
+from app.replay import plans as replays
 from app.replay.schemas import VerificationCreate
 from app.worker.runner import Kind, Runner, Running, computed
 from app.worker.sharded import assist, device_of, shard_files, work_through
