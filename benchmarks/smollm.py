@@ -168,16 +168,18 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 _STUDY = """# SmolLM2: attribution over a language model of 135 million parameters
 
-Made by `python -m benchmarks.smollm --precision {precision}` (its first lines say what to install): {examples:,} windows of {tokens} tokens of Jane Austen's novels, method
+Made by `python -m benchmarks.smollm --precision {precision}` (its first lines say what to install): {examples:,} windows
+of {tokens} tokens of Jane Austen's novels, method
 `{method}`, layers {layers}, {percent_attributed:.1f}% of the parameters, passes in {precision}, {batch_size} examples per batch, rows in float16.
 
 Protocol: CPU seconds of one process, number of threads {threads}, as the machine was shared; "plain" is one forward and backward pass with parameter gradients
 in the same run, over {plain_examples} of the examples. The fit includes loading the model, tokenising, features, the projected Fisher matrix and the
 measured recall. Queries are windows between the training examples; `×` is CPU seconds over those of plain passes over as many examples.
 
-What this does not say: the backward pass ends at the first attributed layer, which is most of why a fit costs less than plain passes; layers further
-down would cost more. The model was not trained by us on these texts, so no retraining can check the scores, and their unit takes the index for the
-whole training set: read them as an order. The weights were rounded to 4 bits by whoever published the file.
+What this does not say: a fit costs less than plain passes as no parameter gradient is formed and the backward pass ends at the first attributed layer;
+layers further down would cost more. Threads of a loaded machine wait for each other and burn CPU seconds while they do: use one where others compute.
+The model was not trained by us on these texts, so no retraining can check the scores, and their unit takes the index for the whole training set: read
+them as an order. The weights were rounded to 4 bits by whoever published the file.
 
 | | measured |
 |---|---|
