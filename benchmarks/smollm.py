@@ -168,12 +168,18 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 _STUDY = """# SmolLM2: attribution over a language model of 135 million parameters
 
-Made by `python -m benchmarks.smollm` (its first lines say what to install): {examples:,} windows of {tokens} tokens of Jane Austen's novels, method
+Made by `python -m benchmarks.smollm --precision {precision}` (its first lines say what to install): {examples:,} windows
+of {tokens} tokens of Jane Austen's novels, method
 `{method}`, layers {layers}, {percent_attributed:.1f}% of the parameters, passes in {precision}, {batch_size} examples per batch, rows in float16.
 
-Protocol: CPU seconds of one process ({threads} threads), as the machine was shared; "plain" is one forward and backward pass with parameter gradients
+Protocol: CPU seconds of one process, number of threads {threads}, as the machine was shared; "plain" is one forward and backward pass with parameter gradients
 in the same run, over {plain_examples} of the examples. The fit includes loading the model, tokenising, features, the projected Fisher matrix and the
 measured recall. Queries are windows between the training examples; `×` is CPU seconds over those of plain passes over as many examples.
+
+What this does not say: a fit costs less than plain passes as no parameter gradient is formed and the backward pass ends at the first attributed layer;
+layers further down would cost more. Threads of a loaded machine wait for each other and burn CPU seconds while they do: use one where others compute.
+The model was not trained by us on these texts, so no retraining can check the scores, and their unit takes the index for the whole training set: read
+them as an order. The weights were rounded to 4 bits by whoever published the file.
 
 | | measured |
 |---|---|
@@ -212,7 +218,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--queries", type=int, default=8)
     parser.add_argument("--top", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--layers", nargs="+", default=["model.layers.2?.mlp.*"])
     parser.add_argument(
