@@ -13,8 +13,3 @@ def new_id(prefix: str) -> str:
     number = (time.time_ns() // 1_000_000 << 82) | secrets.randbits(82)
     digits = [_ALPHABET[number >> shift & 31] for shift in range(5 * (_LENGTH - 1), -1, -5)]
     return f"{prefix}_{''.join(digits)}"
-
-
-def looks_like_id(value: str, prefix: str) -> bool:
-    """Return whether a value has the form of an id rather than of a name."""
-    return value.startswith(f"{prefix}_") and len(value) == len(prefix) + 1 + _LENGTH
