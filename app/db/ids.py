@@ -5,7 +5,6 @@ import time
 
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
 _LENGTH = 26
-PREFIXES = ("ds", "mdl", "ckpt", "idx", "job", "key", "trn", "eval", "ver", "unl", "bank")
 
 
 def new_id(prefix: str) -> str:
