@@ -475,7 +475,7 @@ class BanzhafMethod(BankMethodBase):
 
 
 class AutoMethod(MethodBase):
-    """The first of exact, explicit, gauss_newton and ekfac that fits model and size; the index says which, and why."""
+    """The first of exact, explicit and ekfac that fits model and size; the index says which, and why."""
 
     reference: ClassVar[str] = "The ladder and what it was measured on: docs/methods.md"
     type: Literal["auto"]
