@@ -13,6 +13,9 @@ from torch.nn import functional as F
 
 # Numbers formed at once where per-example gradients must be materialised.
 MAX_NUMBERS = 1 << 22
+# Numbers that ghost products hold between their two factors, few enough to stay in the processor's cache, and examples taken at least.
+_GHOST_NUMBERS = 1 << 20
+_GHOST_EXAMPLES = 64
 # Rows of an embedding per position above which its gradient is not materialised for inner products.
 _SPARSE = 16
 
@@ -104,19 +107,34 @@ class LayerGradient:
         if self.one_hot and self.block.d_out > _SPARSE * self.positions:
             used = matrices[:, 0, self.outputs]  # (queries, batch, positions, d_in)
             return torch.einsum("qbtd,btd->qb", used, self.inputs[:, 0])
-        # Ghost products need no gradient, but cost one matrix product per query and position.
-        if not self.one_hot and len(matrices) * self.positions <= len(matrices) + self.positions:
+        if self._ghost_is_cheaper(len(matrices)):
             return self._ghost(matrices)
         flat = matrices.flatten(1)
         return torch.cat([flat @ gradients.flatten(1).T for _, gradients in self.materialised()], dim=1)
 
+    def _ghost_is_cheaper(self, queries: int) -> bool:
+        # Ghost products need no gradient, but multiply each query with every position's factors: d_out · (d_in + 1) products. Whole
+        # gradients take d_out · d_in per position once, and as many per query.
+        ghost = queries * self.positions * (self.block.d_in + 1)
+        return not self.one_hot and ghost <= self.block.d_in * (queries + self.positions)
+
     def _ghost(self, matrices: Tensor) -> Tensor:
-        step = max(1, MAX_NUMBERS // (len(self) * self.block.groups * self.positions * self.block.d_out))
-        products = []
-        for part in matrices.split(step):
-            moved = torch.einsum("bgti,qgoi->qbgto", self.inputs, part)
-            products.append((moved * self.outputs).flatten(2).sum(2))
-        return torch.cat(products)
+        """Return `⟨M_q, Σ_t g_t a_tᵀ⟩ = Σ_t ⟨M_q a_t, g_t⟩`, (queries, batch), holding `M_q a_t` of a few queries and examples."""
+        groups, positions = self.block.groups, self.positions
+        queries = max(1, min(len(matrices), _GHOST_NUMBERS // (_GHOST_EXAMPLES * positions * self.block.d_out)))
+        examples = max(1, _GHOST_NUMBERS // (queries * groups * positions * self.block.d_out))
+        products = self.inputs.new_empty(len(matrices), len(self))
+        inputs, outputs = self.inputs.transpose(0, 1), self.outputs.transpose(0, 1)  # (groups, batch, positions, d)
+        for first in range(0, len(matrices), queries):
+            chosen = matrices[first : first + queries]
+            rows = chosen.transpose(0, 1).flatten(1, 2)  # (groups, queries · d_out, d_in)
+            for start in range(0, len(self), examples):
+                part = slice(start, start + examples)
+                moved = (inputs[:, part].flatten(1, 2) @ rows.mT).view(-1, len(chosen), self.block.d_out)
+                found = moved @ outputs[:, part].flatten(0, 2).unsqueeze(-1)  # (groups · examples · positions, queries, 1)
+                summed = found.view(groups, -1, positions, len(chosen)).sum((0, 2))
+                products[first : first + queries, part] = summed.T
+        return products
 
     def total(self, weights: Tensor | None = None) -> Tensor:
         """Return the gradients' sum over the batch, weighted by (batch,), as (groups, d_out, d_in)."""

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from attribution_core.architectures.build import build
 from attribution_core.curvature.ekfac import CovarianceSums, Eigenbasis, EigenvalueSums, EkfacFactors
-from attribution_core.gradients import Block, GradientCapture, LayerGradient, Rotation
+from attribution_core.gradients import Block, GradientCapture, LayerGradient, Rotation, factors
 from attribution_core.method_spec import ProjectionSpec
 from attribution_core.projection import build_projection
 from attribution_core.spec import ArchitectureSpec
@@ -77,9 +77,25 @@ def test_inner_products_take_the_cheaper_way(positions: int, queries: int) -> No
     block = Block("layer", 1, d_out, d_in)
     gradient = LayerGradient(block, torch.randn(batch, 1, positions, d_in), torch.randn(batch, 1, positions, d_out))
     matrices = torch.randn(queries, *block.shape)
-    ghost = 2 * queries * batch * positions * d_in * d_out
+    ghost = 2 * queries * batch * positions * (d_in + 1) * d_out
     whole = 2 * batch * d_in * d_out * (positions + queries)
     assert flops(lambda: gradient.inner(matrices)) == min(ghost, whole)
+
+
+@pytest.mark.parametrize("held", [1, 2_000, 40_000])
+@pytest.mark.parametrize(("groups", "positions"), [(1, 1), (3, 1), (2, 4)])
+def test_ghost_products_are_those_of_whole_gradients(
+    groups: int, positions: int, held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However few queries and examples are taken at once."""
+    monkeypatch.setattr(factors, "_GHOST_NUMBERS", held)
+    torch.manual_seed(0)
+    block = Block("layer", groups, 4, 6)
+    inputs, outputs = (torch.randn(70, groups, positions, width, dtype=torch.float64) for width in (6, 4))
+    gradient = LayerGradient(block, inputs, outputs)
+    matrices = torch.randn(9, *block.shape, dtype=torch.float64)
+    whole = matrices.flatten(1) @ gradient.materialise().flatten(1).T
+    torch.testing.assert_close(gradient._ghost(matrices), whole, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(4, 20), (20, 4), (12, 12)])
