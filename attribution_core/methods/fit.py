@@ -174,7 +174,7 @@ class FitPipeline:
         self._write_search(into)
         self._describe(into, recall=None)
         index = LoadedIndex(into, self.spec, self.context)
-        recall = measured_recall(index, self._exact_scores(index, feature_files))
+        recall = measured_recall(index, lambda: self._exact_scores(index, feature_files))
         self._describe(into, recall=recall)
         return self._summary(into, index, recall)
 

@@ -143,6 +143,19 @@ def test_recall_tells_what_storing_rows_loses(problem: Problem) -> None:
     assert found[1] < 0.9
 
 
+def test_recall_costs_nothing_where_there_is_no_first_stage(
+    problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(*_: object) -> None:
+        raise AssertionError("queries were encoded to measure a recall that is 1")
+
+    monkeypatch.setattr(LoadedIndex, "query", forbidden)
+    spec = problem.with_(method={"type": "ekfac"}, store={"layout": "factors"})
+    assert fit(spec, tmp_path / "work", tmp_path / "index", NoProgress()).recall == 1
+    with pytest.raises(AssertionError, match="recall"):
+        fit(problem.with_(method={"type": "ekfac"}), tmp_path / "work2", tmp_path / "other", NoProgress())
+
+
 def test_int8_factors_are_close_and_say_so(problem: Problem) -> None:
     whole, small = (
         problem.fit(dtype, method=METHODS["ekfac"], store={"dtype": dtype, "layout": "factors"})
