@@ -31,6 +31,10 @@ class Curvature(ABC):
             SingularCurvatureError: if `H̄ + λ` cannot be inverted.
         """
 
+    def solve_factored(self, gradients: Sequence[LayerGradient], damping: float) -> list[Tensor]:
+        """Return `(H̄ + λ)⁻¹ v` of gradients given as factors."""
+        return self.solve([gradient.materialise() for gradient in gradients], damping)
+
     def without(self, group: "Group") -> "Curvature":
         """Return `H̄ - H_F/n`, the curvature that a group leaves behind: divided by n still, with the λ of the whole.
 
@@ -41,8 +45,7 @@ class Curvature(ABC):
 
     def paired(self, first: Sequence[LayerGradient], second: Sequence[LayerGradient], damping: float) -> Tensor:
         """Return `uᵢᵀ (H̄ + λ)⁻¹ vᵢ` of each example's two gradients, (batch,)."""
-        solved = self.solve([gradient.materialise() for gradient in first], damping)
-        return paired(solved, second)
+        return paired(self.solve_factored(first, damping), second)
 
     def quadratic(self, gradients: Sequence[LayerGradient], damping: float) -> Tensor:
         """Return `uᵢᵀ (H̄ + λ)⁻¹ uᵢ` of each example's gradient, (batch,)."""

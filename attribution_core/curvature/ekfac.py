@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # Beyond this size a side keeps its own axes: its eigendecomposition would cost more than all else together.
 MAX_ROTATED_DIM = 4096
+# Sides of elementwise layers, up to which products of columns are faster than those of matrices.
+_FEW = 2
 
 Arrays = dict[str, np.ndarray]
 # Pseudo-gradients of one batch: per drawn (or enumerated) label, one entry per block.
@@ -42,20 +44,24 @@ class CovarianceSums:
     """Sums of `aaᵀ` and `ggᵀ` per block in float64; shards add up in any grouping.
 
     Sides that are not rotated are not collected.
+
+    Args:
+        count_positions: also count the positions that are not padding, which K-FAC divides by.
     """
 
-    def __init__(self, blocks: Sequence[Block]) -> None:
+    def __init__(self, blocks: Sequence[Block], *, count_positions: bool = False) -> None:
         self.blocks = list(blocks)
         self.inputs = [_zeros(b.groups, b.d_in) if _rotates_inputs(b) else None for b in blocks]
         self.outputs = [_zeros(b.groups, b.d_out) if _rotates_outputs(b) else None for b in blocks]
-        self.positions = [0.0] * len(self.blocks)
+        self.positions = np.zeros(len(self.blocks)) if count_positions else None
 
     def add(self, draws: Draws) -> None:
         """Add a batch; what all draws share is added once."""
         for number, block in enumerate(self.blocks):
             parts = [draw[number] for draw in draws]
             inputs, outputs = self.inputs[number], self.outputs[number]
-            self.positions[number] += float(parts[0].inputs.any(-1).sum()) / block.groups
+            if self.positions is not None:
+                self.positions[number] += float(parts[0].inputs.any(-1).sum()) / block.groups
             for part in parts[:1] if block.inputs_fixed else parts:
                 if inputs is not None:
                     inputs.add_(_second_moment(part.inputs))
@@ -71,7 +77,7 @@ class CovarianceSums:
             for number, value in enumerate(values)
             if value is not None
         }
-        return found | {"positions": np.array(self.positions)}
+        return found if self.positions is None else found | {"positions": self.positions}
 
 
 class Eigenbasis:
@@ -90,9 +96,10 @@ class Eigenbasis:
 
         Signs are fixed (largest entry positive), so that equal sums give equal bytes.
         """
-        found: Arrays = {"positions": sums["positions"].astype(np.float32)}
+        found: Arrays = {}
         for name, value in sums.items():
             if name == "positions":
+                found[name] = value.astype(np.float32)
                 continue
             values, vectors = _eigen(torch.from_numpy(value))
             # What is smaller than the decomposition's own rounding is no information, and as subnormal numbers it would slow every
@@ -156,11 +163,19 @@ class EkfacFactors(Curvature):
         Raises:
             SingularCurvatureError: if some eigenvalue plus its λ is 0.
         """
-        solved = []
-        for number, (gradient, rotation) in enumerate(zip(gradients, self.basis.rotations, strict=True)):
-            divided = rotation.forward(gradient) / self.damped(number, damping).to(gradient.dtype)
-            solved.append(rotation.back(divided))
+        turned = (turn.forward(part) for part, turn in zip(gradients, self.basis.rotations, strict=True))
+        return [self._divided(number, part, damping) for number, part in enumerate(turned)]
+
+    def solve_factored(self, gradients: Sequence[LayerGradient], damping: float) -> list[Tensor]:
+        """Return `(H̄ + λ)⁻¹ v` of gradients given as factors, which are rotated where that is cheaper."""
+        solved = [part.inputs.new_empty(len(part), *part.block.shape) for part in gradients]
+        for number, (part, rotation) in enumerate(zip(gradients, self.basis.rotations, strict=True)):
+            for examples, rotated in part.materialised(rotation):
+                solved[number][examples] = self._divided(number, rotated, damping)
         return solved
+
+    def _divided(self, number: int, rotated: Tensor, damping: float) -> Tensor:
+        return self.basis.rotations[number].back(rotated / self.damped(number, damping).to(rotated.dtype))
 
     def without(self, group: "Group") -> "EkfacFactors":
         """Return the curvature less the group's share of every eigenvalue, in the same basis.
@@ -257,8 +272,17 @@ def _zeros(groups: int, dim: int) -> Tensor:
 
 def _second_moment(factor: Tensor) -> Tensor:
     """Sum over examples and positions of outer products: (batch, groups, positions, d) to (groups, d, d)."""
-    rows = factor.transpose(0, 1).flatten(1, 2)
-    return (rows.mT @ rows).double().cpu()
+    groups, positions, dim = factor.shape[1:]
+    if groups > 1 and dim <= _FEW:
+        columns = factor.unbind(-1)
+        rows = [torch.stack([(one * other).sum((0, 2)) for other in columns], -1) for one in columns]
+        moments = torch.stack(rows, -2)
+    elif factor.stride(-1) != 1 and dim <= positions:
+        moments = (factor.mT @ factor).sum(0)  # joining examples would copy channels that lie apart
+    else:
+        joined = factor.transpose(0, 1).flatten(1, 2)
+        moments = joined.mT @ joined
+    return moments.double().cpu()
 
 
 def _eigen(covariance: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from torch import Tensor
 
@@ -52,23 +53,43 @@ class Observed:
     Attributes:
         batch: the examples.
         measured: `∇m`, one entry per block.
-        training: `φ = -∇ℓ`.
-        slope: `∂ℓ/∂m` (batch,) where `φ` is the measured gradient times its negative, else None.
+        losses: `∇ℓ`; None where it is the measured gradient times the slope.
+        slope: `∂ℓ/∂m` (batch,), else None.
         draws: pseudo-gradients, where asked for.
     """
 
     batch: Batch
     measured: Sequence[LayerGradient]
-    training: Sequence[LayerGradient]
+    losses: Sequence[LayerGradient] | None
     slope: Tensor | None = None
     draws: Draws = ()
+
+    @property
+    def direction(self) -> Sequence[LayerGradient]:
+        """What `φ` is a multiple of, example by example: the smaller part of the work that is linear in `φ` can scale results instead."""
+        return self.measured if self.losses is None else self.losses
+
+    @property
+    def multiple(self) -> Tensor:
+        """`φ` divided by `direction`, (batch,)."""
+        return self.measured[0].inputs.new_full((len(self),), -1) if self.slope is None else -self.slope
+
+    @cached_property
+    def training(self) -> list[LayerGradient]:
+        """`φ = -∇ℓ`, made when it is asked for: until then it would double what is kept."""
+        return scaled(self.direction, self.multiple)
+
+    def compact(self) -> "Observed":
+        """Return the same with whole gradients where these are smaller than their factors."""
+        losses = None if self.losses is None else compact(self.losses)
+        return Observed(self.batch, compact(self.measured), losses, self.slope, [compact(draw) for draw in self.draws])
 
     def __len__(self) -> int:
         return len(self.batch)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all factors, those that are shared counted once."""
+        """Bytes of all that is kept, what is shared counted once."""
         seen: dict[int, int] = {}
         for gradient in self._all():
             for tensor in (gradient.inputs, gradient.outputs):
@@ -77,7 +98,7 @@ class Observed:
 
     def _all(self) -> Iterator[LayerGradient]:
         yield from self.measured
-        yield from self.training
+        yield from self.losses or ()
         for draw in self.draws:
             yield from draw
 
@@ -88,9 +109,13 @@ def observe(run: Pass, task: Task, batch: Batch, measurement: str, fisher: Fishe
     slope = task.slope(run.output, batch, measurement)
     measured = run.gradients(task.measure(run.output, batch, measurement), keep=slope is None)
     if slope is None:
-        loss = task.loss(run.output, batch)
-        return Observed(batch, measured, scaled(run.gradients(loss), -loss.detach().new_ones(len(batch))), None, draws)
-    return Observed(batch, measured, scaled(measured, -slope.detach()), slope.detach(), draws)
+        return Observed(batch, measured, run.gradients(task.loss(run.output, batch)), None, draws)
+    return Observed(batch, measured, None, slope.detach(), draws)
+
+
+def compact(gradients: Sequence[LayerGradient]) -> list[LayerGradient]:
+    """Return each block's gradients whole where that takes fewer numbers than their factors."""
+    return [gradient.compact() for gradient in gradients]
 
 
 def scaled(gradients: Sequence[LayerGradient], weights: Tensor) -> list[LayerGradient]:

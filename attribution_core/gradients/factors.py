@@ -86,8 +86,16 @@ class LayerGradient:
         """Bytes of both factors."""
         return self.inputs.nbytes + self.outputs.nbytes
 
+    def compact(self) -> "LayerGradient":
+        """Return the gradients whole where that takes fewer numbers than their factors, as with many positions, else as they are."""
+        if self.rank_one or self.inputs[:1].numel() + self.outputs[:1].numel() <= self.block.numel:
+            return self
+        return DenseGradient(self.block, self.materialise(), self.inputs.new_empty(0))
+
     def materialise(self) -> Tensor:
         """Return the gradients, (batch, groups, d_out, d_in)."""
+        if self.block.groups > 1 and self.block.d_out == 1:  # elementwise layers: too small for matrix products
+            return (self.outputs * self.inputs).sum(2, keepdim=True)
         if not self.one_hot:
             return self.outputs.transpose(-1, -2) @ self.inputs
         gradients = self.inputs.new_zeros(len(self.inputs), self.block.d_out, self.block.d_in)
@@ -131,7 +139,9 @@ class LayerGradient:
             for start in range(0, len(self), examples):
                 part = slice(start, start + examples)
                 moved = (inputs[:, part].flatten(1, 2) @ rows.mT).view(-1, len(chosen), self.block.d_out)
-                found = moved @ outputs[:, part].flatten(0, 2).unsqueeze(-1)  # (groups · examples · positions, queries, 1)
+                found = moved @ outputs[:, part].flatten(0, 2).unsqueeze(
+                    -1
+                )  # (groups · examples · positions, queries, 1)
                 summed = found.view(groups, -1, positions, len(chosen)).sum((0, 2))
                 products[first : first + queries, part] = summed.T
         return products
@@ -170,6 +180,10 @@ class DenseGradient(LayerGradient):
 
     def __getitem__(self, part: slice) -> "DenseGradient":
         return DenseGradient(self.block, self.inputs[part], self.outputs)
+
+    def compact(self) -> "DenseGradient":
+        """Return the same."""
+        return self
 
     def materialise(self) -> Tensor:
         """Return the gradients, (batch, groups, d_out, d_in)."""
@@ -214,12 +228,12 @@ class Rotation:
 
     def input_factor(self, gradient: LayerGradient) -> Tensor:
         """Return `a Q_A`, (batch, groups, positions, d_in)."""
-        return gradient.inputs if self.inputs is None else gradient.inputs @ self.inputs.to(gradient.inputs.dtype)
+        return gradient.inputs if self.inputs is None else _turned(gradient.inputs, self.inputs)
 
     def output_factor(self, gradient: LayerGradient) -> Tensor:
         """Return `g Q_G`, (batch, groups, positions, d_out)."""
         outputs = gradient.dense_outputs()
-        return outputs if self.outputs is None else outputs @ self.outputs.to(outputs.dtype)
+        return outputs if self.outputs is None else _turned(outputs, self.outputs)
 
     def of(self, gradient: LayerGradient) -> Tensor:
         """Return materialised rotated gradients, (batch, groups, d_out, d_in), by the cheaper of the two orders."""
@@ -231,3 +245,11 @@ class Rotation:
         if gradient.one_hot or isinstance(gradient, DenseGradient) or early > late:
             return self.forward(gradient.materialise())
         return self.output_factor(gradient).transpose(-1, -2) @ self.input_factor(gradient)
+
+
+def _turned(factor: Tensor, matrices: Tensor) -> Tensor:
+    """Return (batch, groups, positions, d) times (groups, d, d), as one product where there is one group: many small ones are slow."""
+    matrices = matrices.to(factor.dtype)
+    if len(matrices) > 1:
+        return factor @ matrices
+    return (factor.flatten(0, 2) @ matrices[0]).view_as(factor)

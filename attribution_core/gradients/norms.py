@@ -23,7 +23,8 @@ def _factors(module: nn.Module, normalised: Tensor, gradients: Tensor) -> Factor
     """From normalised inputs and output gradients, both (batch, positions, channels)."""
     columns = {"weight": normalised, "bias": torch.ones_like(normalised)}
     used = [columns[name] for name, _ in module.named_parameters(recurse=False)]
-    a = torch.stack(used, dim=-1).transpose(1, 2)  # (batch, channels, positions, 1 or 2)
+    # Stacked in front, where that copies whole blocks of memory, and only seen as (batch, channels, positions, 1 or 2).
+    a = torch.stack(used, dim=1).permute(0, 3, 2, 1)
     return a, gradients.transpose(1, 2).unsqueeze(-1)
 
 

@@ -16,6 +16,7 @@ FEATURES_FOLDER = "features"
 GRADIENTS_FOLDER = "gradients"
 # Sums over rows added since the factors were fitted.
 APPENDED_FILE = "appended.safetensors"
+SEARCH_FILE = "search.faiss"
 INDEX_FILE = "index.json"
 
 

@@ -14,7 +14,6 @@ from typing import ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from attribution_core.curvature import Curvature
 from attribution_core.curvature.fisher import Fisher, Observed, observe
@@ -124,11 +123,13 @@ class QuerySide:
         output: the model's outputs.
         rows: (queries, k), what stored rows are multiplied with.
         gradients: per block (queries, groups, d_out, d_in), what exact gradients are multiplied with; None if rows are exact.
+        measured: `∇m_z` per block, as long as it is not preconditioned.
     """
 
     output: Tensor
     rows: Tensor
     gradients: list[Tensor] | None = None
+    measured: Sequence[LayerGradient] = ()
 
     def __getitem__(self, part: slice) -> "QuerySide":
         gradients = None if self.gradients is None else [gradient[part] for gradient in self.gradients]
@@ -224,41 +225,47 @@ class GradientMethod(FeatureMethod):
 
     def encode_observed(self, observed: Observed) -> TrainRows:
         """Return projected `φ_i`, and `τ_i(z_i)`, not a number where that would take a pass over the training set for each."""
-        rows = observed.training[0].inputs.new_ones(len(observed))
-        own = torch.full_like(rows, torch.nan)
+        multiple = observed.multiple
+        own = torch.full_like(multiple, torch.nan)
         if self.curvature.solves_cheaply:
             own = self._own_influence(observed)
         return TrainRows(
-            rows=self._project_gradients(observed.training),
-            weights=rows,
+            rows=self._project_gradients(observed.direction) * multiple.unsqueeze(1),
+            weights=torch.ones_like(multiple),
             self_influence=own / self.checkpoint.num_examples,
         )
 
     def _own_influence(self, observed: Observed) -> Tensor:
         if observed.slope is None:
-            return self.curvature.paired(observed.measured, observed.training, self.default_damping)
+            assert observed.losses is not None
+            return -self.curvature.paired(observed.measured, observed.losses, self.default_damping)
         return -observed.slope * self.curvature.quadratic(observed.measured, self.default_damping)
 
     def encode_query(self, batch: Batch) -> QuerySide:
-        """Return `∇m_z` per block; rows follow when it is preconditioned."""
+        """Return `∇m_z` as factors; rows and gradients follow when it is preconditioned."""
         run = self.checkpoint.run(batch)
         measured = self.checkpoint.task.measure(run.output, batch, self.checkpoint.measurement)
-        gradients = [gradient.materialise() for gradient in run.gradients(measured)]
-        return QuerySide(run.output.detach(), gradients[0].new_zeros(len(batch), self.dim), gradients)
+        gradients = run.gradients(measured)
+        rows = gradients[0].inputs.new_zeros(len(batch), self.dim)
+        return QuerySide(run.output.detach(), rows, measured=gradients)
 
     def precondition(self, query: QuerySide, damping: float) -> QuerySide:
         """Return `(1/n)(H̄ + λ)⁻¹ ∇m_z`, unprojected and projected."""
-        assert query.gradients is not None
-        solved = [
-            _without_subnormals(gradient / self.checkpoint.num_examples)
-            for gradient in self.curvature.solve(query.gradients, damping)
-        ]
+        solved = self.curvature.solve_factored(query.measured, damping)
+        for number, gradient in enumerate(solved):  # one at a time, as all of them twice would be the peak of memory
+            solved[number] = _without_subnormals(gradient / self.checkpoint.num_examples)
         rows = query.rows if self.projection is None else self.projection.project(solved)
         return QuerySide(query.output, rows, solved)
 
     def exact_scores(self, query: QuerySide, batch: Batch) -> Tensor:
         """Return `⟨query, φ_i⟩` without projection."""
-        return self.scores_of(query, self.observe(batch).training)
+        return self.observed_scores(query, self.observe(batch))
+
+    def observed_scores(self, query: QuerySide, observed: Observed) -> Tensor:
+        """Return scores (queries, batch) of observed training examples."""
+        if self.linear:
+            return self.scores_of(query, observed.direction) * observed.multiple
+        return self.scores_of(query, observed.training)
 
     def scores_of(self, query: QuerySide, training: Sequence[LayerGradient]) -> Tensor:
         """Return scores (queries, batch) from training gradients."""
@@ -271,9 +278,8 @@ class GradientMethod(FeatureMethod):
     def newton_effect(self, queries: Batch, group: Group, damping: float) -> Tensor:
         """Return `∇mᵀ (H - H_F)⁻¹ Σ_F φ`, (queries,)."""
         query = self.encode_query(queries)
-        assert query.gradients is not None
         left = self.curvature.without(group)
-        solved = [gradient / group.num_examples for gradient in left.solve(query.gradients, damping)]
+        solved = [gradient / group.num_examples for gradient in left.solve_factored(query.measured, damping)]
         side = QuerySide(query.output, query.rows, solved)
         return torch.stack([self.group_effect(side, batch) for batch in group.batches()]).sum(0)
 
@@ -284,8 +290,8 @@ class GradientMethod(FeatureMethod):
 
 
 def _without_subnormals(gradients: Tensor) -> Tensor:
-    """Set numbers below the smallest normal one to zero: no product needs them, and they slow all of them down."""
-    return F.hardshrink(gradients, torch.finfo(gradients.dtype).tiny)
+    """Set numbers below the smallest normal one to zero, in place: no product needs them, and they slow all of them down."""
+    return torch.hardshrink(gradients, torch.finfo(gradients.dtype).tiny, out=gradients)
 
 
 def inner(query: QuerySide, gradients: Sequence[LayerGradient]) -> Tensor:

@@ -64,7 +64,7 @@ MAX_FACTORED_EXAMPLES = 100_000
 MAX_FACTOR_BYTES = 16 << 10
 FACTOR_BYTES = {"float32": 4, "float16": 2, "int8": 1}
 MAX_ROWS = 1 << 40
-_BATCH_BYTES = 64 << 20
+_BATCH_BYTES = 48 << 20
 _CURVATURE_BYTES = 1 << 30
 _MAX_BATCH = 512
 # A language model's outputs are as large as its vocabulary, and its loss has several copies of them.
@@ -146,10 +146,11 @@ class FitContext:
         """Return how many examples go through at once: bounded by the memory of their gradients, not by n."""
         if self.spec.batch_size is not None:
             return self.spec.batch_size
-        probe = self._probe(number).training
+        observed = self._probe(number)
+        probe = observed.training
         # A batch may take what the model itself takes.
         model = 4 * sum(value.numel() for value in self.checkpoint(number).module.parameters())
-        bytes_each = sum(gradient.nbytes for gradient in probe) // len(probe[0])
+        bytes_each = observed.nbytes // len(observed)
         outputs = max(1, _OUTPUT_BYTES // (_OUTPUT_COPIES * self._output_bytes[number]))
         if self.layout == "vectors" or not all(gradient.rank_one for gradient in probe):
             bytes_each += 4 * max(gradient.block.numel for gradient in probe)
@@ -313,7 +314,7 @@ class FitContext:
 
     def kept_bytes(self, number: int) -> int:
         """Return the bytes of one training example's gradients and draws, as one pass keeps them for the next."""
-        probe = self._probe(number)
+        probe = self._probe(number).compact()
         return probe.nbytes // len(probe)
 
     @property

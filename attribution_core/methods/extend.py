@@ -13,6 +13,7 @@ import numpy as np
 
 from attribution_core.arrays import read_arrays, write_arrays
 from attribution_core.curvature.ekfac import kronecker_eigenvalues
+from attribution_core.data.batch import Batch
 from attribution_core.errors import FingerprintMismatchError
 from attribution_core.fit_spec import FitSpec, FitSummary
 from attribution_core.method_spec import KfacMethod, LograMethod, TrakMethod
@@ -87,7 +88,7 @@ class ExtensionPipeline(FitPipeline):
             for half in _HALVES
         )
 
-    def _can_keep(self, shard: Shard) -> bool:
+    def _can_keep(self, shard: Shard, batch: Batch) -> bool:
         """Return no: shards of the two passes are cut in different ways."""
         return False
 
@@ -113,12 +114,12 @@ class ExtensionPipeline(FitPipeline):
         factors = of_checkpoint(self._factors, number)
         match stage:
             case "covariance":
-                found = {
-                    f"spectrum.{name}": _along(value, factors[name])
+                return {
+                    name if name == "positions" else f"spectrum.{name}": (
+                        value if name == "positions" else _along(value, factors[name])
+                    )
                     for name, value in sums.items()
-                    if name != "positions"
                 }
-                return found | {"positions": sums["positions"]}
             case "kernel":
                 return {"values": _along(sums["kernel"], factors["vectors"])}
             case _:

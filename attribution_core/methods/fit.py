@@ -5,6 +5,7 @@ reduction over its shards in order. `assemble` lays the results out as the artif
 """
 
 import shutil
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,7 @@ from attribution_core.arrays import read_arrays, write_arrays
 from attribution_core.curvature import CovarianceSums, Eigenbasis, EigenvalueSums, Identity
 from attribution_core.curvature.dense import spectrum, summed_hessian
 from attribution_core.curvature.ekfac import Draws, kronecker_eigenvalues
-from attribution_core.curvature.fisher import Observed
+from attribution_core.curvature.fisher import Observed, compact
 from attribution_core.curvature.iterative import product_over
 from attribution_core.curvature.solvers import arnoldi, mean_eigenvalue
 from attribution_core.data.batch import Batch
@@ -28,6 +29,7 @@ from attribution_core.features.factors import encoded, write_gradients
 from attribution_core.features.store import FeatureStore, write_shard
 from attribution_core.fit_spec import FitSpec, FitSummary
 from attribution_core.gradients import Block
+from attribution_core.memory import release_freed
 from attribution_core.method_spec import (
     ArnoldiMethod,
     HessianMethod,
@@ -36,7 +38,13 @@ from attribution_core.method_spec import (
     TrakMethod,
 )
 from attribution_core.methods import trak
-from attribution_core.methods.artifact import FACTORS_FILE, FEATURES_FOLDER, GRADIENTS_FOLDER, write_description
+from attribution_core.methods.artifact import (
+    FACTORS_FILE,
+    FEATURES_FOLDER,
+    GRADIENTS_FOLDER,
+    SEARCH_FILE,
+    write_description,
+)
 from attribution_core.methods.bank import BankPipeline
 from attribution_core.methods.base import FeatureMethod, GradientMethod, QuerySide, TrainRows
 from attribution_core.methods.context import FitContext, of_checkpoint
@@ -47,8 +55,6 @@ from attribution_core.methods.opening import opened_priors
 from attribution_core.methods.recall import measured_recall, recall_rows
 from attribution_core.methods.trak import Trak
 from attribution_core.progress import Progress
-from attribution_core.search.faiss_index import FILE_NAME as SEARCH_FILE
-from attribution_core.search.faiss_index import VectorIndex
 from attribution_core.sharding import Stage, shard_ranges
 from attribution_core.spec import RegressionTask
 
@@ -56,7 +62,7 @@ Arrays = dict[str, np.ndarray]
 # Rows up to which stored self-influence was divided by which n.
 Segment = tuple[int, int]
 # Gradients that one pass keeps in memory for the next.
-KEPT_BYTES = 256 << 20
+KEPT_BYTES = 128 << 20
 _MATRIX_SHARDS = 8
 _GRADIENT = "gradient."
 _EXACT = "exact"
@@ -95,7 +101,9 @@ class FitPipeline:
         self.rows = self.context.training_rows[self.context.training_rows >= spec.num_covered]
         self._reductions: dict[str, Arrays] = {}
         self._methods: dict[int, FeatureMethod] = {}
+        # The first batches of each shard, as the first pass over it left them for the next.
         self._kept: dict[int, list[Observed]] = {}
+        self._kept_bytes = 0
         self._recall_sides: dict[GradientMethod, QuerySide] = {}
 
     def stages(self) -> list[Stage]:
@@ -113,7 +121,8 @@ class FitPipeline:
         shard = self._shards(stage)[ordinal]
         match stage:
             case "covariance":
-                covariances = CovarianceSums(self._blocks(shard))
+                counts = isinstance(self.spec.method, KfacMethod)
+                covariances = CovarianceSums(self._blocks(shard), count_positions=counts)
                 for draws in self._draws(stage, shard, progress):
                     covariances.add(draws)
                 return covariances.arrays()
@@ -213,8 +222,9 @@ class FitPipeline:
         fitted = of_checkpoint(self._fitted(before), first)
         return Eigenbasis(self.context.checkpoint(number).capture.blocks, fitted, self.context.device)
 
-    def _counted(self, shard: Shard, progress: Progress) -> Iterator[Batch]:
-        for batch in self.context.batches(shard.checkpoint, self.rows[shard.start : shard.stop : shard.step]):
+    def _counted(self, shard: Shard, progress: Progress, skip: int = 0) -> Iterator[Batch]:
+        """Yield a shard's batches but for the first few examples."""
+        for batch in self.context.batches(shard.checkpoint, self.rows[shard.start : shard.stop : shard.step][skip:]):
             yield batch
             progress.advance(len(batch))
 
@@ -222,27 +232,33 @@ class FitPipeline:
         """Yield a shard's pseudo-gradients; the first pass keeps all that later ones need, while memory lasts."""
         fisher = self.context.fisher
         assert fisher is not None
-        if shard.ordinal in self._kept:
-            for observed in self._kept[shard.ordinal]:
+        kept = self._kept.setdefault(shard.ordinal, [])
+        for observed in kept:
+            yield observed.draws
+            progress.advance(len(observed))
+        method, first = self._observer(shard.checkpoint), stage == "covariance"
+        keeps = first
+        for batch in self._counted(shard, progress, skip=sum(map(len, kept))):
+            keeps = keeps and self._can_keep(shard, batch)
+            if keeps:
+                observed = method.observe(batch, fisher)
                 yield observed.draws
-                progress.advance(len(observed))
-            return
-        keep = stage == "covariance" and self._can_keep(shard)
-        method = self._observer(shard.checkpoint)
-        kept: list[Observed] = []
-        for batch in self._counted(shard, progress):
-            if keep:
-                kept.append(method.observe(batch, fisher))
-                yield kept[-1].draws
+                kept.append(observed.compact())
+                self._kept_bytes += kept[-1].nbytes
             else:
-                checkpoint = method.checkpoint
-                yield fisher.draws(checkpoint.run(batch), checkpoint.task, batch)
-        if keep:
-            self._kept[shard.ordinal] = kept
+                draws = fisher.draws(method.checkpoint.run(batch), method.checkpoint.task, batch)
+                # Later passes see what the first would have kept, so that it decides no rounding error what was kept.
+                yield draws if first else [compact(draw) for draw in draws]
 
-    def _can_keep(self, shard: Shard) -> bool:
-        held = sum(observed.nbytes for kept in self._kept.values() for observed in kept)
-        return held + self.context.kept_bytes(shard.checkpoint) * (shard.stop - shard.start) <= KEPT_BYTES
+    def _can_keep(self, shard: Shard, batch: Batch) -> bool:
+        return self._kept_bytes + self.context.kept_bytes(shard.checkpoint) * len(batch) <= KEPT_BYTES
+
+    def _released(self, shard: Shard) -> Iterator[Observed]:
+        """Yield what earlier passes kept of a shard, and forget it on the way."""
+        kept = deque(self._kept.pop(shard.ordinal, ()))
+        while kept:
+            self._kept_bytes -= kept[0].nbytes
+            yield kept.popleft()
 
     def _observer(self, number: int) -> GradientMethod:
         """Return what differentiates, before there is a curvature."""
@@ -292,12 +308,14 @@ class FitPipeline:
         if number not in self._methods:
             before = [stage for stage in self.spec.method.stages if stage != "features"]
             self._methods[number] = self.context.method(number, self._fitted(before))
-        method, encoded = self._methods[number], []
-        kept = self._kept.pop(shard.ordinal, None)
-        for part in kept or self._counted(shard, progress):
-            encoded.append(self._encoded(method, part))
-            if isinstance(part, Observed):
-                progress.advance(len(part))
+        method, encoded, done = self._methods[number], [], 0
+        for observed in self._released(shard):
+            encoded.append(self._encoded(method, observed))
+            done += len(observed)
+            progress.advance(len(observed))
+        if done:
+            release_freed()
+        encoded += [self._encoded(method, batch) for batch in self._counted(shard, progress, skip=done)]
         return {name: self._placed(shard, [arrays[name] for arrays in encoded]) for name in encoded[0]}
 
     def _placed(self, shard: Shard, parts: Sequence[np.ndarray]) -> np.ndarray:
@@ -315,13 +333,13 @@ class FitPipeline:
             found = method.encode_train(part)
             _check_finite(found, part)
             return found.arrays()
-        observed = method.observe(part) if isinstance(part, Batch) else part
+        observed = method.observe(part).compact() if isinstance(part, Batch) else part
         found = method.encode_observed(observed)
         _check_finite(found, observed.batch)
         arrays = found.arrays()
         if self.context.layout == "vectors" or self.spec.store.lossy:
             side = self._recall_side(method)
-            arrays[_EXACT] = method.scores_of(side, observed.training).T.cpu().numpy()
+            arrays[_EXACT] = method.observed_scores(side, observed).T.cpu().numpy()
         if self.context.layout == "factors":
             assert self.spec.store.dtype != "binary"
             stored = encoded(observed.training, self.spec.store.dtype)
@@ -396,6 +414,8 @@ class FitPipeline:
     def _write_search(self, into: Path) -> None:
         if self.spec.search.type == "flat" or self.context.layout == "factors":
             return  # an exhaustive search reads the rows themselves
+        from attribution_core.search.faiss_index import VectorIndex  # noqa: PLC0415, megabytes that few indexes need
+
         store = FeatureStore(into / FEATURES_FOLDER, self.spec.dataset.num_examples)
         VectorIndex.build(self.spec.search, store).write(into / SEARCH_FILE)
 

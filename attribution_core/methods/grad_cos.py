@@ -39,9 +39,8 @@ class GradCos(GradientMethod):
 
     def precondition(self, query: QuerySide, damping: float) -> QuerySide:
         """Normalise the query's gradient, and weight it."""
-        assert query.gradients is not None
         assert self.projection is not None
-        weighted = [self.weight * unit for unit in unit_length(query.gradients)]
+        weighted = [self.weight * unit for unit in unit_length([part.materialise() for part in query.measured])]
         return QuerySide(query.output, self.projection.project(weighted), weighted)
 
     def scores_of(self, query: QuerySide, training: Sequence[LayerGradient]) -> Tensor:

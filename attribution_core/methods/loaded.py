@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,13 +16,20 @@ from attribution_core.features.factors import GradientStore
 from attribution_core.features.store import FeatureStore
 from attribution_core.fit_spec import FitSpec
 from attribution_core.method_spec import TrakMethod
-from attribution_core.methods.artifact import FACTORS_FILE, FEATURES_FOLDER, GRADIENTS_FOLDER, read_description
+from attribution_core.methods.artifact import (
+    FACTORS_FILE,
+    FEATURES_FOLDER,
+    GRADIENTS_FOLDER,
+    SEARCH_FILE,
+    read_description,
+)
 from attribution_core.methods.base import FeatureMethod, GradientMethod, QuerySide, summed
 from attribution_core.methods.context import FitContext
 from attribution_core.progress import NoProgress, Progress
-from attribution_core.search.faiss_index import FILE_NAME as SEARCH_FILE
-from attribution_core.search.faiss_index import VectorIndex
 from attribution_core.spec import SearchSpec
+
+if TYPE_CHECKING:
+    from attribution_core.search.faiss_index import VectorIndex
 
 # Candidates re-scored per wanted example and sign; below the floor more are taken, as projection noise is then large.
 OVERSAMPLING = 8
@@ -296,7 +303,9 @@ class LoadedIndex:
         return mask if allowed is None else mask & allowed
 
     @cached_property
-    def _search(self) -> VectorIndex:
+    def _search(self) -> "VectorIndex":
+        from attribution_core.search.faiss_index import VectorIndex  # noqa: PLC0415, megabytes that few indexes need
+
         if (self.folder / SEARCH_FILE).exists():
             return VectorIndex.read(self.folder / SEARCH_FILE, self.store)
         return VectorIndex.build(SearchSpec(), self.store)

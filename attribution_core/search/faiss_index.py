@@ -29,7 +29,6 @@ from attribution_core.errors import CorruptArtifactError
 from attribution_core.search.merge import Ranked, ordered
 from attribution_core.spec import SearchSpec
 
-FILE_NAME = "search.faiss"
 RADII_FILE_NAME = "search-radii.safetensors"
 # A filter that leaves at most so many rows is answered by scanning them.
 SCANNED_ROWS = 8192

@@ -50,6 +50,22 @@ def test_inner_and_total_equal_the_materialised_gradients(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_compact_gradients_are_the_same_and_never_larger(name: str) -> None:
+    module, inputs = prepared(name)
+    run = GradientCapture(module).run(lambda network: network(inputs))
+    for gradient in run.gradients(objective(run.output)):
+        small, matrices = gradient.compact(), torch.randn(3, *gradient.block.shape).double()
+        held = sum(tensor.untyped_storage().nbytes() for tensor in (small.inputs, small.outputs))
+        assert small is gradient or held == small.nbytes < gradient.nbytes
+        assert small.compact() is small
+        torch.testing.assert_close(small.materialise(), gradient.materialise())
+        torch.testing.assert_close(small.inner(matrices), gradient.inner(matrices))
+        torch.testing.assert_close(small.total(), gradient.total())
+        weights = torch.randn(len(inputs)).double()
+        torch.testing.assert_close(small.scaled(weights).materialise(), gradient.scaled(weights).materialise())
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_gradients_depend_neither_on_the_batch_nor_on_the_run(name: str) -> None:
     module, inputs = prepared(name)
     _, whole = captured(module, inputs)

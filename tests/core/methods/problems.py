@@ -24,6 +24,7 @@ from attribution_core.spec import ArchitectureSpec, DatasetSpec
 
 N = 60
 MLP = ArchitectureSpec(name="mlp", arguments={"input_dim": 5, "hidden": [6], "output_dim": 3, "activation": "tanh"})
+CNN = ArchitectureSpec(name="cnn", arguments={"input_shape": [1, 12, 12], "channels": [3, 4], "num_classes": 3})
 SMALL = {"type": "sjlt", "dim": 256, "seed": 3}
 
 
@@ -76,7 +77,8 @@ def problem(
     (folder / "data").mkdir(parents=True, exist_ok=True)
     source = folder / "train.npz"
     np.savez(source, input=inputs.float().numpy(), target=targets.numpy())
-    dataset = DatasetSpec(name="train", kind="tensor")
+    shape = list(inputs.shape[1:]) if inputs.dim() > 2 else None
+    dataset = DatasetSpec(name="train", kind="tensor", shape=shape)
     summary = import_dataset(source, dataset, folder / "data", NoProgress())
     references = []
     for number, module in enumerate(modules):
@@ -117,6 +119,16 @@ def classification(folder: Path, checkpoints: int = 1) -> Problem:
     targets = (inputs[:, :3] + 0.5 * torch.randn(N, 3, generator=generator)).argmax(1)
     modules = [_trained(MLP, inputs, targets, F.cross_entropy, seed) for seed in range(checkpoints)]
     return problem(folder, inputs, targets, MLP, modules=modules)
+
+
+def images(folder: Path) -> Problem:
+    """Three kinds of small noisy images and a briefly trained convolutional network."""
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.randint(0, 3, (N,), generator=generator)
+    patterns = torch.randn(3, 1, 12, 12, generator=generator)
+    inputs = patterns[targets] + torch.randn(N, 1, 12, 12, generator=generator)
+    module = _trained(CNN, inputs, targets, F.cross_entropy, 0)
+    return problem(folder, inputs, targets, CNN, modules=[module])
 
 
 def regression(folder: Path) -> Problem:

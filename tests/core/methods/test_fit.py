@@ -9,13 +9,20 @@ import numpy as np
 import pytest
 
 from attribution_core.arrays import write_arrays
+from attribution_core.curvature.ekfac import Draws
+from attribution_core.curvature.fisher import Fisher
+from attribution_core.data.batch import Batch
 from attribution_core.errors import Cancelled, InvalidInputError
 from attribution_core.fingerprint import sha256_file
 from attribution_core.fit_spec import FitSpec
-from attribution_core.methods.fit import FitPipeline, FitSummary, build_pipeline
+from attribution_core.gradients import Pass
+from attribution_core.methods import fit as fitting
+from attribution_core.methods.context import FitContext
+from attribution_core.methods.fit import FitPipeline, FitSummary, build_pipeline, fit
 from attribution_core.methods.loaded import LoadedIndex
 from attribution_core.progress import NoProgress
-from tests.core.methods.problems import SMALL, Problem, relative_error
+from attribution_core.tasks import Task
+from tests.core.methods.problems import SMALL, Problem, images, relative_error
 
 METHODS: dict[str, dict[str, Any]] = {
     "trak": {"type": "trak", "projection": SMALL, "damping": 0.1},
@@ -90,6 +97,34 @@ for shard in pipeline.stages()[0].shards[1::2]:
     pipeline.assemble(tmp_path / "two", files, NoProgress())
     run(spec, tmp_path / "alone", tmp_path / "one")
     assert hashes(tmp_path / "one") == hashes(tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    ("make", "measurement"), [("ensemble", "margin"), ("ensemble", "loss"), ("images", "margin"), ("images", "logit")]
+)
+@pytest.mark.parametrize("share", [0.3, 2.0])
+def test_what_one_pass_keeps_for_the_next_changes_no_byte(
+    make: str, tmp_path: Path, share: float, measurement: str, monkeypatch: pytest.MonkeyPatch, request: Any
+) -> None:
+    """Nothing kept, some batches of some shards, everything."""
+    problem = images(tmp_path / "images") if make == "images" else request.getfixturevalue(make)
+    spec = problem.with_(method={"type": "ekfac"}, shard_size=25, batch_size=4, measurement=measurement)
+    everything = FitContext(spec).kept_bytes(0) * len(ALL) * len(spec.checkpoints)
+    real, passes, drawn = Fisher.draws, [], {}
+
+    def draws(fisher: Fisher, run: Pass, task: Task, batch: Batch) -> Draws:
+        passes.append(len(batch))
+        return real(fisher, run, task, batch)
+
+    monkeypatch.setattr(Fisher, "draws", draws)
+    for name, budget in (("none", 0), ("kept", int(share * everything))):
+        monkeypatch.setattr(fitting, "KEPT_BYTES", budget)
+        fit(spec, tmp_path / "work", tmp_path / name, NoProgress())
+        drawn[name] = sum(passes)
+        passes.clear()
+    spared, examples = drawn["none"] - drawn["kept"], len(ALL) * len(spec.checkpoints)
+    assert spared == examples if share > 1 else 0 < spared < examples
+    assert hashes(tmp_path / "none") == hashes(tmp_path / "kept")
 
 
 @pytest.mark.parametrize("method", METHODS)

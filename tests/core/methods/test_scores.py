@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from attribution_core.errors import SingularCurvatureError
+from attribution_core.gradients import DenseGradient
 from attribution_core.method_spec import ProjectionSpec
 from attribution_core.methods.grad_cos import unit_length
 from attribution_core.methods.loaded import LoadedIndex
@@ -47,14 +48,17 @@ def test_preconditioned_queries_hold_no_subnormal_numbers(problem: Problem) -> N
     index = problem.fit("dot")
     member, tiny = index.members[0], torch.finfo(torch.float32).tiny
     query = member.encode_query(problem.queries())
-    assert query.gradients is not None
-    given = [gradient.clone() for gradient in query.gradients]
-    for gradient in given:
-        gradient[0].fill_(60 * tiny / 8)  # n is 60
-        gradient[0].view(-1)[0] = 60 * 4 * tiny
-    solved = member.precondition(replace(query, gradients=given), 0.0).gradients
+    measured = []
+    for gradient in query.measured:
+        whole = gradient.materialise()
+        whole[0].fill_(60 * tiny / 8)  # n is 60
+        whole[0].view(-1)[0] = 60 * 4 * tiny
+        measured.append(DenseGradient(gradient.block, whole, whole.new_empty(0)))
+    given = [gradient.inputs.clone() for gradient in measured]
+    solved = member.precondition(replace(query, measured=measured), 0.0).gradients
     assert solved is not None
-    for before, after in zip(given, solved, strict=True):
+    for before, after, part in zip(given, solved, measured, strict=True):
+        assert torch.equal(part.inputs, before)
         assert after[0].count_nonzero() == 1
         assert not ((after != 0) & (after.abs() < tiny)).any()
         torch.testing.assert_close(after[1:], before[1:] / 60, rtol=1e-6, atol=tiny)
