@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Numbers formed at once where per-example gradients must be materialised.
-MAX_NUMBERS = 1 << 22
+# Numbers formed at once where per-example gradients must be materialised: few enough to stay in the processor's cache; of large layers as
+# many as a few examples have, without which matrix products would be slow.
+_NUMBERS = 1 << 20
+_MOST_NUMBERS = 1 << 24
+_EXAMPLES = 16
 # Numbers that ghost products hold between their two factors, few enough to stay in the processor's cache, and examples taken at least.
 _GHOST_NUMBERS = 1 << 20
 _GHOST_EXAMPLES = 64
@@ -104,7 +107,8 @@ class LayerGradient:
 
     def materialised(self, turn: "Rotation | None" = None) -> Iterator[tuple[slice, Tensor]]:
         """Yield the gradients a few examples at a time, `(examples, (count, groups, d_out, d_in))`, in a rotated basis if given."""
-        step = max(1, MAX_NUMBERS // self.block.numel)
+        numel = self.block.numel
+        step = max(1, _NUMBERS // numel, min(_EXAMPLES, _MOST_NUMBERS // numel))
         for start in range(0, len(self), step):
             part = slice(start, start + step)
             yield part, self[part].materialise() if turn is None else turn.of(self[part])

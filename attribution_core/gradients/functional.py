@@ -12,10 +12,11 @@ from torch.func import functional_call, vjp, vmap
 from torch.nn.utils.parametrize import ParametrizationList
 
 from attribution_core.errors import UnsupportedLayerError
-from attribution_core.gradients.factors import MAX_NUMBERS
 from attribution_core.gradients.rule import Arguments, Columns, Factors, LayerRule, Part
 
 _PLAIN = (bool, int, float, str, type(None))
+# Numbers of per-example gradients formed at once, and those of a module that is not too large to be run one example at a time.
+_MAX_NUMBERS = 1 << 22
 
 
 class _Forward(nn.Module):
@@ -41,7 +42,7 @@ def _factors(module: nn.Module, arguments: Arguments, gradients: Tensor) -> Fact
     each = tuple(_dimension(module, value, batch) for value in given)
     one = partial(_one, _Forward(module), own, each)
     try:
-        rows, output = vmap(one, in_dims=(0, *each), chunk_size=max(1, MAX_NUMBERS // size))(gradients, *given)
+        rows, output = vmap(one, in_dims=(0, *each), chunk_size=max(1, _MAX_NUMBERS // size))(gradients, *given)
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise _refused(module, f"cannot be run one example at a time: {reason}") from error
@@ -89,7 +90,7 @@ def _refusal(module: nn.Module) -> str | None:
     if type(module).forward is nn.Module.forward:
         return f"{name} holds parameters that other modules use"
     size = sum(value.numel() for value in module.parameters(recurse=False))
-    if size > MAX_NUMBERS:
+    if size > _MAX_NUMBERS:
         return f"no rule for {name}, and {size:,} parameters are too many to differentiate one example at a time"
     return None
 
