@@ -1,6 +1,7 @@
 """`make bench`: every method of `plan.py` on every workload, each in a process of its own, judged by real retraining, written down.
 
-Results go to `benchmarks/results/<workload>.json` and from there to `docs/benchmarks.md`. `--resume` keeps measurements of an earlier, interrupted run.
+Results go to `benchmarks/results/<workload>.json` and from there to `docs/benchmarks.md`. Rows that a run does not choose stay as the file has them, so the
+table can be filled by many runs, none of which needs what another left in the cache. `--resume` takes measurements of the chosen rows from the cache.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.cost import damping_name
+from benchmarks.cost import damping_name, damping_of
 from benchmarks.data import CACHE
 from benchmarks.environment import build_peers
 from benchmarks.lds import Truth, interval
@@ -104,8 +105,19 @@ def judged(entry: Entry, checkpoints: int, dampings: Sequence[Damping], folder: 
     if correlations:
         row["best"] = max(correlations, key=lambda damping: correlations[damping].mean())
         row["held_out_lds"] = _held_out(list(correlations.values()))
-        row["correlations"] = {name: correlations[name] for name in {row["best"], *list(correlations)[:1]}}
+        kept = dict.fromkeys((next(iter(correlations)), row["best"]))
+        row["correlations"] = {name: _written(correlations[name]) for name in kept}
     return row
+
+
+def _written(correlations: np.ndarray) -> str:
+    """Return the queries' correlations as a results file has them: what a later run compares another row with, query by query."""
+    return " ".join(f"{value:.4f}" for value in correlations)
+
+
+def _read(row: dict[str, Any]) -> np.ndarray:
+    """Return a row's correlations at its best damping, (queries,)."""
+    return np.array(row["correlations"][row["best"]].split(), np.float64)
 
 
 def _held_out(correlations: list[np.ndarray]) -> float:
@@ -122,7 +134,7 @@ def compared(rows: list[dict[str, Any]], checkpoints: int) -> dict[str, Any]:
     if not all(sides):
         return {}
     ours, peer = (max(side, key=lambda row: row["dampings"][row["best"]]["lds"]) for side in sides)
-    difference = ours["correlations"][ours["best"]] - peer["correlations"][peer["best"]]
+    difference = _read(ours) - _read(peer)
     low, high = interval(difference)
     return {
         "ours": {"method": ours["method"], "damping": ours["best"], **ours["dampings"][ours["best"]]},
@@ -137,30 +149,54 @@ def compared(rows: list[dict[str, Any]], checkpoints: int) -> dict[str, Any]:
 
 
 def bench(workload: Workload, chosen: argparse.Namespace) -> None:
-    """Measure all chosen entries on one workload and write its results, with those that earlier runs left of the others."""
+    """Measure all chosen entries on one workload; its results are written after each."""
     data = prepare(workload)
     retrain(workload, data)
     dataset_of(workload, data)
     truth = Truth.read(workload.truth)
+    rows = planned(workload)
+    _write(workload, truth, rows)
+    for place, (entry, former) in enumerate(rows):
+        checkpoints = former["checkpoints"]
+        if not _chosen(entry, checkpoints, chosen):
+            continue
+        dampings = _dampings(entry, checkpoints, rows)
+        folder = measure(entry, workload, checkpoints, dampings, chosen.timeout, chosen.resume)
+        row = judged(entry, checkpoints, dampings, folder, truth)
+        rows[place] = entry, row
+        _write(workload, truth, rows)
+        print(workload.name, entry.peer, entry.label, checkpoints, row.get("error") or row.get("best"), flush=True)
+
+
+def planned(workload: Workload) -> list[tuple[Entry, dict[str, Any]]]:
+    """Return every row of a workload's table with its entry: as the results file has it if its options are still the plan's, else as not measured."""
+    path = _results(workload)
+    written = json.loads(path.read_text())["rows"] if path.exists() else []
     rows = []
     for entry in ENTRIES:
         if entry.workloads and workload.name not in entry.workloads:
             continue
-        dampings: Sequence[Damping] = entry.dampings
         for checkpoints in entry.checkpoints:
             if checkpoints > 1 and workload.name == "letter-logistic":
                 continue  # the optimum is one, whatever the seed
-            wanted = _chosen(entry, checkpoints, chosen)
-            if not wanted and not (folder_of(entry, workload, checkpoints) / "command.json").exists():
-                rows.append(_named(entry, checkpoints) | {"error": NOT_MEASURED})
-                continue
-            folder = measure(entry, workload, checkpoints, dampings, chosen.timeout, chosen.resume or not wanted)
-            row = judged(entry, checkpoints, dampings, folder, truth)
-            rows.append(row)
-            print(workload.name, entry.peer, entry.label, checkpoints, row.get("error") or row.get("best"), flush=True)
-            if "best" in row:
-                best = next(damping for damping in dampings if damping_name(damping) == row["best"])
-                dampings = tuple(dict.fromkeys((None, best)))
+            named = _named(entry, checkpoints)
+            same = (row for row in written if named.items() <= row.items())
+            rows.append((entry, next(same, named | {"error": NOT_MEASURED})))
+    return rows
+
+
+def _dampings(entry: Entry, checkpoints: int, rows: list[tuple[Entry, dict[str, Any]]]) -> Sequence[Damping]:
+    """Return the dampings to try: the entry's, or once fewer checkpoints were measured the default and their best."""
+    fewer = [row for other, row in rows if other is entry and row["checkpoints"] < checkpoints and "best" in row]
+    return tuple(dict.fromkeys((None, damping_of(fewer[-1]["best"])))) if fewer else entry.dampings
+
+
+def _results(workload: Workload) -> Path:
+    return RESULTS / f"{workload.name}.json"
+
+
+def _write(workload: Workload, truth: Truth, planned_rows: list[tuple[Entry, dict[str, Any]]]) -> None:
+    rows = [row for _, row in planned_rows]
     found = {
         "workload": workload.name,
         "n": truth.masks.shape[1],
@@ -170,10 +206,8 @@ def bench(workload: Workload, chosen: argparse.Namespace) -> None:
         "ceiling": truth.ceiling(),
         "compared": {str(checkpoints): compared(rows, checkpoints) for checkpoints in (1, 5)},
     }
-    for row in rows:
-        row.pop("correlations", None)
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{workload.name}.json").write_text(json.dumps(found | {"rows": rows}, indent=1) + "\n")
+    _results(workload).write_text(json.dumps(found | {"rows": rows}, indent=1) + "\n")
 
 
 def main() -> None:

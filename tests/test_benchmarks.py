@@ -1,0 +1,95 @@
+"""The benchmark's table is filled over several runs: rows that a run does not choose stay as the results file has them."""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import run
+from benchmarks.lds import Truth
+from benchmarks.plan import Damping, Entry
+from benchmarks.report import NOT_MEASURED
+from benchmarks.workloads import WORKLOADS, Workload
+
+OURS = Entry("headwater", "ekfac", "none", {"type": "ekfac"}, dampings=(None, 0.5))
+PEER = Entry("peer", "TRAK", "none", dampings=(None, 0.5))
+N, QUERIES, SUBSETS = 20, 12, 16
+EFFECTS = np.random.default_rng(0).normal(size=(QUERIES, N))
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Return a function that runs the benchmark of a made-up workload and returns its results and what was measured."""
+    generator = np.random.default_rng(1)
+    masks = np.stack([generator.permutation(N) < N // 2 for _ in range(SUBSETS)])
+    values = (masks @ EFFECTS.T)[:, None] + generator.normal(size=(SUBSETS, 2, QUERIES))
+    measured: list[tuple[str, int, tuple[Damping, ...]]] = []
+
+    def measure(entry: Entry, workload: Workload, checkpoints: int, dampings, timeout: int, resume: bool) -> Path:
+        """Write scores that are further from the truth with fewer checkpoints, for the peer and at the default damping."""
+        folder = tmp_path / f"{entry.peer}-{checkpoints}"
+        folder.mkdir(exist_ok=True)
+        noise = np.random.default_rng(len(entry.peer)).normal(size=EFFECTS.shape)
+        for damping, scale in zip(dampings, (2.0, 1.0), strict=True):
+            size = scale * (1.5 if entry.peer == "peer" else 1.0) / checkpoints
+            np.save(folder / f"scores-{'default' if damping is None else damping}.npy", EFFECTS + size * noise)
+        (folder / "cost.json").write_text(json.dumps({"feature_seconds": 1.0}))
+        measured.append((entry.peer, checkpoints, tuple(dampings)))
+        return folder
+
+    truth = Truth(masks, values)
+    monkeypatch.setattr(run, "ENTRIES", (OURS, PEER))
+    monkeypatch.setattr(run, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(run, "measure", measure)
+    monkeypatch.setattr(run, "prepare", lambda workload: {})
+    monkeypatch.setattr(run, "retrain", lambda workload, data: None)
+    monkeypatch.setattr(run, "dataset_of", lambda workload, data: None)
+    monkeypatch.setattr(run.Truth, "read", lambda path: truth)
+
+    def once(peers: list[str] | None, checkpoints: list[int] | None = None):
+        measured.clear()
+        chosen = argparse.Namespace(peer=peers, method=None, checkpoints=checkpoints, timeout=1, resume=False)
+        run.bench(WORKLOADS["mnist-mlp"], chosen)
+        return json.loads((tmp_path / "results/mnist-mlp.json").read_text()), list(measured)
+
+    return once
+
+
+def _rows(results, peer: str):
+    return [row for row in results["rows"] if row["peer"] == peer]
+
+
+def test_rows_that_are_not_chosen_stay_and_are_compared(bench):
+    first, measured = bench(["peer"])
+    assert measured == [("peer", 1, (None, 0.5)), ("peer", 5, (None, 0.5))]
+    assert [row["error"] for row in _rows(first, "headwater")] == [NOT_MEASURED] * 2
+    assert first["compared"] == {"1": {}, "5": {}}
+    second, measured = bench(["headwater"])
+    assert [peer for peer, _, _ in measured] == ["headwater"] * 2
+    assert _rows(second, "peer") == _rows(first, "peer")
+    together, measured = bench(None)
+    assert len(measured) == 4
+    assert second == together
+    difference = second["compared"]["1"]["difference"]
+    ours, peer = (_rows(second, name)[0] for name in ("headwater", "peer"))
+    expected = ours["dampings"][ours["best"]]["lds"] - peer["dampings"][peer["best"]]["lds"]
+    assert difference["lds"] == pytest.approx(expected, abs=1e-4)
+    assert 0 < difference["low"] < difference["lds"] < difference["high"]
+
+
+def test_more_checkpoints_are_tried_at_the_best_damping_of_a_row_that_was_written_earlier(bench, monkeypatch):
+    bench(["peer"], [1])
+    other = Entry("peer", "TRAK", "none", dampings=(None, 7.0))
+    monkeypatch.setattr(run, "ENTRIES", (other,))
+    _, measured = bench(["peer"], [5])
+    assert measured == [("peer", 5, (None, 0.5))]
+
+
+def test_a_row_of_other_options_is_not_kept(bench, monkeypatch):
+    bench(["headwater"])
+    other = Entry("headwater", "ekfac", "none", {"type": "ekfac", "fisher": "sampled"}, dampings=(None, 0.5))
+    monkeypatch.setattr(run, "ENTRIES", (other, PEER))
+    results, _ = bench(["peer"])
+    assert [row["error"] for row in _rows(results, "headwater")] == [NOT_MEASURED] * 2
