@@ -42,9 +42,9 @@ _TRAK_GRID: tuple[Damping, ...] = (None, 0.01, 0.1, 1.0, 10.0)
 # 1e-5 for LoGra.
 _KRONFLUENCE = (None, -1.0, 1e-10, 1e-7, 1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 _TRAKER = (None, 0.1, 1.0, 3.0, 10.0, 30.0, 100.0, 1000.0)
-_DATTRI_TRAK = (None, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+_DATTRI_TRAK = (None, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 10.0)
 _DATTRI_LOGRA = (None, 1e-2, 1e-1, 1.0, 3.0, 10.0, 100.0)
-_DATTRI_EKFAC = (None, 1e-8, 1e-6, 1e-5, 1e-4, 1e-2, 1.0)
+_DATTRI_EKFAC = (None, 1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _ARNOLDI = (None, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _NOT_LOGISTIC = ("mnist-mlp", "fashion-mlp", "mnist-cnn", "fashion-cnn", "austen-lm")
 

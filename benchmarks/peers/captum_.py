@@ -4,12 +4,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from captum._utils.sample_gradient import SUPPORTED_MODULES
 from captum.influence import TracInCP
 from captum.influence._core.arnoldi_influence_function import ArnoldiInfluenceFunction
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from benchmarks.peers.base import Peer, run
+from benchmarks.peers.base import BATCH, Peer, run
+
+# Each example's backward pass goes through its whole batch.
+_SMALL_BATCH = 10
 
 
 class Captum(Peer):
@@ -19,16 +23,24 @@ class Captum(Peer):
         """Build the influence function, whose damping is part of its construction."""
         (number,) = self.checkpoints
         problem = self.problem
+        # It takes the gradients of a batch at once where all layers are linear or convolutions, and else one after the other, from a loss per example.
+        module = _numeric_padding(problem.module(number))
+        layers = [part for part in module.modules() if [*part.parameters(recurse=False)]]
+        batched = all(isinstance(layer, tuple(SUPPORTED_MODULES)) for layer in layers)
+
+        def reduced(losses: Tensor) -> Tensor:
+            return losses.sum() if batched else losses
 
         def loss(output: Tensor, targets: Tensor) -> Tensor:
-            return problem.loss(output, targets, targets).sum()
+            return reduced(problem.loss(output, targets, targets))
 
         def measured(output: Tensor, targets: Tensor) -> Tensor:
             # With the sign turned, an example that raises the measurement scores above 0.
-            return -problem.measure(output, targets, targets).sum()
+            return reduced(-problem.measure(output, targets, targets))
 
-        given: dict[str, Any] = {"loss_fn": loss, "test_loss_fn": measured, "sample_wise_grads_per_batch": True}
-        module, train = problem.module(number), problem.loader("train")
+        given: dict[str, Any] = {"loss_fn": loss, "test_loss_fn": measured, "sample_wise_grads_per_batch": batched}
+        self.batch = BATCH if batched else _SMALL_BATCH
+        train = problem.loader("train", self.batch)
         if self.options["type"] == "tracin":
             self.influence = TracInCP(module, train, [str(problem.path(number))], _load, **given)
             return
@@ -51,7 +63,17 @@ class Captum(Peer):
 
     def scores(self, damping: float | None) -> np.ndarray:
         """Return all pairs."""
-        return np.asarray(self.influence.influence(self.problem.loader("query")).detach())
+        return np.asarray(self.influence.influence(self.problem.loader("query", self.batch)).detach())
+
+
+def _numeric_padding(module: nn.Module) -> nn.Module:
+    """Write the padding "same" of a network's convolutions, all of odd kernels, as numbers: it does not take the word."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d) and layer.padding == "same":
+            layer.padding = tuple(
+                dilation * (size // 2) for size, dilation in zip(layer.kernel_size, layer.dilation, strict=True)
+            )
+    return module
 
 
 def _load(module: nn.Module, path: str) -> float:

@@ -1,6 +1,8 @@
 """dattri: TRAK, LoGra and EK-FAC."""
 
 import shutil
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,7 +27,10 @@ class Dattri(Peer):
     def fit(self) -> None:
         """Compute what the default damping needs; an attributor's damping is part of its construction."""
         problem = self.problem
-        modules = [_Batching(problem.module(number), problem.train.tensors[0].dim()) for number in self.checkpoints]
+        # LoGra takes the cross-entropy of what a network returns as a query's loss, unless that brings its own, as transformers' language models do.
+        loss = problem.loss if problem.is_language_model and self.options["type"] == "logra" else None
+        dims = problem.train.tensors[0].dim()
+        modules = [_Batching(problem.module(number), dims, loss) for number in self.checkpoints]
         self.module, states = modules[0], [module.state_dict() for module in modules]
         match self.options["type"]:
             case "trak":
@@ -66,7 +71,8 @@ class Dattri(Peer):
         return found.T.detach().numpy()
 
     def _mean_loss(self, model: nn.Module, batch: tuple[Tensor, Tensor], device: str) -> Tensor:
-        return self.problem.loss(model(batch[0]), *batch).mean()
+        output = model(batch[0])
+        return output.loss if hasattr(output, "loss") else self.problem.loss(output, *batch).mean()
 
     def _damping_name(self) -> str:
         return "regularization" if self.options["type"] == "trak" else "damping"
@@ -78,14 +84,18 @@ class Dattri(Peer):
 
 
 class _Batching(nn.Module):
-    """A network that is also called with one example that has no batch dimension, as LoGra does to learn shapes."""
+    """A network that is also called with one example that has no batch dimension, as LoGra does to learn shapes; with a loss it returns that too."""
 
-    def __init__(self, network: nn.Module, dims: int) -> None:
+    def __init__(self, network: nn.Module, dims: int, loss: Callable[..., Tensor] | None) -> None:
         super().__init__()
-        self.network, self.dims = network, dims
+        self.network, self.dims, self.loss = network, dims, loss
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.network(inputs if inputs.dim() == self.dims else inputs.unsqueeze(0))
+    def forward(self, inputs: Tensor) -> Any:
+        batch = inputs if inputs.dim() == self.dims else inputs.unsqueeze(0)
+        output = self.network(batch)
+        return (
+            output if self.loss is None else SimpleNamespace(logits=output, loss=self.loss(output, batch, batch).mean())
+        )
 
 
 if __name__ == "__main__":
