@@ -66,7 +66,7 @@ class Observed:
 
     @property
     def direction(self) -> Sequence[LayerGradient]:
-        """What `φ` is a multiple of, example by example: the smaller part of the work that is linear in `φ` can scale results instead."""
+        """What each example's `φ` is a multiple of: whatever is linear in `φ` can scale its results instead of the gradients."""
         return self.measured if self.losses is None else self.losses
 
     @property

@@ -114,12 +114,10 @@ class ExtensionPipeline(FitPipeline):
         factors = of_checkpoint(self._factors, number)
         match stage:
             case "covariance":
-                return {
-                    name if name == "positions" else f"spectrum.{name}": (
-                        value if name == "positions" else _along(value, factors[name])
-                    )
-                    for name, value in sums.items()
-                }
+                moments, counts = dict(sums), {}
+                if "positions" in moments:
+                    counts["positions"] = moments.pop("positions")
+                return counts | {f"spectrum.{name}": _along(value, factors[name]) for name, value in moments.items()}
             case "kernel":
                 return {"values": _along(sums["kernel"], factors["vectors"])}
             case _:

@@ -20,7 +20,7 @@ from attribution_core.arrays import read_arrays, write_arrays
 from attribution_core.curvature import CovarianceSums, Eigenbasis, EigenvalueSums, Identity
 from attribution_core.curvature.dense import spectrum, summed_hessian
 from attribution_core.curvature.ekfac import Draws, kronecker_eigenvalues
-from attribution_core.curvature.fisher import Observed, compact
+from attribution_core.curvature.fisher import Fisher, Observed, compact
 from attribution_core.curvature.iterative import product_over
 from attribution_core.curvature.solvers import arnoldi, mean_eigenvalue
 from attribution_core.data.batch import Batch
@@ -229,26 +229,34 @@ class FitPipeline:
             progress.advance(len(batch))
 
     def _draws(self, stage: str, shard: Shard, progress: Progress) -> Iterator[Draws]:
-        """Yield a shard's pseudo-gradients; the first pass keeps all that later ones need, while memory lasts."""
-        fisher = self.context.fisher
-        assert fisher is not None
-        kept = self._kept.setdefault(shard.ordinal, [])
+        """Yield a shard's pseudo-gradients."""
+        assert self.context.fisher is not None
+        passes = self._first_draws if stage == "covariance" else self._later_draws
+        return passes(shard, self.context.fisher, progress)
+
+    def _first_draws(self, shard: Shard, fisher: Fisher, progress: Progress) -> Iterator[Draws]:
+        """Yield pseudo-gradients as factors, and keep all that later passes need while memory lasts."""
+        for _ in self._released(shard):
+            pass  # of an attempt that was broken off
+        kept, method, keeps = self._kept.setdefault(shard.ordinal, []), self._observer(shard.checkpoint), True
+        for batch in self._counted(shard, progress):
+            keeps = keeps and self._can_keep(shard, batch)
+            if not keeps:
+                yield fisher.draws(method.checkpoint.run(batch), method.checkpoint.task, batch)
+                continue
+            observed = method.observe(batch, fisher)
+            yield observed.draws
+            kept.append(observed.compact())
+            self._kept_bytes += kept[-1].nbytes
+
+    def _later_draws(self, shard: Shard, fisher: Fisher, progress: Progress) -> Iterator[Draws]:
+        """Yield pseudo-gradients in the form they are kept in, whether they were or not: no rounding error then depends on memory."""
+        kept, checkpoint = self._kept.get(shard.ordinal, ()), self.context.checkpoint(shard.checkpoint)
         for observed in kept:
             yield observed.draws
             progress.advance(len(observed))
-        method, first = self._observer(shard.checkpoint), stage == "covariance"
-        keeps = first
         for batch in self._counted(shard, progress, skip=sum(map(len, kept))):
-            keeps = keeps and self._can_keep(shard, batch)
-            if keeps:
-                observed = method.observe(batch, fisher)
-                yield observed.draws
-                kept.append(observed.compact())
-                self._kept_bytes += kept[-1].nbytes
-            else:
-                draws = fisher.draws(method.checkpoint.run(batch), method.checkpoint.task, batch)
-                # Later passes see what the first would have kept, so that it decides no rounding error what was kept.
-                yield draws if first else [compact(draw) for draw in draws]
+            yield [compact(draw) for draw in fisher.draws(checkpoint.run(batch), checkpoint.task, batch)]
 
     def _can_keep(self, shard: Shard, batch: Batch) -> bool:
         return self._kept_bytes + self.context.kept_bytes(shard.checkpoint) * len(batch) <= KEPT_BYTES

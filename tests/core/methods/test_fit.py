@@ -39,6 +39,18 @@ IVF = {"type": "ivf", "lists": 6}
 ALL = np.arange(60)
 
 
+class Stopping:
+    """Progress that stops the work after so many examples."""
+
+    def __init__(self, after: int) -> None:
+        self.after, self.done = after, 0
+
+    def advance(self, done: int) -> None:
+        self.done += done
+        if self.done >= self.after:
+            raise Cancelled("asked to stop")
+
+
 def run(spec: FitSpec, work: Path, into: Path, seed: int | None = None) -> FitSummary:
     """Fit with a fresh pipeline for every shard, in an order shuffled by `seed`."""
     stages = build_pipeline(spec, work).stages()
@@ -125,6 +137,19 @@ def test_what_one_pass_keeps_for_the_next_changes_no_byte(
     spared, examples = drawn["none"] - drawn["kept"], len(ALL) * len(spec.checkpoints)
     assert spared == examples if share > 1 else 0 < spared < examples
     assert hashes(tmp_path / "none") == hashes(tmp_path / "kept")
+
+
+def test_a_shard_that_is_run_again_gives_the_same_bytes(tmp_path: Path) -> None:
+    """A worker that was broken off runs its shard again on the pipeline that kept a part of it."""
+    spec = images(tmp_path).with_(method={"type": "ekfac"}, batch_size=4)
+    pipeline = FitPipeline(spec, tmp_path / "work")
+    with pytest.raises(Cancelled):
+        pipeline.run_shard("covariance", 0, Stopping(9))
+    for number in range(3):
+        write_arrays(tmp_path / f"{number}", pipeline.run_shard("covariance", 0, NoProgress()))
+        fresh = FitPipeline(spec, tmp_path / "work").run_shard("covariance", 0, NoProgress())
+        write_arrays(tmp_path / f"fresh-{number}", fresh)
+    assert len({sha256_file(path) for path in tmp_path.glob("*[0-9]") if path.is_file()}) == 1
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -246,15 +271,7 @@ def test_stages_cover_every_row_once_per_checkpoint(ensemble: Problem, tmp_path:
 
 
 def test_progress_counts_examples_and_can_stop_the_work(problem: Problem, tmp_path: Path) -> None:
-    class Stops:
-        done = 0
-
-        def advance(self, done: int) -> None:
-            self.done += done
-            if self.done >= 16:
-                raise Cancelled("asked to stop")
-
-    progress = Stops()
+    progress = Stopping(16)
     with pytest.raises(Cancelled):
         FitPipeline(problem.spec, tmp_path).run_shard("features", 0, progress)
     assert progress.done == 16
