@@ -34,6 +34,10 @@ class _RankOne:
     def squares(self) -> Tensor:
         return self.outputs.square().sum(-1).mul(self.inputs.square().sum(-1)).sum(-1)
 
+    @staticmethod
+    def joined(parts: Sequence["_RankOne"]) -> "_RankOne":
+        return _RankOne(torch.cat([part.inputs for part in parts]), torch.cat([part.outputs for part in parts], 1))
+
 
 @dataclass(frozen=True)
 class _Whole:
@@ -52,8 +56,14 @@ class _Whole:
     def squares(self) -> Tensor:
         return self.values.flatten(2).square().sum(-1)
 
+    @staticmethod
+    def joined(parts: Sequence["_Whole"]) -> "_Whole":
+        return _Whole(torch.cat([part.values for part in parts], 1))
+
 
 Kept = _RankOne | _Whole
+# Examples multiplied at once: with few, products would wait for the memory that their results are added up in.
+_EXAMPLES_AT_ONCE = 256
 
 
 class PseudoRows:
@@ -68,10 +78,16 @@ class PseudoRows:
         self._batches: list[list[Kept]] = []
         self.blocks: list[Block] = []
         self.num_examples = 0
+        waiting: list[list[Kept]] = []
         for draws in batches:
             self.blocks = [part.block for part in draws[0]]
             self.num_examples += len(draws[0][0])
-            self._batches.append([_kept([draw[number] for draw in draws]) for number in range(len(self.blocks))])
+            waiting.append([_kept([draw[number] for draw in draws]) for number in range(len(self.blocks))])
+            if _counted(waiting) >= _EXAMPLES_AT_ONCE:
+                self._batches.append(_joined(waiting))
+                waiting = []
+        if waiting:
+            self._batches.append(_joined(waiting))
         self._examples = np.arange(self.num_examples) if examples is None else examples
         # What each example's products are multiplied with, batch by batch.
         self._shares: list[Tensor | float] = [1 / self.num_examples] * len(self._batches)
@@ -104,10 +120,7 @@ class PseudoRows:
                 "the group holds every example whose curvature is known: use the additive estimator", "/estimator"
             )
         share = (1 - len(rows) / num_examples) / staying.sum()
-        sizes = [
-            vars(batch[0])["outputs" if isinstance(batch[0], _RankOne) else "values"].shape[1]
-            for batch in self._batches
-        ]
+        sizes = [_counted([batch]) for batch in self._batches]
         less = copy(self)
         like = next(iter(vars(self._batches[0][0]).values()))
         less._shares = [part * share for part in torch.from_numpy(staying).to(like).split(sizes)]
@@ -133,6 +146,16 @@ class PseudoRows:
                 weights = kept.inner(parts[number]) / (rate + kept.squares())
                 total[number] -= kept.combined(weights) / (rate * self.num_examples)
         return total
+
+
+def _counted(batches: Sequence[Sequence[Kept]]) -> int:
+    """Return how many examples some batches have."""
+    firsts = (batch[0] for batch in batches)
+    return sum((kept.outputs if isinstance(kept, _RankOne) else kept.values).shape[1] for kept in firsts)
+
+
+def _joined(batches: Sequence[Sequence[Kept]]) -> list[Kept]:
+    return [type(parts[0]).joined(parts) for parts in zip(*batches, strict=True)]
 
 
 def _kept(parts: Sequence[LayerGradient]) -> Kept:

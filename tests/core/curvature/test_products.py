@@ -10,6 +10,7 @@ from torch.func import functional_call
 
 from attribution_core.architectures.build import build
 from attribution_core.curvature import Identity
+from attribution_core.curvature import rows as curvature_rows
 from attribution_core.curvature.fisher import Fisher, observe
 from attribution_core.curvature.products import HessianProducts
 from attribution_core.curvature.rows import PseudoRows
@@ -96,8 +97,12 @@ def test_products_are_the_matrix_times_the_vector(name: str, gauss_newton: bool)
     torch.testing.assert_close(found, vectors @ matrix + 0.3 * vectors, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("at_once", [1, 256])
 @pytest.mark.parametrize("name", ["mlp", "cnn"])
-def test_kept_rows_multiply_by_the_gauss_newton_matrix(name: str) -> None:
+def test_kept_rows_multiply_by_the_gauss_newton_matrix(
+    name: str, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(curvature_rows, "_EXAMPLES_AT_ONCE", at_once)
     module, task, batch = case(name)
     capture = GradientCapture(module)
     matrix = dense_hessian(capture, task, batch, gauss_newton=True)
