@@ -126,6 +126,13 @@ class GaussNewtonMethod(FisherMethod):
     extends: ClassVar[bool] = True
     reference: ClassVar[str] = "Teso et al. 2021; Bae et al. 2022; Wang et al. 2025 (ASTRA)"
     type: Literal["gauss_newton"]
+    damping: Damping = Field(default=1.0, description=_LAYER_DAMPING)
+    shrinkage: float = Field(
+        default=0.8,
+        ge=0,
+        le=1,
+        description="Weight ρ of EK-FAC in the curvature `(1 - ρ) Gauss-Newton + ρ EK-FAC` that is solved; 0 is the Gauss-Newton matrix itself.",
+    )
     iterations: int = Field(default=20, ge=1, le=1000, description="Conjugate gradient steps at most.")
     tolerance: float = Field(default=1e-3, gt=0, lt=1, description="Relative residual at which a solve stops.")
     curvature_examples: int | None = Field(

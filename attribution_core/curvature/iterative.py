@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from attribution_core.curvature import solvers
 from attribution_core.curvature.base import Curvature
@@ -21,23 +22,37 @@ from attribution_core.gradients import Block, LayerGradient
 
 # Query gradients solved at once: bounds memory.
 _NUMBERS_AT_ONCE = 1 << 26
+# Smaller numbers make products subnormal, which slows those down tenfold, and change none that is not.
+_NEGLIGIBLE = torch.finfo(torch.float32).tiny / torch.finfo(torch.float32).eps
 
 
 class GaussNewton(Curvature):
-    """The Gauss-Newton matrix of kept pseudo-gradients, by conjugate gradients preconditioned with EK-FAC at the same damping.
+    """The Gauss-Newton matrix of kept pseudo-gradients, shrunk towards EK-FAC, by conjugate gradients preconditioned with EK-FAC.
+
+    `H̄ = (1 - ρ) mean(g gᵀ) + ρ K`: like a covariance that is shrunk towards a structured target, it needs less damping than the matrix of few
+    examples alone, and takes fewer steps to solve, as the preconditioner is part of it.
 
     Args:
         rows: makes the pseudo-gradients, at the first solve.
-        preconditioner: also gives each layer's λ, and stands in where a solve per example would be too much (`paired`).
+        preconditioner: K; also gives each layer's λ, and stands in where a solve per example would be too much (`paired`).
+        shrinkage: ρ, from 0 (the Gauss-Newton matrix) to 1 (EK-FAC).
+
+    Source: the mixture is after Ledoit & Wolf 2004, who shrink a covariance; the solve after Wang et al. 2025 (ASTRA).
     """
 
     def __init__(
-        self, rows: Callable[[], PseudoRows], preconditioner: EkfacFactors, iterations: int, tolerance: float
+        self,
+        rows: Callable[[], PseudoRows],
+        preconditioner: EkfacFactors,
+        iterations: int,
+        tolerance: float,
+        shrinkage: float = 0.0,
     ) -> None:
         self._make = rows
         self._preconditioner = preconditioner
         self._iterations = iterations
         self._tolerance = tolerance
+        self._shrinkage = shrinkage
 
     @cached_property
     def rows(self) -> PseudoRows:
@@ -53,7 +68,7 @@ class GaussNewton(Curvature):
         blocks, rates = self._preconditioner.basis.blocks, self._preconditioner.rates(damping)
 
         def product(vectors: Tensor) -> Tensor:
-            parts = unflattened(vectors, blocks)
+            parts = unflattened(F.hardshrink(vectors, _NEGLIGIBLE), blocks)
             moved = self.rows.product(parts)
             return flattened([a + rate * b for a, b, rate in zip(moved, parts, rates, strict=True)])
 
@@ -62,13 +77,16 @@ class GaussNewton(Curvature):
 
         return _in_parts(
             gradients,
-            lambda part: solvers.conjugate_gradients(product, part, precondition, self._iterations, self._tolerance),
+            lambda part: solvers.conjugate_gradients(
+                product, part, precondition, self._iterations, self._tolerance, self._shrinkage
+            ),
         )
 
     def without(self, group: Group) -> "GaussNewton":
-        """Return the Gauss-Newton matrix of the other examples, solved as this one is."""
+        """Return the curvature of the other examples, solved as this one is."""
         left = self.rows.without(group.rows, group.num_examples)
-        return GaussNewton(lambda: left, self._preconditioner, self._iterations, self._tolerance)
+        factors = self._preconditioner.without(group) if self._shrinkage else self._preconditioner
+        return GaussNewton(lambda: left, factors, self._iterations, self._tolerance, self._shrinkage)
 
     def paired(self, first: Sequence[LayerGradient], second: Sequence[LayerGradient], damping: float) -> Tensor:
         """Return `uᵢᵀ (H̄ + λ)⁻¹ vᵢ` by EK-FAC."""

@@ -11,16 +11,24 @@ from attribution_core.errors import SingularCurvatureError
 
 
 def conjugate_gradients(
-    product: Product, vectors: Tensor, precondition: Product, iterations: int, tolerance: float
+    product: Product,
+    vectors: Tensor,
+    precondition: Product,
+    iterations: int,
+    tolerance: float,
+    shrinkage: float = 0.0,
 ) -> Tensor:
-    """Return `H⁻¹ v` for a positive definite H.
+    """Return `((1 - ρ) H + ρ M)⁻¹ v` for a positive definite H and its preconditioner M.
+
+    Products with M cost nothing: each direction is made of residuals that `M⁻¹` was multiplied with.
 
     Args:
         product: multiplies by H, damping included.
         vectors: right-hand sides (batch, P).
-        precondition: multiplies by an approximation of `H⁻¹`.
+        precondition: multiplies by `M⁻¹`, an approximation of `H⁻¹`.
         iterations: steps at most.
         tolerance: relative residual at which a vector is solved.
+        shrinkage: ρ, the weight of M.
 
     Raises:
         SingularCurvatureError: if H has a direction of negative curvature.
@@ -30,13 +38,13 @@ def conjugate_gradients(
     solution = torch.zeros_like(vectors)
     residual = vectors.clone()
     z = precondition(residual)
-    direction = z.clone()
+    direction, image = z.clone(), residual.clone()  # image = M direction
     alignment = _dot(residual, z)
     target = tolerance * vectors.norm(dim=1, keepdim=True)
     for _ in range(iterations):
         if bool((residual.norm(dim=1, keepdim=True) <= target).all()):
             break
-        moved = product(direction)
+        moved = (1 - shrinkage) * product(direction) + shrinkage * image
         bend = _dot(direction, moved)
         if bool((bend < 0).any()):
             raise SingularCurvatureError(
@@ -47,7 +55,8 @@ def conjugate_gradients(
         residual -= step * moved
         z = precondition(residual)
         following = _dot(residual, z)
-        direction = z + torch.where(alignment > 0, following / alignment, 0) * direction
+        turn = torch.where(alignment > 0, following / alignment, 0)
+        direction, image = z + turn * direction, residual + turn * image
         alignment = following
     return solution
 

@@ -237,7 +237,7 @@ class FitContext:
             case GaussNewtonMethod():
                 factors = EkfacFactors.from_arrays(blocks, fitted, self.device)
                 rows = partial(self._pseudo_rows, number, Fisher.of(spec), spec.curvature_examples)
-                return GaussNewton(rows, factors, spec.iterations, spec.tolerance)
+                return GaussNewton(rows, factors, spec.iterations, spec.tolerance, spec.shrinkage)
             case EkfacMethod() | KfacMethod() | DiagonalMethod():
                 return EkfacFactors.from_arrays(blocks, fitted, self.device)
             case DataInfMethod():

@@ -183,11 +183,15 @@ def test_kfac_is_exact_where_the_factors_are_independent() -> None:
     torch.testing.assert_close(given.scores(fitted(given, "kfac")), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_gauss_newton(dense: Dense) -> None:
-    matrix = fisher_matrix(dense)
-    inverse = torch.linalg.inv(matrix + torch.diag(dense.rates(matrix)))
+@pytest.mark.parametrize("shrinkage", [0.0, 0.7])
+def test_gauss_newton_shrunk_towards_ekfac(dense: Dense, shrinkage: float) -> None:
+    matrix, factors = fisher_matrix(dense), fitted(dense, "ekfac")
+    basis = torch.block_diag(*rotated(dense, factors))
+    ekfac = basis @ torch.diag((basis.T @ matrix @ basis).diagonal()) @ basis.T
+    mixed = (1 - shrinkage) * matrix + shrinkage * ekfac
+    inverse = torch.linalg.inv(mixed + torch.diag(dense.rates(matrix)))
     rows = PseudoRows(dense.drawn(dense.fisher))
-    curvature = GaussNewton(lambda: rows, fitted(dense, "ekfac"), 500, 1e-10)
+    curvature = GaussNewton(lambda: rows, factors, 500, 1e-10, shrinkage)
     torch.testing.assert_close(dense.scores(curvature), dense.expected(inverse), rtol=1e-5, atol=1e-6)
 
 

@@ -28,7 +28,14 @@ NEWTON: dict[str, dict[str, Any]] = {
     "ekfac": {"type": "ekfac", "projection": SMALL},
     "kfac": {"type": "kfac", "projection": SMALL},
     "diagonal": {"type": "diagonal", "projection": SMALL},
-    "gauss_newton": {"type": "gauss_newton", "projection": SMALL, "iterations": 200, "tolerance": 1e-7},
+    "gauss_newton": {
+        "type": "gauss_newton",
+        "projection": SMALL,
+        "damping": 0.1,
+        "shrinkage": 0,
+        "iterations": 200,
+        "tolerance": 1e-7,
+    },
     "logra": {"type": "logra", "projection": FACTORED},
     "trak": {"type": "trak", "projection": SHARP},
     "trak fisher": {"type": "trak", "projection": SHARP, "curvature": "fisher"},
@@ -68,6 +75,21 @@ def test_gauss_newton_without_a_group_is_the_dense_solve(problem: Problem, subse
     sizes = [block.numel for block in factors.basis.blocks]
     rates = torch.cat([torch.full((size,), rate) for size, rate in zip(sizes, factors.rates(0.1), strict=True)])
     inverse = torch.linalg.inv(matrix + torch.diag(rates.double()))
+    expected = measured(problem, module, "margin") @ inverse @ negative_loss(problem, module)[GROUP].sum(0) / 60
+    assert relative_error(newton(index, problem, GROUP)[:, 0], expected) < 1e-3
+
+
+def test_shrunk_gauss_newton_without_a_group_has_the_others_ekfac(problem: Problem) -> None:
+    module, staying = problem.modules()[0], torch.ones(60, dtype=torch.bool)
+    staying[GROUP] = False
+    index = problem.fit("gn", method={**NEWTON["gauss_newton"], "shrinkage": 0.4})
+    rows = draws_of(index, np.flatnonzero(staying))
+    factors = index.members[0].curvature._preconditioner  # type: ignore[attr-defined]
+    sizes = [block.numel for block in factors.basis.blocks]
+    rates = torch.cat([torch.full((size,), rate) for size, rate in zip(sizes, factors.rates(0.1), strict=True)])
+    matrix = torch.einsum("ncp,ncq->pq", rows, rows) / 60 + torch.diag(rates.double())
+    ekfac = torch.linalg.inv(ekfac_inverse(module, problem.inputs, 0.1, staying))
+    inverse = torch.linalg.inv(0.6 * matrix + 0.4 * ekfac)
     expected = measured(problem, module, "margin") @ inverse @ negative_loss(problem, module)[GROUP].sum(0) / 60
     assert relative_error(newton(index, problem, GROUP)[:, 0], expected) < 1e-3
 
