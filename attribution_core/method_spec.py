@@ -74,7 +74,20 @@ class FisherMethod(FisherSampling):
     """A method that inverts the Fisher matrix."""
 
     estimators: ClassVar[tuple[GroupEstimator, ...]] = ("additive", "newton")
-    damping: Damping = Field(default=0.1, description=_LAYER_DAMPING)
+    # The default damping: so much per parameter and target, and at most so much (docs/studies/curvature.md).
+    default_rate: ClassVar[float] = 1 / 64
+    max_default: ClassVar[float] = 0.5
+    damping: Damping | None = Field(
+        default=None,
+        description="Default damping, as a multiple of each layer's mean eigenvalue. If null, it follows how well the data determine "
+        "the curvature: proportional to attributed parameters per training target (example, or predicted token), up to a bound.",
+    )
+
+    def damping_for(self, parameters_per_target: float) -> float:
+        """Return the default damping, which where none is named grows with how little the data say of each parameter."""
+        if self.damping is not None:
+            return self.damping
+        return min(self.max_default, self.default_rate * parameters_per_target)
 
 
 class EkfacMethod(FisherMethod):
@@ -126,7 +139,8 @@ class GaussNewtonMethod(FisherMethod):
     extends: ClassVar[bool] = True
     reference: ClassVar[str] = "Teso et al. 2021; Bae et al. 2022; Wang et al. 2025 (ASTRA)"
     type: Literal["gauss_newton"]
-    damping: Damping = Field(default=1.0, description=_LAYER_DAMPING)
+    default_rate: ClassVar[float] = 1 / 8
+    max_default: ClassVar[float] = 4.0
     shrinkage: float = Field(
         default=0.8,
         ge=0,
@@ -482,7 +496,7 @@ class BanzhafMethod(BankMethodBase):
 
 
 class AutoMethod(MethodBase):
-    """The first of exact, explicit and ekfac that fits model and size; the index says which, and why."""
+    """The first of exact, explicit, gauss_newton and ekfac that fits model and size; the index says which, and why."""
 
     reference: ClassVar[str] = "The ladder and what it was measured on: docs/methods.md"
     type: Literal["auto"]

@@ -69,13 +69,13 @@ class Operations:
             start = 0
             for number in group:
                 stop = start + len(batches[number])
-                answers.append({"number": number, **_attributions(index, found[start:stop], first)})
+                answers.append({"number": number, **_attributions(index, query, found[start:stop])})
                 start = stop
         return sorted(answers, key=lambda answer: int(answer.pop("number")))
 
     def predict(self, payload: Json) -> Json:
         """Predict queries' measurements after training without each of several groups."""
-        found = self.predictions(payload)
+        found, index = self.predictions(payload), self._cache.get(payload["artifact"], payload["fit"])
         return {
             "outputs": found.outputs,
             "predictions": [
@@ -92,7 +92,8 @@ class Operations:
                 )
             ],
             "approximate": found.approximate,
-            "recall": self._cache.get(payload["artifact"], payload["fit"]).recall,
+            "recall": index.recall,
+            "damping": found.damping,
         }
 
     def predictions(self, payload: Json) -> "Predictions":
@@ -125,7 +126,8 @@ class Operations:
                     effects[place, number], exact = part[0, 0], exact and exact_here
                     of_one = self._uncertain(index, one, [rows], payload)
                     spreads[place, number], deviations[place, number] = (found[0, 0] for found in of_one)
-        return Predictions(query.outputs, predicted_change(effects), spreads, deviations, rows_of, not exact)
+        change, damping = predicted_change(effects), _damping(index, query)
+        return Predictions(query.outputs, change, spreads, deviations, rows_of, not exact, damping)
 
     def queries(self, payload: Json) -> Batch:
         """Return a question's queries as one batch."""
@@ -194,6 +196,7 @@ class Predictions:
         deviations: the method's own standard deviations, (queries, subsets); not a number for methods that do not know.
         rows: what is left out, per query and subset, ascending.
         approximate: whether some group was summed from stored features.
+        damping: that was used; None for methods without.
     """
 
     outputs: list[Json]
@@ -202,6 +205,7 @@ class Predictions:
     deviations: np.ndarray
     rows: list[list[np.ndarray]]
     approximate: bool
+    damping: float | None
 
 
 def describe_model(payload: Json) -> Json:
@@ -311,7 +315,12 @@ def _allowed(index: Index, condition: Json | None, deleted: Sequence[int]) -> np
     return mask
 
 
-def _attributions(index: Index, found: Sequence[Attribution], request: Json) -> Json:
+def _damping(index: Index, query: Query) -> float | None:
+    """Return the damping that a query was scored with; None where the method has none, whatever was asked."""
+    return None if index.default_damping is None else query.damping
+
+
+def _attributions(index: Index, query: Query, found: Sequence[Attribution]) -> Json:
     return {
         "results": [
             {"output": one.output, "positive": _listed(index, one.positive), "negative": _listed(index, one.negative)}
@@ -319,6 +328,7 @@ def _attributions(index: Index, found: Sequence[Attribution], request: Json) -> 
         ],
         "approximate": any(one.approximate for one in found),
         "recall": index.recall,
+        "damping": _damping(index, query),
     }
 
 

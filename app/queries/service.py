@@ -366,15 +366,12 @@ def _set_output(values: np.ndarray, predicted: np.ndarray) -> SetOutput:
 def _said(asked: Asked, found: Json, began: float) -> Json:
     """Return what an answer says about itself."""
     method = asked.index.method
-    default = method.get("damping")
     return {
         "index": asked.index.id,
         "method": method["type"],
         "notion": METHODS[method["type"]].notion,
         "measurement": asked.index.measurement,
-        "damping": None
-        if default is None
-        else (default if asked.engine["damping"] is None else asked.engine["damping"]),
+        "damping": found["damping"],
         "approximate": found["approximate"],
         "recall": found["recall"],
         "generation": asked.index.generation,

@@ -33,6 +33,7 @@ from attribution_core.method_spec import (
     EkfacMethod,
     ExactMethod,
     ExplicitMethod,
+    FisherMethod,
     FisherSampling,
     GasMethod,
     GaussNewtonMethod,
@@ -75,6 +76,8 @@ MAX_GRADIENT_BYTES = 8 << 30
 RECALL_QUERIES = 16
 _GRADIENTS_HELD = 3 * RECALL_QUERIES
 _PROBED = 8
+# Examples of which targets are counted.
+_COUNTED = 64
 _LOWERED = {"float32": None, "bfloat16": torch.bfloat16}
 
 
@@ -218,7 +221,20 @@ class FitContext:
                 return Exact(checkpoint, spec, partial(self.batches, number))
         assert isinstance(spec, GradientMethodBase)
         kept = self._projection(spec, number) if self.layout == "vectors" else None
-        return GradientMethod(checkpoint, self._curvature(number, own), getattr(spec, "damping", 0.0), kept)
+        return GradientMethod(checkpoint, self._curvature(number, own), self.default_damping or 0.0, kept)
+
+    @cached_property
+    def default_damping(self) -> float | None:
+        """The damping where a query names none; None for methods without.
+
+        An extension keeps that of the fit it extends: its rows' self-influence is at one damping.
+        """
+        method, n = self.spec.method, self.spec.fitted_examples
+        if not isinstance(method, FisherMethod):
+            return getattr(method, "damping", None)
+        counted = self.source.batch(np.arange(min(_COUNTED, n)))
+        targets = n * self.task.num_targets(counted) / len(counted)
+        return method.damping_for(self.checkpoint(0).capture.num_parameters / targets)
 
     def products(self, number: int) -> HessianProducts:
         """Return products with the Hessian under one checkpoint."""

@@ -150,7 +150,7 @@ class LoadedIndex:
     @property
     def default_damping(self) -> float | None:
         """The method's damping where a query names none; None for methods without."""
-        return getattr(self.spec.method, "damping", None)
+        return self.context.default_damping
 
     def query(self, batch: Batch, damping: float | None) -> Query:
         """Encode queries; a damping of None is the method's default.

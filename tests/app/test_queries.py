@@ -333,13 +333,14 @@ def test_every_method_fits_and_answers(steady: Loaded) -> None:
 def test_auto_says_what_it_came_to_and_why(steady: Loaded) -> None:
     assert steady.service.finished(steady.fit("chosen", {"type": "auto"}))["state"] == "succeeded"
     index = steady.service.get("/v1/indexes/chosen")
-    assert index["method"]["type"] == "ekfac"
+    assert index["method"]["type"] == "gauss_newton"
     assert index["choice"]["asked"] == {"type": "auto", "l2": 0.0}
-    assert [rung["method"] for rung in index["choice"]["considered"]] == ["exact", "explicit", "ekfac"]
-    assert "perceptron" in index["choice"]["reason"]
+    assert [rung["method"] for rung in index["choice"]["considered"]] == ["exact", "explicit", "gauss_newton"]
+    assert "shrunk" in index["choice"]["reason"]
     assert steady.service.get("/v1/indexes/steady")["choice"] is None
     answer = steady.service.post("/v1/indexes/chosen/attributions", QUERY)
-    assert answer["method"] == "ekfac"
+    assert answer["method"] == "gauss_newton"
+    assert 0 < answer["damping"] <= 4  # by parameters per example, as none was named
 
 
 def test_damaged_files_are_told_and_harm_nobody_else(steady: Loaded) -> None:

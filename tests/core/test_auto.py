@@ -24,17 +24,19 @@ LOGISTIC = Situation("logistic", "classification", 7_850, 50_000, num_features=7
     [
         (LINEAR, "exact", "closed form"),
         (LOGISTIC, "exact", "ALO"),
-        (dataclasses.replace(LOGISTIC, num_parameters=100_000), "ekfac", "0.51"),
+        (dataclasses.replace(LOGISTIC, num_parameters=100_000), "ekfac", "whatever the size"),
         (dataclasses.replace(LINEAR, num_features=20_000), "ekfac", "whatever the size"),
-        (dataclasses.replace(LOGISTIC, all_layers=False), "ekfac", "0.51"),
+        (dataclasses.replace(LOGISTIC, all_layers=False), "ekfac", "whatever the size"),
+        (dataclasses.replace(LOGISTIC, all_layers=False, num_examples=20_000), "gauss_newton", "passes"),
         (dataclasses.replace(MLP, num_parameters=1_500), "explicit", "1,500 parameters"),
-        (dataclasses.replace(MLP, num_parameters=1_500, num_examples=10_000), "ekfac", "0.51"),
-        (MLP, "ekfac", "0.51"),
+        (dataclasses.replace(MLP, num_parameters=1_500, num_examples=10_000), "gauss_newton", "passes"),
+        (MLP, "gauss_newton", "shrunk"),
         (dataclasses.replace(MLP, num_parameters=10_000_000), "ekfac", "whatever the size"),
-        (dataclasses.replace(MLP, architecture="cnn"), "ekfac", "small CNN"),
-        (dataclasses.replace(MLP, architecture="cnn", num_parameters=900), "ekfac", "small CNN"),
-        (Situation("transformer_lm", "causal_lm", 900, 100), "ekfac", "sequences"),
-        (Situation("somebodys-plugin", "classification", 900, 100), "ekfac", "small CNN"),
+        (dataclasses.replace(MLP, architecture="cnn"), "gauss_newton", "every network"),
+        (dataclasses.replace(MLP, architecture="cnn", num_parameters=900), "gauss_newton", "every network"),
+        (Situation("transformer_lm", "causal_lm", 900, 100), "gauss_newton", "every network"),
+        (Situation("transformer_lm", "causal_lm", 300_000, 1_000), "ekfac", "every layer"),
+        (Situation("somebodys-plugin", "classification", 900, 100), "gauss_newton", "every network"),
     ],
 )
 def test_the_first_rung_that_fits_is_taken_and_says_why(situation: Situation, method: str, reason: str) -> None:
@@ -44,7 +46,7 @@ def test_the_first_rung_that_fits_is_taken_and_says_why(situation: Situation, me
     assert [rung.taken for rung in choice.considered] == [False] * (len(choice.considered) - 1) + [True]
     assert choice.considered[-1].method == method
     assert all(rung.reason for rung in choice.considered)
-    order = ["exact", "explicit", "ekfac"]
+    order = ["exact", "explicit", "gauss_newton", "ekfac"]
     assert [rung.method for rung in choice.considered] == order[: len(choice.considered)]
     if isinstance(found, ExactMethod | ExplicitMethod):
         assert found.l2 == AUTO.l2

@@ -25,10 +25,10 @@ from tests.core.methods.problems import SMALL, N, Problem
 
 FIRST, SECOND = 27, 44  # neither ends a shard of 16
 METHODS_EXTENDED: list[dict[str, Any]] = [
-    {"type": "ekfac"},
-    {"type": "kfac"},
-    {"type": "diagonal"},
-    {"type": "gauss_newton"},
+    {"type": "ekfac", "damping": 0.1},
+    {"type": "kfac", "damping": 0.1},
+    {"type": "diagonal", "damping": 0.1},
+    {"type": "gauss_newton", "damping": 0.1},
     {"type": "grad_dot"},
     {"type": "grad_cos"},
     {"type": "representation"},
@@ -101,9 +101,19 @@ def extended(problem: Problem, folder: Path, method: dict[str, Any], **more: Any
     return spec, counted
 
 
+def test_an_extension_keeps_the_default_damping(problem: Problem, tmp_path: Path) -> None:
+    """Self-influence is stored at it, and would be of two dampings else."""
+    spec, _ = extended(problem, tmp_path, {"type": "ekfac"})
+    found = LoadedIndex(tmp_path / "2", spec)
+    parameters = found.members[0].checkpoint.capture.num_parameters
+    assert parameters / N / 64 < parameters / FIRST / 64 < 0.5
+    assert found.default_damping == pytest.approx(parameters / FIRST / 64)
+    assert found.query(problem.queries(), None).damping == found.default_damping
+
+
 @pytest.mark.parametrize(
     ("method", "layout"),
-    [*[(method, "vectors") for method in METHODS_EXTENDED], ({"type": "ekfac"}, "factors")],
+    [*[(method, "vectors") for method in METHODS_EXTENDED], ({"type": "ekfac", "damping": 0.1}, "factors")],
     ids=lambda value: value if isinstance(value, str) else "-".join([value["type"], *list(value)[1:2]]),
 )
 def test_an_extension_equals_one_fit_with_the_same_factors(

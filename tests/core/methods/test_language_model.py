@@ -13,6 +13,8 @@ from attribution_core.data.importer import import_dataset
 from attribution_core.errors import InvalidInputError
 from attribution_core.fingerprint import sha256_file
 from attribution_core.fit_spec import CheckpointRef, DatasetRef, FitSpec
+from attribution_core.method_spec import EkfacMethod
+from attribution_core.methods.context import FitContext
 from attribution_core.methods.fit import FitPipeline, fit
 from attribution_core.methods.loaded import LoadedIndex
 from attribution_core.progress import NoProgress
@@ -62,6 +64,15 @@ def fitted(spec: FitSpec, into: Path, **changes: object) -> LoadedIndex:
     spec = FitSpec.model_validate({**spec.model_dump(), **changes})
     fit(spec, into / "work", into / "index", NoProgress())
     return LoadedIndex(into / "index", spec)
+
+
+def test_targets_are_predicted_tokens(tmp_path: Path) -> None:
+    spec = specification(tmp_path).model_copy(update={"method": EkfacMethod(type="ekfac")})
+    context = FitContext(spec)
+    predicted = sum(len(context.source.batch(ALL[row : row + 1]).inputs[0]) - 1 for row in ALL)
+    parameters = context.checkpoint(0).capture.num_parameters
+    assert context.default_damping == pytest.approx(min(0.5, parameters / predicted / 64))
+    assert parameters / predicted / 64 < 0.5 < parameters / len(TEXTS) / 64
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from attribution_core.errors import SingularCurvatureError
 from attribution_core.gradients import DenseGradient
-from attribution_core.method_spec import ProjectionSpec
+from attribution_core.method_spec import METHODS, FisherMethod, ProjectionSpec
 from attribution_core.methods.grad_cos import unit_length
 from attribution_core.methods.loaded import LoadedIndex
 from attribution_core.projection import build_projection
@@ -174,6 +174,21 @@ def test_damping_is_a_matter_of_the_query(problem: Problem) -> None:
     other = problem.fit("ekfac5", method={"type": "ekfac", "projection": SMALL, "damping": 5})
     np.testing.assert_array_equal(scores(index, problem, 5.0), scores(other, problem))
     assert relative_error(scores(index, problem), scores(other, problem)) > 0.1
+
+
+@pytest.mark.parametrize(("kind", "rate", "most"), [("ekfac", 1 / 64, 0.5), ("gauss_newton", 1 / 8, 4.0)])
+def test_the_default_damping_grows_with_parameters_per_example(
+    problem: Problem, kind: str, rate: float, most: float
+) -> None:
+    index = problem.fit("default", method={"type": kind, "projection": SMALL})
+    expected = rate * index.members[0].checkpoint.capture.num_parameters / 60
+    assert index.default_damping == pytest.approx(expected)
+    assert expected < most
+    np.testing.assert_array_equal(scores(index, problem), scores(index, problem, index.default_damping))
+    few = METHODS[kind].model_validate({"type": kind})
+    assert isinstance(few, FisherMethod)
+    assert few.damping_for(1e6) == most
+    assert few.model_copy(update={"damping": 0.0}).damping_for(1e6) == 0
 
 
 def test_ekfac_self_influence_is_an_examples_score_for_itself(problem: Problem) -> None:
