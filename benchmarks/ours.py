@@ -104,14 +104,15 @@ def run(
         "plain_train": plain.train,
         "plain_query": plain.query,
         "peak_memory_mb": peak,
-        "bytes_per_example": _stored_bytes(out / "index") / spec.dataset.num_examples,
+        "bytes_per_example": stored_bytes(out / "index") / spec.dataset.num_examples,
         "coverage": summary.coverage["percent"],
     }
     (out / "cost.json").write_text(json.dumps(cost, indent=1))
     return cost
 
 
-def _stored_bytes(index: Path) -> int:
+def stored_bytes(index: Path) -> int:
+    """Return the bytes of an index's rows and gradients."""
     folders = (index / "features", index / "gradients")
     return sum(path.stat().st_size for folder in folders if folder.exists() for path in folder.iterdir())
 

@@ -1,12 +1,15 @@
-"""What each type of stored row costs in LDS and recall, and saves in bytes: `python -m benchmarks.stores mnist-mlp …` prints a table per workload.
+"""What a stored example costs in bytes and is worth in LDS: `python -m benchmarks.stores NAME …` prints the tables of `docs/studies/stores.md`.
 
-Two scores are judged: `stored`, inner products of stored rows with nothing re-scored, and `two stages`, where the 10 best candidates of both signs
-are re-scored exactly; there only the candidates matter, so it is judged by `recall`, the share of the exact top 10 that is among them.
+With nothing more, types of rows are compared at one width: scores are inner products of stored rows with nothing re-scored, and `recall` is the
+share of the exact top 10 of both signs that is among the candidates. With `--frontier`, what each way of storing an example is worth at its bytes:
+rows of growing width, and factors.
 """
 
 import argparse
 import json
 import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +21,61 @@ from attribution_core.methods.fit import fit
 from attribution_core.methods.loaded import LoadedIndex
 from attribution_core.progress import NoProgress
 from benchmarks.lds import Truth, interval
-from benchmarks.ours import dataset_of, fit_spec
+from benchmarks.ours import dataset_of, fit_spec, stored_bytes
 from benchmarks.workloads import WORKLOADS, Workload, batch_of, prepare
 
 DTYPES = ("float32", "float16", "int8", "binary")
 METHODS: tuple[dict[str, Any], ...] = ({"type": "ekfac"}, {"type": "grad_dot"}, {"type": "trak"})
+WIDTHS = (512, 1024, 2048, 4096)
+FACTORED: tuple[dict[str, Any], ...] = ({"type": "gauss_newton"}, {"type": "ekfac"})
 
 
-def row(workload: Workload, method: dict[str, Any], dtype: str, folder: Path) -> str:
+@dataclass(frozen=True)
+class Stored:
+    """A method, and how its examples are kept."""
+
+    method: dict[str, Any]
+    dtype: str
+    layout: str = "vectors"
+
+
+def types_of_rows(methods: list[dict[str, Any]]) -> Iterator[Stored]:
+    """Yield every type of row that a method can have, at one width."""
+    for method in methods:
+        for dtype in DTYPES[:-1] if METHOD_SPECS[method["type"]].exact_rows else DTYPES:
+            yield Stored(method, dtype)
+
+
+def frontier() -> Iterator[Stored]:
+    """Yield what answers from stored numbers alone, from few bytes to many."""
+    for dim in WIDTHS:
+        projection = {"dim": dim}
+        yield Stored({"type": "trak", "curvature": "fisher", "projection": projection}, "float32")
+        yield Stored({"type": "trak", "curvature": "fisher", "projection": projection}, "int8")
+        yield Stored({"type": "trak", "projection": projection}, "float32")
+        yield Stored({"type": "logra", "projection": {"type": "factored", **projection}}, "float32")
+        yield Stored({"type": "ekfac", "projection": projection}, "float32")
+    for method in FACTORED:
+        for dtype in DTYPES[:-1]:
+            yield Stored(method, dtype, "factors")
+
+
+def row(workload: Workload, stored: Stored, folder: Path) -> str:
     """Fit once and return the table's line."""
     data = prepare(workload)
-    dataset = dataset_of(workload, data, folder)
-    store = {"dtype": dtype, "layout": "vectors"}
-    spec = fit_spec(workload, dataset, 1, method=method, store=store, shard_size=4096)
+    store = {"dtype": stored.dtype, "layout": stored.layout}
+    spec = fit_spec(workload, dataset_of(workload, data), 1, method=stored.method, store=store, shard_size=4096)
     fit(spec, folder / "work", folder / "index", NoProgress())
     index = LoadedIndex(folder / "index", spec)
-    scores = index.scores(index.query(batch_of(data, "query"), None), np.arange(len(index.store)), rescore=False)
+    scores = index.scores(index.query(batch_of(data, "query"), None), np.arange(index.num_examples), rescore=False)
     truth = Truth.read(workload.truth)
     correlations = truth.correlations(scores)
     low, high = interval(correlations)
-    size = sum(path.stat().st_size for path in (folder / "index" / "features").iterdir()) / len(index.store)
+    size = stored_bytes(folder / "index") / index.num_examples
+    recall = "–" if index.recall is None else f"{index.recall:.3f}"
     lds = f"{correlations.mean():.3f} ({low:.3f} to {high:.3f})"
-    return f"| `{json.dumps(method)}` | {dtype} | {lds} | {truth.slope(scores):.2f} | {index.recall:.3f} | {size:.0f} |"
+    kept = stored.dtype if stored.layout == "vectors" else f"factors, {stored.dtype}"
+    return f"| `{json.dumps(stored.method)}` | {kept} | {lds} | {truth.slope(scores):.2f} | {recall} | {size:.0f} |"
 
 
 def main() -> None:
@@ -47,16 +83,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("workloads", nargs="+", choices=WORKLOADS)
     parser.add_argument("--methods", type=json.loads, nargs="*", default=list(METHODS))
+    parser.add_argument("--frontier", action="store_true")
     torch.set_num_threads(1)
     arguments = parser.parse_args()
     for name in arguments.workloads:
         print(
-            f"\n{name}\n\n| method | rows | LDS of stored rows | slope | recall | bytes per example |\n|---|---|---|---|---|---|"
+            f"\n{name}\n\n| method | stored | LDS of what is stored | slope | recall | bytes per example |\n|---|---|---|---|---|---|"
         )
-        for method in arguments.methods:
-            for dtype in DTYPES[:-1] if METHOD_SPECS[method["type"]].exact_rows else DTYPES:
-                with tempfile.TemporaryDirectory() as folder:
-                    print(row(WORKLOADS[name], method, dtype, Path(folder)), flush=True)
+        for stored in frontier() if arguments.frontier else types_of_rows(arguments.methods):
+            with tempfile.TemporaryDirectory() as folder:
+                print(row(WORKLOADS[name], stored, Path(folder)), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,150 @@
+"""LDS against damping, for every method that has one: `python -m benchmarks.dampings NAME …` measures workloads and prints the study's tables.
+
+Each method is fitted once per number of checkpoints, and scored at every damping. Results are kept in `benchmarks/results/dampings/<workload>.json`, so that
+the tables can be printed without measuring (`--tables`) and sweeps can be measured one by one (`--only LABEL`).
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from attribution_core.methods.fit import fit
+from attribution_core.methods.loaded import LoadedIndex
+from attribution_core.progress import NoProgress
+from benchmarks.lds import Truth, interval
+from benchmarks.ours import dataset_of, fit_spec
+from benchmarks.workloads import WORKLOADS, Workload, batch_of, prepare
+
+RESULTS = Path(__file__).parent / "results" / "dampings"
+Found = dict[str, dict[str, dict[str, list[float]]]]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One method and the dampings it is tried at."""
+
+    label: str
+    method: dict[str, Any]
+    dampings: tuple[float, ...]
+
+
+def _gauss_newton(shrinkage: float) -> Sweep:
+    method = {"type": "gauss_newton", "shrinkage": shrinkage}
+    return Sweep(f"gauss_newton, shrinkage {shrinkage:g}", method, (0.01, 0.1, 0.3, 1, 3, 10, 30))
+
+
+_KERNELS = (0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+SWEEPS = (
+    Sweep("ekfac", {"type": "ekfac"}, (0.001, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)),
+    *map(_gauss_newton, (0.0, 0.5, 0.8, 0.9)),
+    Sweep("trak, kernel of all classes", {"type": "trak", "curvature": "fisher", "projection": {"dim": 2048}}, _KERNELS),
+    Sweep("trak", {"type": "trak", "projection": {"dim": 2048}}, _KERNELS),
+    Sweep("logra", {"type": "logra", "projection": {"type": "factored", "dim": 2048}}, _KERNELS),
+)  # fmt: skip
+
+
+def judged(workload: Workload, sweep: Sweep, checkpoints: int) -> Iterator[tuple[float, np.ndarray, float]]:
+    """Fit once and yield each damping with every query's correlation, and the slope of predicted on true outputs."""
+    data, truth = prepare(workload), Truth.read(workload.truth)
+    spec = fit_spec(workload, dataset_of(workload, data), checkpoints, method=sweep.method, shard_size=4096)
+    with tempfile.TemporaryDirectory() as folder:
+        fit(spec, Path(folder) / "work", Path(folder) / "index", NoProgress())
+        index, queries = LoadedIndex(Path(folder) / "index", spec), batch_of(data, "query")
+        for damping in sweep.dampings:
+            scores = index.scores(index.query(queries, damping), np.arange(index.num_examples), rescore=True)
+            yield damping, truth.correlations(scores), truth.slope(scores)
+
+
+def measure(workload: Workload, sweep: Sweep, checkpoints: int) -> None:
+    """Add a sweep to a workload's results."""
+    found = read(workload)
+    for damping, each, slope in judged(workload, sweep, checkpoints):
+        low, high = interval(each)
+        rows = found.setdefault(sweep.label, {}).setdefault(str(checkpoints), {})
+        rows[f"{damping:g}"] = [round(float(value), 4) for value in (each.mean(), low, high, slope)]
+        print(workload.name, sweep.label, checkpoints, f"{damping:g}", rows[f"{damping:g}"], flush=True)
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        (RESULTS / f"{workload.name}.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+def read(workload: Workload) -> Found:
+    """Return a workload's results: label, number of checkpoints and damping to LDS, its interval, and slope."""
+    path = RESULTS / f"{workload.name}.json"
+    found: Found = json.loads(path.read_text()) if path.exists() else {}
+    return found
+
+
+def tables() -> str:
+    """Return a table of LDS per sweep and number of checkpoints, and one of dampings chosen on the other workloads."""
+    found = {name: read(workload) for name, workload in WORKLOADS.items()}
+    lines: list[str] = []
+    chosen = [
+        "| method | checkpoints | workload | chosen on the others | LDS there | best | LDS there |",
+        "|---" * 7 + "|",
+    ]
+    for sweep in SWEEPS:
+        for checkpoints in ("1", "5"):
+            rows = {
+                name: {float(d): each[0] for d, each in every[sweep.label][checkpoints].items()}
+                for name, every in found.items()
+                if checkpoints in every.get(sweep.label, {})
+            }
+            if not rows:
+                continue
+            dampings = sorted({damping for row in rows.values() for damping in row})
+            lines += ["", f"**{sweep.label}, {checkpoints} checkpoint(s)**", ""]
+            lines += [f"| workload | {' | '.join(f'{d:g}' for d in dampings)} |", "|---" * (len(dampings) + 1) + "|"]
+            lines += [f"| {name} | {' | '.join(_cell(row, d) for d in dampings)} |" for name, row in rows.items()]
+            chosen += [f"| {sweep.label} | {checkpoints} {line}" for line in _left_out(rows)]
+    return "\n".join([*lines, "", *chosen])
+
+
+def _cell(row: dict[float, float], damping: float) -> str:
+    if damping not in row:
+        return ""
+    text = f"{row[damping]:.3f}"
+    return f"**{text}**" if row[damping] == max(row.values()) else text
+
+
+def _left_out(rows: dict[str, dict[float, float]]) -> Iterator[str]:
+    """Yield, for each workload, the damping with the best mean over the others among those that all were tried at."""
+    common = sorted(set.intersection(*(set(row) for row in rows.values())))
+    for name, row in rows.items():
+        others = [other for key, other in rows.items() if key != name]
+        if not others or not common:
+            continue
+        taken = max(common, key=lambda damping: sum(other[damping] for other in others))
+        best = max(row, key=lambda damping: row[damping])
+        yield f"| {name} | {taken:g} | {row[taken]:.3f} | {best:g} | {row[best]:.3f} |"
+
+
+def main() -> None:
+    """Measure workloads and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", default=list(WORKLOADS))
+    parser.add_argument("--only", nargs="*", help="labels of the sweeps measured")
+    parser.add_argument("--checkpoints", type=int, nargs="*", default=[1])
+    parser.add_argument("--dampings", type=float, nargs="*", help="instead of each sweep's own")
+    parser.add_argument("--tables", action="store_true", help="print what was measured and measure nothing")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    for name in [] if arguments.tables else arguments.names:
+        for sweep in SWEEPS:
+            if arguments.only and sweep.label not in arguments.only:
+                continue
+            dampings = tuple(arguments.dampings or sweep.dampings)
+            for checkpoints in arguments.checkpoints:
+                if checkpoints == 1 or name != "letter-logistic":  # its optimum is one, whatever the seed
+                    measure(WORKLOADS[name], Sweep(sweep.label, sweep.method, dampings), checkpoints)
+    print(tables())
+
+
+if __name__ == "__main__":
+    main()
