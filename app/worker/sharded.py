@@ -24,14 +24,14 @@ Prepared = Callable[[], Awaitable[tuple[Pipeline, Path]]]
 
 
 async def work_through(runner: Runner, running: Running, pipeline: Pipeline, work: Path) -> dict[str, float]:
-    """Plan the shards, work on them until all stages are done, and return the seconds of each stage."""
+    """Plan the shards, work on them until all stages are done, and return the seconds of each stage; 0 of one that was done before."""
     await _plan(runner, running, pipeline)
-    timings: dict[str, float] = {}
+    timings = {stage.name: 0.0 for stage in pipeline.stages()}
     while (stage := await _open_stage(runner, running)) is not None:
         clock = stopwatch()
         await _work_on_stage(runner, running, pipeline, work, stage)
         name = pipeline.stages()[stage].name
-        timings[name] = round(timings.get(name, 0.0) + clock(), 3)
+        timings[name] = round(timings[name] + clock(), 3)
     return timings
 
 
