@@ -21,7 +21,7 @@ class IndexCache:
         self._artifacts = artifacts
         self._limit = limit
         self._device = device
-        self._loaded: OrderedDict[tuple[str, str], tuple[AnyIndex, int]] = OrderedDict()
+        self._loaded: OrderedDict[tuple[str, str], AnyIndex] = OrderedDict()
 
     def get(self, artifact: str, fit: dict[str, Any]) -> AnyIndex:
         """Return a loaded index.
@@ -35,17 +35,17 @@ class IndexCache:
         if key not in self._loaded:
             self._forget_deleted()
             # The index checks every file against its checksum as it loads.
-            loaded = open_index(self._artifacts.open(artifact), spec, device=self._device)
-            self._loaded[key] = (loaded, loaded.bytes)
+            self._loaded[key] = open_index(self._artifacts.open(artifact), spec, device=self._device)
         self._loaded.move_to_end(key)
         self._evict()
-        return self._loaded[key][0]
+        return self._loaded[key]
 
     def _forget_deleted(self) -> None:
-        for key, (index, _) in list(self._loaded.items()):
+        for key, index in list(self._loaded.items()):
             if not index.folder.exists():
                 del self._loaded[key]
 
     def _evict(self) -> None:
-        while len(self._loaded) > 1 and sum(size for _, size in self._loaded.values()) > self._limit:
+        # Asked anew each time: an index may have grown since by what its answers needed.
+        while len(self._loaded) > 1 and sum(index.bytes for index in self._loaded.values()) > self._limit:
             self._loaded.popitem(last=False)

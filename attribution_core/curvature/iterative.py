@@ -59,6 +59,11 @@ class GaussNewton(Curvature):
         """The pseudo-gradients."""
         return self._make()
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the pseudo-gradients, once they are made."""
+        return self.rows.nbytes if "rows" in vars(self) else 0
+
     def solve(self, gradients: Sequence[Tensor], damping: float) -> list[Tensor]:
         """Return `(H̄ + λ)⁻¹ v`, λ a multiple of each layer's mean eigenvalue.
 
@@ -113,6 +118,11 @@ class DataInf(Curvature):
     def rows(self) -> PseudoRows:
         """The training gradients."""
         return self._make()
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the training gradients, once they are made."""
+        return self.rows.nbytes if "rows" in vars(self) else 0
 
     def solve(self, gradients: Sequence[Tensor], damping: float) -> list[Tensor]:
         """Return the mean of inverses times v, λ a multiple of each layer's mean squared gradient.

@@ -133,7 +133,12 @@ class LoadedIndex:
 
     @property
     def bytes(self) -> int:
-        """An estimate of what this index keeps in memory."""
+        """An estimate of what this index keeps in memory, which grows with the first query where a method solves on training gradients."""
+        held = sum(member.curvature.held_bytes for member in self.members if isinstance(member, GradientMethod))
+        return self._loaded_bytes + held
+
+    @cached_property
+    def _loaded_bytes(self) -> int:
         parameters = sum(p.numel() for member in self.members for p in member.checkpoint.module.parameters())
         factors = (self.folder / FACTORS_FILE).stat().st_size
         if self.gradients is not None:

@@ -1,6 +1,7 @@
 """The engine's client and its batches."""
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,7 @@ from app.indexes import service as indexes
 from app.settings import DatabaseSettings, EngineSettings, Settings
 from app.storage.artifacts import ArtifactStore
 from tests.conftest import Loaded
+from tests.core.methods.problems import classification
 
 
 async def test_a_full_queue_refuses_and_a_slow_engine_times_out() -> None:
@@ -78,3 +80,23 @@ async def test_requests_answered_together_are_answered_alike(steady: Loaded) -> 
                 assert [entry["row"] for entry in one[sign]] == [entry["row"] for entry in other[sign]]
                 scores, expected = ([entry["score"] for entry in found[sign]] for found in (one, other))
                 assert scores == pytest.approx(expected, rel=1e-4, abs=1e-7)
+
+
+def test_an_index_that_grows_with_its_answers_makes_room(tmp_path: Path) -> None:
+    """Gauss-Newton solves keep pseudo-gradients from the first query on; the bound on memory counts them."""
+    problem, artifacts = classification(tmp_path / "problem"), ArtifactStore(tmp_path)
+    artifacts.prepare()
+    fits, limit = [], 0
+    for name in ("one", "two"):
+        index = problem.fit(name, method={"type": "gauss_newton", "seed": len(fits)})
+        limit += index.bytes
+        artifacts.publish(index.folder, name)
+        fits.append((name, index.spec.model_dump(mode="json", by_alias=True)))
+    cache = IndexCache(artifacts, limit, "cpu")
+    first, second = (cache.get(*fit) for fit in fits)
+    assert cache.get(*fits[0]) is first
+    before = first.bytes
+    first.query(problem.queries(), None)
+    assert first.bytes > before
+    assert cache.get(*fits[0]) is first
+    assert cache.get(*fits[1]) is not second

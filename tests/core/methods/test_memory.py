@@ -8,6 +8,7 @@ from attribution_core.errors import InvalidInputError
 from attribution_core.fit_spec import FitSpec
 from attribution_core.methods import context as contexts
 from attribution_core.methods.context import FitContext
+from tests.core.methods.problems import Problem
 from tests.core.methods.test_language_model import specification
 
 LOGRA = {"type": "logra", "projection": {"type": "factored", "dim": 64}}
@@ -34,3 +35,13 @@ def test_a_large_vocabulary_makes_batches_small(tmp_path: Path, monkeypatch: pyt
     longest = max(len(row) for row in changed(spec).source.batch(range(8)).inputs)
     monkeypatch.setattr(contexts, "_OUTPUT_BYTES", 5 * 4 * 4 * 257 * longest)
     assert changed(spec, batch_size=None).batch_size(0) == 5
+
+
+@pytest.mark.parametrize("method", ["gauss_newton", "datainf", "ekfac"])
+def test_training_gradients_that_queries_keep_are_counted(problem: Problem, method: str) -> None:
+    index = problem.fit("kept", method={"type": method})
+    before = index.bytes
+    index.query(problem.queries(), None)
+    rows = vars(index.members[0].curvature).get("rows")  # type: ignore[attr-defined]
+    assert (rows is None) == (method == "ekfac")
+    assert index.bytes - before == (0 if rows is None else rows.nbytes)
