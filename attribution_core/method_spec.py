@@ -148,7 +148,7 @@ class GaussNewtonMethod(FisherMethod):
         description="Weight ρ of EK-FAC in the curvature `(1 - ρ) Gauss-Newton + ρ EK-FAC` that is solved; 0 is the Gauss-Newton matrix itself.",
     )
     iterations: int = Field(default=20, ge=1, le=1000, description="Conjugate gradient steps at most.")
-    tolerance: float = Field(default=1e-3, gt=0, lt=1, description="Relative residual at which a solve stops.")
+    tolerance: float = Field(default=1e-2, gt=0, lt=1, description="Relative residual at which a solve stops.")
     curvature_examples: int | None = Field(
         default=None,
         ge=1,
