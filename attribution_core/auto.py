@@ -122,7 +122,7 @@ def _gauss_newton(asked: AutoMethod, at: Situation) -> tuple[str, MethodSpec | N
         reason = f"passes over {at.num_examples:,} examples of {at.num_parameters:,} parameters for every query take too long"
         return "gauss_newton", None, reason
     reason = (
-        "Gauss-Newton solves shrunk towards EK-FAC predicted retraining better than EK-FAC on every network measured, for about ten "
-        "passes over the training set's pseudo-gradients per query"
+        "Gauss-Newton solves shrunk towards EK-FAC ranked retrainings better than EK-FAC on every network measured, for about ten passes "
+        "over the training set's pseudo-gradients per query; the size of its predictions needs an evaluation's calibration"
     )
     return "gauss_newton", GaussNewtonMethod(type="gauss_newton"), reason

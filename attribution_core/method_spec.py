@@ -12,6 +12,9 @@ PROJECTION_VERSION = 1
 Notion = Literal["predictive", "corroborative", "game_theoretic"]
 GroupEstimator = Literal["additive", "newton"]
 Damping = Annotated[float, Field(ge=0, le=1e12)]
+# Default dampings: from the least that keeps rounding small to that of the largest ratio which was measured.
+MIN_DEFAULT_DAMPING = 0.001
+MOST_PARAMETERS_PER_TARGET = 32
 _LAYER_DAMPING = "Default damping, as a multiple of each layer's mean eigenvalue."
 _DAMPING = "Default damping, as a multiple of the curvature's mean eigenvalue."
 
@@ -74,20 +77,23 @@ class FisherMethod(FisherSampling):
     """A method that inverts the Fisher matrix."""
 
     estimators: ClassVar[tuple[GroupEstimator, ...]] = ("additive", "newton")
-    # The default damping: so much per parameter and target, and at most so much (docs/studies/curvature.md).
-    default_rate: ClassVar[float] = 1 / 64
-    max_default: ClassVar[float] = 0.5
+    # The default damping where the data say as little of each parameter as on the benchmark's convolutional networks, and less.
+    max_default: ClassVar[float] = 1.0
     damping: Damping | None = Field(
         default=None,
         description="Default damping, as a multiple of each layer's mean eigenvalue. If null, it follows how well the data determine "
-        "the curvature: proportional to attributed parameters per training target (example, or predicted token), up to a bound.",
+        "the curvature: it grows with the square of attributed parameters per training target (example, or predicted token), up to a bound.",
     )
 
     def damping_for(self, parameters_per_target: float) -> float:
-        """Return the default damping, which where none is named grows with how little the data say of each parameter."""
+        """Return the default damping, which where none is named grows with how little the data say of each parameter.
+
+        The law and its constants are measured: docs/studies/curvature.md.
+        """
         if self.damping is not None:
             return self.damping
-        return min(self.max_default, self.default_rate * parameters_per_target)
+        scarcity = min(parameters_per_target / MOST_PARAMETERS_PER_TARGET, 1.0)
+        return max(MIN_DEFAULT_DAMPING, self.max_default * scarcity**2)
 
 
 class EkfacMethod(FisherMethod):
@@ -139,8 +145,7 @@ class GaussNewtonMethod(FisherMethod):
     extends: ClassVar[bool] = True
     reference: ClassVar[str] = "Teso et al. 2021; Bae et al. 2022; Wang et al. 2025 (ASTRA)"
     type: Literal["gauss_newton"]
-    default_rate: ClassVar[float] = 1 / 8
-    max_default: ClassVar[float] = 4.0
+    max_default: ClassVar[float] = 10.0
     shrinkage: float = Field(
         default=0.8,
         ge=0,
@@ -247,7 +252,7 @@ class LograMethod(GradientMethodBase):
     estimators: ClassVar[tuple[GroupEstimator, ...]] = ("additive", "newton")
     type: Literal["logra"]
     projection: ProjectionSpec = ProjectionSpec(type="factored")
-    damping: Damping = Field(default=0.1, description=_LAYER_DAMPING)
+    damping: Damping = Field(default=0.3, description=_LAYER_DAMPING)
 
 
 class TrakMethod(GradientMethodBase):
@@ -258,7 +263,7 @@ class TrakMethod(GradientMethodBase):
     reference: ClassVar[str] = "Park et al. 2023, TRAK: Attributing Model Behavior at Scale"
     estimators: ClassVar[tuple[GroupEstimator, ...]] = ("additive", "newton")
     type: Literal["trak"]
-    damping: Damping = Field(default=0.1, description="Default damping, as a multiple of the mean eigenvalue.")
+    damping: Damping = Field(default=3.0, description="Default damping, as a multiple of the mean eigenvalue.")
     curvature: Literal["gradient", "gauss_newton", "fisher"] = Field(
         default="gauss_newton",
         description="`gradient`: the published kernel, whose scores have an arbitrary scale. `gauss_newton`: each row "

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from attribution_core.curvature import EkfacFactors
 from attribution_core.errors import InvalidInputError
 from attribution_core.gradients.parameters import ParameterLayout
-from attribution_core.method_spec import ExactMethod
+from attribution_core.method_spec import ExactMethod, FisherMethod
 from attribution_core.methods.base import Checkpoint, GradientMethod
 from attribution_core.methods.exact import Exact
 from attribution_core.progress import Progress
@@ -24,6 +24,8 @@ from attribution_core.training.optimizers import Tensors
 from attribution_core.unlearning.base import Subject, Unlearned, Unlearner, spread
 from attribution_core.unlearning.spec import ExactNewton, Newton
 
+# What steps were measured with (docs/studies/unlearning.md): the damping that ranks effects best need not be that of a step's size.
+_DAMPING = 0.1
 _SEARCHED = 4096
 _HALVINGS = 12
 _ARMIJO = 1e-4
@@ -79,11 +81,18 @@ class NewtonUnlearner(Unlearner):
         n = self.subject.num_examples
         released = self._released(member, number, layout, progress)
         curvature = self._curvature(member.curvature, number)
-        damping = member.default_damping if self.spec.damping is None else self.spec.damping
+        damping = self._damping()
         solved = [part / n for part in curvature.solve(released, damping)]
         slope = -sum(float((a * b).sum()) for a, b in zip(solved, released, strict=True)) / n
         change = {name: value[0] for name, value in layout.unpacked([part.unsqueeze(0) for part in solved]).items()}
         return _Step(change, slope)
+
+    def _damping(self) -> float:
+        """Return the damping asked for, else the index's own, else what steps were measured with."""
+        method = self.subject.index.spec.method
+        assert isinstance(method, FisherMethod)
+        named = (self.spec.damping, method.damping)
+        return next((damping for damping in named if damping is not None), _DAMPING)
 
     def _released(
         self, member: GradientMethod, number: int, layout: ParameterLayout, progress: Progress

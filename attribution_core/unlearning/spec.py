@@ -37,7 +37,8 @@ class Newton(Spec):
     reference: ClassVar[str] = "Guo et al. 2020; Warnecke et al. 2021; Grosse et al. 2023"
     type: Literal["newton"]
     damping: Damping | None = Field(
-        default=None, description="λ as a multiple of each layer's mean eigenvalue; the index's own by default."
+        default=None,
+        description="λ as a multiple of each layer's mean eigenvalue; by default what the index names, else 0.1.",
     )
     l2: float | None = Field(default=None, ge=0, le=1e12, description=_L2)
     curvature: Literal["rest", "all"] = Field(

@@ -340,7 +340,7 @@ def test_auto_says_what_it_came_to_and_why(steady: Loaded) -> None:
     assert steady.service.get("/v1/indexes/steady")["choice"] is None
     answer = steady.service.post("/v1/indexes/chosen/attributions", QUERY)
     assert answer["method"] == "gauss_newton"
-    assert 0 < answer["damping"] <= 4  # by parameters per example, as none was named
+    assert 0 < answer["damping"] <= 10  # by parameters per example, as none was named
 
 
 def test_damaged_files_are_told_and_harm_nobody_else(steady: Loaded) -> None:

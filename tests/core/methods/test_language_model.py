@@ -71,8 +71,8 @@ def test_targets_are_predicted_tokens(tmp_path: Path) -> None:
     context = FitContext(spec)
     predicted = sum(len(context.source.batch(ALL[row : row + 1]).inputs[0]) - 1 for row in ALL)
     parameters = context.checkpoint(0).capture.num_parameters
-    assert context.default_damping == pytest.approx(min(0.5, parameters / predicted / 64))
-    assert parameters / predicted / 64 < 0.5 < parameters / len(TEXTS) / 64
+    assert context.default_damping == pytest.approx((parameters / predicted / 32) ** 2)
+    assert 0.001 < (parameters / predicted / 32) ** 2 < 1
 
 
 @pytest.mark.parametrize("method", METHODS)

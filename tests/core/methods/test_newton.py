@@ -36,9 +36,9 @@ NEWTON: dict[str, dict[str, Any]] = {
         "iterations": 200,
         "tolerance": 1e-7,
     },
-    "logra": {"type": "logra", "projection": FACTORED},
-    "trak": {"type": "trak", "projection": SHARP},
-    "trak fisher": {"type": "trak", "projection": SHARP, "curvature": "fisher"},
+    "logra": {"type": "logra", "projection": FACTORED, "damping": 0.1},
+    "trak": {"type": "trak", "projection": SHARP, "damping": 0.1},
+    "trak fisher": {"type": "trak", "projection": SHARP, "curvature": "fisher", "damping": 0.1},
 }
 
 
@@ -102,7 +102,7 @@ def test_a_group_of_all_known_curvature_is_refused(problem: Problem) -> None:
 
 @pytest.mark.parametrize("curvature", ["gauss_newton", "fisher"])
 def test_trak_without_a_group_is_the_dense_solve_of_every_member(ensemble: Problem, curvature: str) -> None:
-    index = ensemble.fit("trak", method={"type": "trak", "projection": SHARP, "curvature": curvature})
+    index = ensemble.fit("trak", method={"type": "trak", "projection": SHARP, "curvature": curvature, "damping": 0.1})
     task, solved, misfits = build_task(ensemble.spec.task), [], []
     for number, module in enumerate(ensemble.modules()):
         spec = ProjectionSpec.model_validate(SHARP)
