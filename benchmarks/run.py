@@ -28,6 +28,7 @@ from benchmarks.workloads import WORKLOADS, Workload, prepare, retrain
 
 RESULTS = Path(__file__).parent / "results"
 _ROOT = Path(__file__).parent.parent
+_TRIED_AGAIN = 3  # dampings that are tried again with more checkpoints: the best can move to one beside it
 
 
 def folder_of(entry: Entry, workload: Workload, checkpoints: int) -> Path:
@@ -186,9 +187,13 @@ def planned(workload: Workload) -> list[tuple[Entry, dict[str, Any]]]:
 
 
 def _dampings(entry: Entry, checkpoints: int, rows: list[tuple[Entry, dict[str, Any]]]) -> Sequence[Damping]:
-    """Return the dampings to try: the entry's, or once fewer checkpoints were measured the default and their best."""
+    """Return the dampings to try: the entry's, or once fewer checkpoints were measured the default and the few that were best with them."""
     fewer = [row for other, row in rows if other is entry and row["checkpoints"] < checkpoints and "best" in row]
-    return tuple(dict.fromkeys((None, damping_of(fewer[-1]["best"])))) if fewer else entry.dampings
+    if not fewer:
+        return entry.dampings
+    tried = {name: found["lds"] for name, found in fewer[-1]["dampings"].items() if "lds" in found}
+    best = sorted(tried, key=lambda name: tried[name], reverse=True)[:_TRIED_AGAIN]
+    return tuple(dict.fromkeys((None, *map(damping_of, best))))
 
 
 def _results(workload: Workload) -> Path:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import run
+from benchmarks.cost import damping_name
 from benchmarks.lds import Truth
 from benchmarks.plan import Damping, Entry
 from benchmarks.report import NOT_MEASURED
@@ -15,6 +16,7 @@ from benchmarks.workloads import WORKLOADS, Workload
 
 OURS = Entry("headwater", "ekfac", "none", {"type": "ekfac"}, dampings=(None, 0.5))
 PEER = Entry("peer", "TRAK", "none", dampings=(None, 0.5))
+SCALES = {None: 2.0, 0.5: 1.0, 0.01: 1.5, 7.0: 4.0, 90.0: 9.0}
 N, QUERIES, SUBSETS = 20, 12, 16
 EFFECTS = np.random.default_rng(0).normal(size=(QUERIES, N))
 
@@ -32,9 +34,9 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         folder = tmp_path / f"{entry.peer}-{checkpoints}"
         folder.mkdir(exist_ok=True)
         noise = np.random.default_rng(len(entry.peer)).normal(size=EFFECTS.shape)
-        for damping, scale in zip(dampings, (2.0, 1.0), strict=True):
-            size = scale * (1.5 if entry.peer == "peer" else 1.0) / checkpoints
-            np.save(folder / f"scores-{'default' if damping is None else damping}.npy", EFFECTS + size * noise)
+        for damping in dampings:
+            size = SCALES[damping] * (1.5 if entry.peer == "peer" else 1.0) / checkpoints
+            np.save(folder / f"scores-{damping_name(damping)}.npy", EFFECTS + size * noise)
         (folder / "cost.json").write_text(json.dumps({"feature_seconds": 1.0}))
         measured.append((entry.peer, checkpoints, tuple(dampings)))
         return folder
@@ -79,12 +81,13 @@ def test_rows_that_are_not_chosen_stay_and_are_compared(bench):
     assert 0 < difference["low"] < difference["lds"] < difference["high"]
 
 
-def test_more_checkpoints_are_tried_at_the_best_damping_of_a_row_that_was_written_earlier(bench, monkeypatch):
+def test_more_checkpoints_are_tried_at_the_best_dampings_of_a_row_that_was_written_earlier(bench, monkeypatch):
+    wide = Entry("peer", "TRAK", "none", dampings=(None, 90.0, 7.0, 0.5, 0.01))
+    monkeypatch.setattr(run, "ENTRIES", (wide,))
     bench(["peer"], [1])
-    other = Entry("peer", "TRAK", "none", dampings=(None, 7.0))
-    monkeypatch.setattr(run, "ENTRIES", (other,))
+    monkeypatch.setattr(run, "ENTRIES", (Entry("peer", "TRAK", "none", dampings=(None, 7.0)),))
     _, measured = bench(["peer"], [5])
-    assert measured == [("peer", 5, (None, 0.5))]
+    assert measured == [("peer", 5, (None, 0.5, 0.01))]
 
 
 def test_a_row_of_other_options_is_not_kept(bench, monkeypatch):

@@ -1,12 +1,14 @@
 """captum: Arnoldi influence functions, and TracIn on the given checkpoints (a gradient dot product)."""
 
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from captum._utils.sample_gradient import SUPPORTED_MODULES
 from captum.influence import TracInCP
-from captum.influence._core.arnoldi_influence_function import ArnoldiInfluenceFunction
+from captum.influence._core import arnoldi_influence_function
+from captum.influence._core.arnoldi_influence_function import ArnoldiInfluenceFunction, _parameter_arnoldi
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -47,19 +49,29 @@ class Captum(Peer):
         if damping is not None:
             # Its Hessian is a sum over examples.
             given["hessian_reg"] = damping * len(problem.train)
-        self.influence = ArnoldiInfluenceFunction(
-            module,
-            train,
-            str(problem.path(number)),
-            _load,
-            batch_size=None,
-            projection_dim=self.options["rank"],
-            arnoldi_dim=self.options["dim"],
-            **given,
-        )
+        with patch.object(arnoldi_influence_function, "_parameter_arnoldi", self._basis):
+            self.influence = ArnoldiInfluenceFunction(
+                module,
+                train,
+                str(problem.path(number)),
+                _load,
+                batch_size=None,
+                hessian_dataset=problem.loader("train"),
+                projection_dim=self.options["rank"],
+                arnoldi_dim=self.options["dim"],
+                **given,
+            )
+
+    def _basis(self, *given: Any) -> tuple[list[tuple[Tensor, ...]], Tensor]:
+        """Return the Krylov basis and the Hessian in it, made once: the damping, which it is built anew for, comes after."""
+        if self.basis is None:
+            self.basis = _parameter_arnoldi(*given)
+        vectors, hessian = self.basis
+        return list(vectors), hessian.clone()
 
     def fit(self) -> None:
-        """Nothing is free of the damping."""
+        """Forget an earlier basis; what is free of the damping is made with the rest."""
+        self.basis: tuple[list[tuple[Tensor, ...]], Tensor] | None = None
 
     def scores(self, damping: float | None) -> np.ndarray:
         """Return all pairs."""
