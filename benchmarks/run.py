@@ -28,7 +28,6 @@ from benchmarks.workloads import WORKLOADS, Workload, prepare, retrain
 
 RESULTS = Path(__file__).parent / "results"
 _ROOT = Path(__file__).parent.parent
-_TRIED_AGAIN = 3  # dampings that are tried again with more checkpoints: the best can move to one beside it
 
 
 def folder_of(entry: Entry, workload: Workload, checkpoints: int) -> Path:
@@ -187,13 +186,17 @@ def planned(workload: Workload) -> list[tuple[Entry, dict[str, Any]]]:
 
 
 def _dampings(entry: Entry, checkpoints: int, rows: list[tuple[Entry, dict[str, Any]]]) -> Sequence[Damping]:
-    """Return the dampings to try: the entry's, or once fewer checkpoints were measured the default and the few that were best with them."""
+    """Return the dampings to try: the entry's, or once fewer checkpoints were measured the default, their best and its neighbours.
+
+    Two of these are smaller and one is larger, as an ensemble, whose scores are less noisy, tends to need less damping.
+    """
     fewer = [row for other, row in rows if other is entry and row["checkpoints"] < checkpoints and "best" in row]
     if not fewer:
         return entry.dampings
-    tried = {name: found["lds"] for name, found in fewer[-1]["dampings"].items() if "lds" in found}
-    best = sorted(tried, key=lambda name: tried[name], reverse=True)[:_TRIED_AGAIN]
-    return tuple(dict.fromkeys((None, *map(damping_of, best))))
+    found = {damping_of(name): quality.get("lds", -1.0) for name, quality in fewer[-1]["dampings"].items()}
+    grid = sorted(damping for damping in found if damping is not None and damping > 0)
+    place = max(range(len(grid)), key=lambda number: found[grid[number]], default=0)
+    return tuple(dict.fromkeys((None, damping_of(fewer[-1]["best"]), *grid[max(place - 2, 0) : place + 2])))
 
 
 def _results(workload: Workload) -> Path:
