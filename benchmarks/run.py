@@ -188,7 +188,7 @@ def planned(workload: Workload) -> list[tuple[Entry, dict[str, Any]]]:
 def _dampings(entry: Entry, checkpoints: int, rows: list[tuple[Entry, dict[str, Any]]]) -> Sequence[Damping]:
     """Return the dampings to try: the entry's, or once fewer checkpoints were measured the default, their best and its neighbours.
 
-    Two of these are smaller and one is larger, as an ensemble, whose scores are less noisy, tends to need less damping.
+    Three of these are smaller and one is larger, as an ensemble, whose scores are less noisy, tends to need less damping.
     """
     fewer = [row for other, row in rows if other is entry and row["checkpoints"] < checkpoints and "best" in row]
     if not fewer:
@@ -196,7 +196,7 @@ def _dampings(entry: Entry, checkpoints: int, rows: list[tuple[Entry, dict[str, 
     found = {damping_of(name): quality.get("lds", -1.0) for name, quality in fewer[-1]["dampings"].items()}
     grid = sorted(damping for damping in found if damping is not None and damping > 0)
     place = max(range(len(grid)), key=lambda number: found[grid[number]], default=0)
-    return tuple(dict.fromkeys((None, damping_of(fewer[-1]["best"]), *grid[max(place - 2, 0) : place + 2])))
+    return tuple(dict.fromkeys((None, damping_of(fewer[-1]["best"]), *grid[max(place - 3, 0) : place + 2])))
 
 
 def _results(workload: Workload) -> Path:

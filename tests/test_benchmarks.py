@@ -16,7 +16,7 @@ from benchmarks.workloads import WORKLOADS, Workload
 
 OURS = Entry("headwater", "ekfac", "none", {"type": "ekfac"}, dampings=(None, 0.5))
 PEER = Entry("peer", "TRAK", "none", dampings=(None, 0.5))
-SCALES = {None: 2.0, 0.5: 1.0, 0.1: 1.2, 0.02: 1.4, 0.01: 1.6, -1.0: 1.8, 7.0: 4.0, 90.0: 9.0}
+SCALES = {None: 2.0, 0.5: 1.0, 0.1: 1.2, 0.02: 1.4, 0.01: 1.6, 0.001: 1.7, -1.0: 1.8, 7.0: 4.0, 90.0: 9.0}
 N, QUERIES, SUBSETS = 20, 12, 16
 EFFECTS = np.random.default_rng(0).normal(size=(QUERIES, N))
 
@@ -82,12 +82,12 @@ def test_rows_that_are_not_chosen_stay_and_are_compared(bench):
 
 
 def test_more_checkpoints_are_tried_around_the_best_damping_of_a_row_that_was_written_earlier(bench, monkeypatch):
-    wide = Entry("peer", "TRAK", "none", dampings=(None, -1.0, 90.0, 7.0, 0.5, 0.01, 0.1, 0.02))
+    wide = Entry("peer", "TRAK", "none", dampings=(None, -1.0, 90.0, 7.0, 0.5, 0.01, 0.1, 0.001, 0.02))
     monkeypatch.setattr(run, "ENTRIES", (wide,))
     bench(["peer"], [1])
     monkeypatch.setattr(run, "ENTRIES", (Entry("peer", "TRAK", "none", dampings=(None, 7.0)),))
     _, measured = bench(["peer"], [5])
-    assert measured == [("peer", 5, (None, 0.5, 0.02, 0.1, 7.0))]
+    assert measured == [("peer", 5, (None, 0.5, 0.01, 0.02, 0.1, 7.0))]
 
 
 def test_a_row_of_other_options_is_not_kept(bench, monkeypatch):
