@@ -37,7 +37,7 @@ def _ours(label: str, method: dict[str, Any], dampings: tuple[Damping, ...] = (N
 
 
 _GRID: tuple[Damping, ...] = (None, 0.001, 0.01, 0.03, 0.3, 1.0, 3.0, 10.0)
-_SOLVE_GRID: tuple[Damping, ...] = (None, 0.01, 0.3, 1.0, 3.0, 10.0)
+_SOLVE_GRID: tuple[Damping, ...] = (None, 0.01, 1.0, 10.0)
 _TRAK_GRID: tuple[Damping, ...] = (None, 0.01, 0.1, 0.3, 1.0, 3.0, 10.0)
 # Those of peers go on past their best on every workload, on both sides; the defaults are 1e-8 for kronfluence, 0 for both TRAKs and dattri's EK-FAC,
 # 1e-5 for LoGra.
