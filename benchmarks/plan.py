@@ -39,8 +39,8 @@ def _ours(label: str, method: dict[str, Any], dampings: tuple[Damping, ...] = (N
 _GRID: tuple[Damping, ...] = (None, 0.001, 0.01, 0.03, 0.3, 1.0, 3.0, 10.0)
 _SOLVE_GRID: tuple[Damping, ...] = (None, 0.01, 1.0, 10.0)
 _TRAK_GRID: tuple[Damping, ...] = (None, 0.01, 0.1, 0.3, 1.0, 3.0, 10.0)
-# Those of peers go on past their best on every workload, on both sides; the defaults are 1e-8 for kronfluence, 0 for both TRAKs and dattri's EK-FAC,
-# 1e-5 for LoGra.
+# Those of peers go on past their best on every workload, on both sides, or to where nothing changes any more; the defaults are 1e-8 for kronfluence,
+# 0 for both TRAKs and dattri's EK-FAC, 1e-5 for LoGra.
 _KRONFLUENCE = (None, -1.0, 1e-10, 1e-7, 1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 _TRAKER = (None, 0.1, 1.0, 3.0, 10.0, 30.0, 100.0, 1000.0)
 _DATTRI_TRAK = (None, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 10.0)
