@@ -69,10 +69,10 @@ def measured(what: str, size: int) -> dict[str, float]:
 def drawn(found: dict[str, list[dict[str, float]]]) -> str:
     """Return a picture of double-logarithmic panels, one per quantity."""
     parts = [
-        '<svg xmlns="http://www.w3.org/2000/svg" width="900" height="300" font-family="sans-serif" font-size="12">'
+        '<svg xmlns="http://www.w3.org/2000/svg" width="950" height="300" font-family="sans-serif" font-size="12">'
     ]
     for place, (what, rows) in enumerate(found.items()):
-        left = 60 + 290 * place
+        left = 80 + 310 * place
         x = np.log10([row["size"] for row in rows])
         y = np.log10([[row["fit"], row["plain"]] for row in rows])
         across = left + 220 * (x - x.min()) / np.ptp(x)
