@@ -143,9 +143,8 @@ class LayerGradient:
             for start in range(0, len(self), examples):
                 part = slice(start, start + examples)
                 moved = (inputs[:, part].flatten(1, 2) @ rows.mT).view(-1, len(chosen), self.block.d_out)
-                found = moved @ outputs[:, part].flatten(0, 2).unsqueeze(
-                    -1
-                )  # (groups · examples · positions, queries, 1)
+                matched = outputs[:, part].flatten(0, 2).unsqueeze(-1)
+                found = moved @ matched  # (groups · examples · positions, queries, 1)
                 summed = found.view(groups, -1, positions, len(chosen)).sum((0, 2))
                 products[first : first + queries, part] = summed.T
         return products
