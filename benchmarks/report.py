@@ -11,8 +11,8 @@ PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 _INTRODUCTION = Path(__file__).parent / "protocol.md"
 NOT_MEASURED = "not measured yet"
 _HEAD = (
-    "| library | method | checkpoints | LDS, default damping | LDS, best damping | damping chosen on other queries | "
-    "features, s (× f+b) | query, s (× f+b) | peak MB | bytes per example |\n|---|---|---|---|---|---|---|---|---|---|"
+    "| library | method | checkpoints | LDS, default damping | slope | LDS, best damping | slope | damping chosen on other queries | "
+    "features, s (× f+b) | query, s (× f+b) | peak MB | bytes per example |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -59,22 +59,26 @@ def _workload(found: dict[str, Any]) -> str:
 def _row(row: dict[str, Any]) -> str:
     named = f"| {row['peer']} | {row['method']} | {row['checkpoints']} |"
     if row.get("error") == NOT_MEASURED:
-        return f"{named} {NOT_MEASURED} | | | | | | |"
+        return f"{named} {NOT_MEASURED} | | | | | | | | |"
     if "error" in row:
-        return f"{named} fails: `{row['error'][:160].replace('|', '/')}` | | | | | | |"
+        return f"{named} fails: `{row['error'][:160].replace('|', '/')}` | | | | | | | | |"
     default = next(iter(row["dampings"].values()))
     features = f"{row['feature_seconds']:.3g} ({row['feature_seconds'] / row['plain_train'] / row['checkpoints']:.3g})"
     queries = f"{row['query_seconds']:.3g} ({row['query_seconds'] / row['plain_query'] / row['checkpoints']:.3g})"
     size = "none" if row["bytes_per_example"] is None else f"{row['bytes_per_example']:.0f}"
-    best = held = "–"
+    best, held = "– | –", "–"
     if "best" in row:
-        best = f"{_quality(row['dampings'][row['best']])} at {row['best']}"
+        quality, slope = _quality(row["dampings"][row["best"]])
+        best = f"{quality} at {row['best']} | {slope}"
         held = f"{row['held_out_lds']:.3f}"
-    return f"{named} {_quality(default)} | {best} | {held} | {features} | {queries} | {row['peak_memory_mb']:.0f} | {size} |"
+    return f"{named} {' | '.join(_quality(default))} | {best} | {held} | {features} | {queries} | {row['peak_memory_mb']:.0f} | {size} |"
 
 
-def _quality(found: dict[str, Any]) -> str:
-    return found.get("error") or f"{found['lds']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+def _quality(found: dict[str, Any]) -> tuple[str, str]:
+    """Return the cells of LDS and slope."""
+    if "error" in found:
+        return found["error"], "–"
+    return f"{found['lds']:.3f} [{found['low']:.3f}, {found['high']:.3f}]", f"{found['slope']:.3g}"
 
 
 def _losses(found: dict[str, Any]) -> list[str]:

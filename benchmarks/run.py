@@ -36,12 +36,14 @@ def folder_of(entry: Entry, workload: Workload, checkpoints: int) -> Path:
     return CACHE / "runs" / workload.name / f"{label}-{checkpoints}"
 
 
-def _chosen(entry: Entry, checkpoints: int, chosen: argparse.Namespace) -> bool:
+def _chosen(entry: Entry, former: dict[str, Any], chosen: argparse.Namespace) -> bool:
     if chosen.peer and entry.peer not in chosen.peer:
         return False
     if chosen.method and entry.label not in chosen.method:
         return False
-    return not chosen.checkpoints or checkpoints in chosen.checkpoints
+    if chosen.missing and former.get("error") != NOT_MEASURED:
+        return False
+    return not chosen.checkpoints or former["checkpoints"] in chosen.checkpoints
 
 
 def _named(entry: Entry, checkpoints: int) -> dict[str, Any]:
@@ -158,7 +160,7 @@ def bench(workload: Workload, chosen: argparse.Namespace) -> None:
     _write(workload, truth, rows)
     for place, (entry, former) in enumerate(rows):
         checkpoints = former["checkpoints"]
-        if not _chosen(entry, checkpoints, chosen):
+        if not _chosen(entry, former, chosen):
             continue
         dampings = _dampings(entry, checkpoints, rows)
         folder = measure(entry, workload, checkpoints, dampings, chosen.timeout, chosen.resume)
@@ -225,6 +227,7 @@ def main() -> None:
     parser.add_argument("--peer", nargs="*", help="measure only these libraries")
     parser.add_argument("--method", nargs="*", help="measure only these methods")
     parser.add_argument("--checkpoints", nargs="*", type=int, help="measure only with so many checkpoints")
+    parser.add_argument("--missing", action="store_true", help="measure only what the results file has not")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--timeout", type=int, default=3600, help="seconds for one measurement")
     arguments = parser.parse_args()

@@ -50,9 +50,11 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(run, "dataset_of", lambda workload, data: None)
     monkeypatch.setattr(run.Truth, "read", lambda path: truth)
 
-    def once(peers: list[str] | None, checkpoints: list[int] | None = None):
+    def once(peers: list[str] | None, checkpoints: list[int] | None = None, missing: bool = False):
         measured.clear()
-        chosen = argparse.Namespace(peer=peers, method=None, checkpoints=checkpoints, timeout=1, resume=False)
+        chosen = argparse.Namespace(
+            peer=peers, method=None, checkpoints=checkpoints, missing=missing, timeout=1, resume=False
+        )
         run.bench(WORKLOADS["mnist-mlp"], chosen)
         return json.loads((tmp_path / "results/mnist-mlp.json").read_text()), list(measured)
 
@@ -79,6 +81,15 @@ def test_rows_that_are_not_chosen_stay_and_are_compared(bench):
     expected = ours["dampings"][ours["best"]]["lds"] - peer["dampings"][peer["best"]]["lds"]
     assert difference["lds"] == pytest.approx(expected, abs=1e-4)
     assert 0 < difference["low"] < difference["lds"] < difference["high"]
+
+
+def test_what_is_missing_is_measured_alone(bench):
+    bench(["peer"])
+    bench(["headwater"], [1])
+    _, measured = bench(None, missing=True)
+    assert [(peer, checkpoints) for peer, checkpoints, _ in measured] == [("headwater", 5)]
+    _, measured = bench(None, missing=True)
+    assert measured == []
 
 
 def test_more_checkpoints_are_tried_around_the_best_damping_of_a_row_that_was_written_earlier(bench, monkeypatch):
