@@ -28,6 +28,22 @@ class Piece(Protocol):
 
 
 @dataclass(frozen=True)
+class Shard:
+    """Training examples number `start … stop - 1` under one checkpoint, every `step`-th of them; examples left out have no number."""
+
+    ordinal: int
+    checkpoint: int
+    start: int
+    stop: int
+    step: int = 1
+
+    @property
+    def units(self) -> int:
+        """Training examples in it."""
+        return len(range(self.start, self.stop, self.step))
+
+
+@dataclass(frozen=True)
 class Stage:
     """Shards that can be computed in any order and placement."""
 

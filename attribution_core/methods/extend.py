@@ -13,7 +13,6 @@ import numpy as np
 
 from attribution_core.arrays import read_arrays, write_arrays
 from attribution_core.curvature.ekfac import kronecker_eigenvalues
-from attribution_core.data.batch import Batch
 from attribution_core.errors import FingerprintMismatchError
 from attribution_core.fit_spec import FitSpec, FitSummary
 from attribution_core.method_spec import KfacMethod, LograMethod, TrakMethod
@@ -27,11 +26,13 @@ from attribution_core.methods.artifact import (
 )
 from attribution_core.methods.context import of_checkpoint
 from attribution_core.methods.drift import drift_of
-from attribution_core.methods.fit import AnyPipeline, Arrays, FitPipeline, Shard, build_pipeline, run, summed_arrays
+from attribution_core.methods.fit import AnyPipeline, Arrays, FitPipeline, build_pipeline, run, summed_arrays
+from attribution_core.methods.kept import KeptGradients
+from attribution_core.methods.layout import write_features, write_search
 from attribution_core.methods.loaded import LoadedIndex
 from attribution_core.methods.logra import Logra
 from attribution_core.progress import Progress
-from attribution_core.sharding import Stage
+from attribution_core.sharding import Shard, Stage
 
 _HALVES = (0, 1)
 
@@ -52,6 +53,7 @@ class ExtensionPipeline(FitPipeline):
         if self._before["fingerprint"] != spec.base.fingerprint:
             raise FingerprintMismatchError("the index to extend was fitted to other weights, data or parameters")
         self._factors = read_arrays(self._base / FACTORS_FILE)
+        self._kept = KeptGradients(self.context, limit=0)  # shards of the two passes are cut in different ways
 
     def stages(self) -> list[Stage]:
         """Return the last pass over the data that the factors come from, by which drift is told, and that for features."""
@@ -63,8 +65,9 @@ class ExtensionPipeline(FitPipeline):
         for folder in (FEATURES_FOLDER, GRADIENTS_FOLDER):
             for path in sorted((self._base / folder).glob("*.safetensors")):
                 _link(path, into / folder / path.name)
-        self._write_features(into, feature_files, len(list((into / FEATURES_FOLDER).iterdir())))
-        self._write_search(into)
+        before = len(list((into / FEATURES_FOLDER).iterdir()))
+        write_features(self.context, self._member, into, feature_files, before)
+        write_search(self.context, into)
         appended = self._appended()
         write_arrays(into / APPENDED_FILE, appended)
         # Of the fit: an exact scan for the recall of all rows would run the old ones again.
@@ -87,10 +90,6 @@ class ExtensionPipeline(FitPipeline):
             for shard in shards
             for half in _HALVES
         )
-
-    def _can_keep(self, shard: Shard, batch: Batch) -> bool:
-        """Return no: shards of the two passes are cut in different ways."""
-        return False
 
     def _reduction(self, stage: str, group: tuple[int, ...], files: Sequence[Path]) -> Arrays:
         """Return the sums by which drift is told as `<half>.<name>`, of the first stage; the other needs no reduction."""
@@ -132,7 +131,7 @@ class ExtensionPipeline(FitPipeline):
         for shard, path in zip(super()._shards("features"), files, strict=False):
             stored = {name: self._of_half(shard, value, half) for name, value in read_arrays(path).items()}
             if isinstance(method, TrakMethod):
-                parts = {"": trak.kernel_rows(stored, weighted=self._weighs_rows(method))}
+                parts = {"": trak.kernel_rows(stored, weighted=trak.weighs_rows(method, self.spec.task))}
             else:
                 member = self.context.method(number, self._factors)
                 assert isinstance(member, Logra)

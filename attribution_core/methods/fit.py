@@ -5,9 +5,7 @@ reduction over its shards in order. `assemble` lays the results out as the artif
 """
 
 import shutil
-from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,16 +15,12 @@ import torch
 from torch import Tensor
 
 from attribution_core.arrays import read_arrays, write_arrays
-from attribution_core.curvature import CovarianceSums, Eigenbasis, EigenvalueSums, Identity
+from attribution_core.curvature import CovarianceSums, Eigenbasis, EigenvalueSums
 from attribution_core.curvature.dense import spectrum, summed_hessian
 from attribution_core.curvature.ekfac import Draws, kronecker_eigenvalues
-from attribution_core.curvature.fisher import Fisher, Observed, compact
 from attribution_core.curvature.iterative import product_over
 from attribution_core.curvature.solvers import arnoldi, mean_eigenvalue
 from attribution_core.data.batch import Batch
-from attribution_core.errors import InvalidInputError
-from attribution_core.features.factors import encoded, write_gradients
-from attribution_core.features.store import FeatureStore, write_shard
 from attribution_core.fit_spec import FitSpec, FitSummary
 from attribution_core.gradients import Block
 from attribution_core.memory import release_freed
@@ -38,50 +32,26 @@ from attribution_core.method_spec import (
     TrakMethod,
 )
 from attribution_core.methods import trak
-from attribution_core.methods.artifact import (
-    FACTORS_FILE,
-    FEATURES_FOLDER,
-    GRADIENTS_FOLDER,
-    SEARCH_FILE,
-    write_description,
-)
+from attribution_core.methods.artifact import FACTORS_FILE, write_description
 from attribution_core.methods.bank import BankPipeline
-from attribution_core.methods.base import FeatureMethod, GradientMethod, QuerySide, TrainRows
+from attribution_core.methods.base import FeatureMethod
 from attribution_core.methods.context import FitContext, of_checkpoint
-from attribution_core.methods.loaded import LoadedIndex, Query
+from attribution_core.methods.encoding import Encoder
+from attribution_core.methods.kept import KeptGradients
+from attribution_core.methods.layout import exact_scores, write_features, write_search
+from attribution_core.methods.loaded import LoadedIndex
 from attribution_core.methods.logra import Logra, fisher_of
 from attribution_core.methods.magic import MagicPipeline
 from attribution_core.methods.opening import opened_priors
-from attribution_core.methods.recall import measured_recall, recall_rows
+from attribution_core.methods.recall import measured_recall
 from attribution_core.methods.trak import Trak
 from attribution_core.progress import Progress
-from attribution_core.sharding import Stage, shard_ranges
-from attribution_core.spec import RegressionTask
+from attribution_core.sharding import Shard, Stage, shard_ranges
 
 Arrays = dict[str, np.ndarray]
 # Rows up to which stored self-influence was divided by which n.
 Segment = tuple[int, int]
-# Gradients that one pass keeps in memory for the next.
-KEPT_BYTES = 128 << 20
 _MATRIX_SHARDS = 8
-_GRADIENT = "gradient."
-_EXACT = "exact"
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Training examples number `start … stop - 1` under one checkpoint, every `step`-th of them; examples left out have no number."""
-
-    ordinal: int
-    checkpoint: int
-    start: int
-    stop: int
-    step: int = 1
-
-    @property
-    def units(self) -> int:
-        """Training examples in it."""
-        return len(range(self.start, self.stop, self.step))
 
 
 class FitPipeline:
@@ -100,11 +70,8 @@ class FitPipeline:
         # What is computed: all rows that are trained on, or those that no earlier fit covers.
         self.rows = self.context.training_rows[self.context.training_rows >= spec.num_covered]
         self._reductions: dict[str, Arrays] = {}
-        self._methods: dict[int, FeatureMethod] = {}
-        # The first batches of each shard, as the first pass over it left them for the next.
-        self._kept: dict[int, list[Observed]] = {}
-        self._kept_bytes = 0
-        self._recall_sides: dict[GradientMethod, QuerySide] = {}
+        self._encoders: dict[int, Encoder] = {}
+        self._kept = KeptGradients(self.context)
 
     def stages(self) -> list[Stage]:
         """Return the stages in order."""
@@ -179,13 +146,16 @@ class FitPipeline:
     def assemble(self, into: Path, feature_files: Sequence[Path], progress: Progress) -> FitSummary:
         """Lay out the artifact in an empty folder from the reduced stages and the `features` shards in order."""
         write_arrays(into / FACTORS_FILE, self._fitted(self.spec.method.stages))
-        self._write_features(into, feature_files)
-        self._write_search(into)
+        write_features(self.context, self._member, into, feature_files)
+        write_search(self.context, into)
         self._describe(into, recall=None)
         index = LoadedIndex(into, self.spec, self.context)
-        recall = measured_recall(index, lambda: self._exact_scores(index, feature_files))
+        recall = measured_recall(index, lambda: exact_scores(self.context, index, feature_files))
         self._describe(into, recall=recall)
         return self._summary(into, index, recall)
+
+    def _member(self, number: int) -> FeatureMethod:
+        return self.context.method(number, self._fitted(self.spec.method.stages))
 
     def _describe(self, into: Path, *, recall: float | None, before: Sequence[Segment] = ()) -> None:
         segments = [*before, (self.spec.dataset.num_examples, self.spec.num_training)]
@@ -231,46 +201,10 @@ class FitPipeline:
     def _draws(self, stage: str, shard: Shard, progress: Progress) -> Iterator[Draws]:
         """Yield a shard's pseudo-gradients."""
         assert self.context.fisher is not None
-        passes = self._first_draws if stage == "covariance" else self._later_draws
-        return passes(shard, self.context.fisher, progress)
-
-    def _first_draws(self, shard: Shard, fisher: Fisher, progress: Progress) -> Iterator[Draws]:
-        """Yield pseudo-gradients as factors, and keep all that later passes need while memory lasts."""
-        for _ in self._released(shard):
-            pass  # of an attempt that was broken off
-        kept, method, keeps = self._kept.setdefault(shard.ordinal, []), self._observer(shard.checkpoint), True
-        for batch in self._counted(shard, progress):
-            keeps = keeps and self._can_keep(shard, batch)
-            if not keeps:
-                yield fisher.draws(method.checkpoint.run(batch), method.checkpoint.task, batch)
-                continue
-            observed = method.observe(batch, fisher)
-            yield observed.draws
-            kept.append(observed.compact())
-            self._kept_bytes += kept[-1].nbytes
-
-    def _later_draws(self, shard: Shard, fisher: Fisher, progress: Progress) -> Iterator[Draws]:
-        """Yield pseudo-gradients in the form they are kept in, whether they were or not: no rounding error then depends on memory."""
-        kept, checkpoint = self._kept.get(shard.ordinal, ()), self.context.checkpoint(shard.checkpoint)
-        for observed in kept:
-            yield observed.draws
-            progress.advance(len(observed))
-        for batch in self._counted(shard, progress, skip=sum(map(len, kept))):
-            yield [compact(draw) for draw in fisher.draws(checkpoint.run(batch), checkpoint.task, batch)]
-
-    def _can_keep(self, shard: Shard, batch: Batch) -> bool:
-        return self._kept_bytes + self.context.kept_bytes(shard.checkpoint) * len(batch) <= KEPT_BYTES
-
-    def _released(self, shard: Shard) -> Iterator[Observed]:
-        """Yield what earlier passes kept of a shard, and forget it on the way."""
-        kept = deque(self._kept.pop(shard.ordinal, ()))
-        while kept:
-            self._kept_bytes -= kept[0].nbytes
-            yield kept.popleft()
-
-    def _observer(self, number: int) -> GradientMethod:
-        """Return what differentiates, before there is a curvature."""
-        return GradientMethod(self.context.checkpoint(number), Identity(), 0.0, None)
+        batches = partial(self._counted, shard, progress)
+        if stage == "covariance":
+            return self._kept.first_draws(shard, batches, self.context.fisher)
+        return self._kept.later_draws(shard, batches, self.context.fisher, progress.advance)
 
     def _reduced(self, stage: str) -> Arrays:
         if stage not in self._reductions:
@@ -312,19 +246,21 @@ class FitPipeline:
         }
 
     def _features(self, shard: Shard, progress: Progress) -> Arrays:
-        number = shard.checkpoint
-        if number not in self._methods:
-            before = [stage for stage in self.spec.method.stages if stage != "features"]
-            self._methods[number] = self.context.method(number, self._fitted(before))
-        method, encoded, done = self._methods[number], [], 0
-        for observed in self._released(shard):
-            encoded.append(self._encoded(method, observed))
+        encoder, encoded, done = self._encoder(shard.checkpoint), list[Arrays](), 0
+        for observed in self._kept.released(shard):
+            encoded.append(encoder.arrays(observed))
             done += len(observed)
             progress.advance(len(observed))
         if done:
             release_freed()
-        encoded += [self._encoded(method, batch) for batch in self._counted(shard, progress, skip=done)]
+        encoded += [encoder.arrays(batch) for batch in self._counted(shard, progress, skip=done)]
         return {name: self._placed(shard, [arrays[name] for arrays in encoded]) for name in encoded[0]}
+
+    def _encoder(self, number: int) -> Encoder:
+        if number not in self._encoders:
+            before = [stage for stage in self.spec.method.stages if stage != "features"]
+            self._encoders[number] = Encoder(self.context, self.context.method(number, self._fitted(before)))
+        return self._encoders[number]
 
     def _placed(self, shard: Shard, parts: Sequence[np.ndarray]) -> np.ndarray:
         """Join batches and put zeros where examples are left out, so that a shard file holds consecutive rows of the data set."""
@@ -335,97 +271,15 @@ class FitPipeline:
         placed[self.rows[shard.start : shard.stop] - first] = joined
         return placed
 
-    def _encoded(self, method: FeatureMethod, part: Observed | Batch) -> Arrays:
-        if not isinstance(method, GradientMethod):
-            assert isinstance(part, Batch)
-            found = method.encode_train(part)
-            _check_finite(found, part)
-            return found.arrays()
-        observed = method.observe(part).compact() if isinstance(part, Batch) else part
-        found = method.encode_observed(observed)
-        _check_finite(found, observed.batch)
-        arrays = found.arrays()
-        if self.context.layout == "vectors" or self.spec.store.lossy:
-            side = self._recall_side(method)
-            arrays[_EXACT] = method.observed_scores(side, observed).T.cpu().numpy()
-        if self.context.layout == "factors":
-            assert self.spec.store.dtype != "binary"
-            stored = encoded(observed.training, self.spec.store.dtype)
-            _check_scales(stored, observed.batch)
-            arrays |= {f"{_GRADIENT}{name}": value for name, value in stored.items()}
-        return arrays
-
-    def _recall_side(self, method: GradientMethod) -> QuerySide:
-        """Return the preconditioned queries by which recall is measured, made once per checkpoint."""
-        if method not in self._recall_sides:
-            queries = self.context.source.batch(recall_rows(self.context.training_rows))
-            self._recall_sides[method] = method.precondition(method.encode_query(queries), method.default_damping)
-        return self._recall_sides[method]
-
-    def _exact_scores(self, index: LoadedIndex, files: Sequence[Path]) -> np.ndarray:
-        """Return the exact scores (queries, n) of the queries by which recall is measured, averaged over checkpoints.
-
-        Where rows are the method's own definition these are inner products of the rows as they were before they were stored.
-        """
-        ranges = len(files) // len(self.spec.checkpoints)
-        query: Query | None = None
-        joined = []
-        for number in range(ranges):
-            shards = [read_arrays(path) for path in files[number::ranges]]
-            if _EXACT in shards[0]:
-                joined.append(np.mean([shard[_EXACT] for shard in shards], axis=0))
-                continue
-            if query is None:
-                query = index.query(self.context.source.batch(recall_rows(self.context.training_rows)), None)
-            rows, weights = _side_by_side(shards)
-            joined.append(rows @ query.rows.T * weights[:, None])
-        return np.concatenate(joined).T
-
     def _feature_kernel(self, number: int, files: Sequence[Path]) -> Arrays:
         method, shards = self.spec.method, (read_arrays(path) for path in files)
         if isinstance(method, TrakMethod) and method.curvature != "fisher":
-            return trak.kernel_of(shards, weighted=self._weighs_rows(method))
+            return trak.kernel_of(shards, weighted=trak.weighs_rows(method, self.spec.task))
         if isinstance(method, LograMethod):
             member = self.context.method(number, {})
             assert isinstance(member, Logra)
             return fisher_of(shards, member.projection, self.spec.num_training)
         return {}
-
-    def _weighs_rows(self, method: TrakMethod) -> bool:
-        # For squared errors the curvature of the loss in the prediction is 1.
-        return method.curvature == "gauss_newton" and not isinstance(self.spec.task, RegressionTask)
-
-    def _write_features(self, into: Path, files: Sequence[Path], first: int = 0) -> None:
-        """Join each range's shards of all checkpoints side by side, in files numbered from `first` on."""
-        ranges = len(files) // len(self.spec.checkpoints)
-        for number in range(ranges):
-            shards = [read_arrays(path) for path in files[number::ranges]]
-            rows, weights = _side_by_side(shards)
-            if "self_influence" in shards[0]:
-                own = np.mean([shard["self_influence"] for shard in shards], axis=0)
-            else:
-                own = self._late_self_influence(shards) * weights
-            write_shard(into / FEATURES_FOLDER, first + number, rows, weights, own, dtype=self.spec.store.dtype)
-            if self.context.layout == "factors":
-                write_gradients(into / GRADIENTS_FOLDER, first + number, [_gradients_of(shard) for shard in shards])
-
-    def _late_self_influence(self, shards: Sequence[Arrays]) -> np.ndarray:
-        """Return `mean_m ⟨(K + λ)⁻¹ P∇m_i, φ_i⟩` of one range's rows, known only now that the kernel is."""
-        total = np.zeros(len(shards[0]["rows"]))
-        for number, shard in enumerate(shards):
-            member = self.context.method(number, self._fitted(self.spec.method.stages))
-            own = torch.from_numpy(shard.get("measured", shard["rows"]))
-            solved = member.precondition(QuerySide(own, own), getattr(self.spec.method, "damping", 0.0)).rows
-            total += np.einsum("ik,ik->i", solved.numpy(), shard["rows"], dtype=np.float64) / len(shards)
-        return total
-
-    def _write_search(self, into: Path) -> None:
-        if self.spec.search.type == "flat" or self.context.layout == "factors":
-            return  # an exhaustive search reads the rows themselves
-        from attribution_core.search.faiss_index import VectorIndex  # noqa: PLC0415, megabytes that few indexes need
-
-        store = FeatureStore(into / FEATURES_FOLDER, self.spec.dataset.num_examples)
-        VectorIndex.build(self.spec.search, store).write(into / SEARCH_FILE)
 
 
 AnyPipeline = FitPipeline | MagicPipeline | BankPipeline
@@ -467,28 +321,3 @@ def summed_arrays(files: Sequence[Path]) -> Arrays:
         for name, value in read_arrays(path).items():
             total[name] = total[name] + value if name in total else value
     return total
-
-
-def _side_by_side(shards: Sequence[Arrays]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows (count, k) and weights (count,) of one range from the shards of all checkpoints."""
-    rows = np.concatenate([shard["rows"] for shard in shards], axis=1)
-    return rows, np.mean([shard["weights"] for shard in shards], axis=0)
-
-
-def _gradients_of(shard: Arrays) -> Arrays:
-    return {name.removeprefix(_GRADIENT): value for name, value in shard.items() if name.startswith(_GRADIENT)}
-
-
-def _check_scales(stored: Arrays, batch: Batch) -> None:
-    scales = np.stack([value for name, value in stored.items() if name.endswith(".scale")])
-    unusable = ~np.isfinite(scales).all(axis=0)
-    if unusable.any():
-        row = int(batch.rows[int(np.flatnonzero(unusable)[0])])
-        raise InvalidInputError(f"the model gives no finite gradient for training example {row}")
-
-
-def _check_finite(found: TrainRows, batch: Batch) -> None:
-    finite = found.rows.isfinite().all(dim=1) & found.weights.isfinite()
-    if not bool(finite.all()):
-        row = int(batch.rows[~finite][0])
-        raise InvalidInputError(f"the model gives no finite gradient for training example {row}")

@@ -33,6 +33,7 @@ from attribution_core.method_spec import TrakMethod
 from attribution_core.methods import woodbury
 from attribution_core.methods.base import Arrays, Checkpoint, FeatureMethod, QuerySide, TrainRows
 from attribution_core.projection import Projection
+from attribution_core.spec import RegressionTask, TaskSpec
 from attribution_core.tasks.regression import Regression
 
 # Measurements that are the linearised output f, so that training rows serve as their own query side.
@@ -125,6 +126,11 @@ class Trak(FeatureMethod):
         draws = fisher.draws(self.checkpoint.run(batch), self.checkpoint.task, batch)
         rows = self._projected_draws(draws)
         return np.asarray(rows.T @ rows)
+
+
+def weighs_rows(method: TrakMethod, task: TaskSpec) -> bool:
+    """Return whether the kernel weights rows by the loss's curvature in the output; for squared errors that curvature is 1."""
+    return method.curvature == "gauss_newton" and not isinstance(task, RegressionTask)
 
 
 def kernel_of(shards: Iterable[Arrays], *, weighted: bool) -> dict[str, np.ndarray]:

@@ -16,7 +16,7 @@ from attribution_core.errors import Cancelled, InvalidInputError
 from attribution_core.fingerprint import sha256_file
 from attribution_core.fit_spec import FitSpec
 from attribution_core.gradients import Pass
-from attribution_core.methods import fit as fitting
+from attribution_core.methods import kept
 from attribution_core.methods.context import FitContext
 from attribution_core.methods.fit import FitPipeline, FitSummary, build_pipeline, fit
 from attribution_core.methods.loaded import LoadedIndex
@@ -130,7 +130,7 @@ def test_what_one_pass_keeps_for_the_next_changes_no_byte(
 
     monkeypatch.setattr(Fisher, "draws", draws)
     for name, budget in (("none", 0), ("kept", int(share * everything))):
-        monkeypatch.setattr(fitting, "KEPT_BYTES", budget)
+        monkeypatch.setattr(kept, "KEPT_BYTES", budget)
         fit(spec, tmp_path / "work", tmp_path / name, NoProgress())
         drawn[name] = sum(passes)
         passes.clear()

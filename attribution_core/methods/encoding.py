@@ -1,0 +1,76 @@
+"""From gradients of training examples to what a shard of the features stage stores of them."""
+
+from functools import cached_property
+
+import numpy as np
+
+from attribution_core.curvature.fisher import Observed
+from attribution_core.data.batch import Batch
+from attribution_core.errors import InvalidInputError
+from attribution_core.features.factors import encoded
+from attribution_core.methods.base import FeatureMethod, GradientMethod, QuerySide, TrainRows
+from attribution_core.methods.context import FitContext
+from attribution_core.methods.recall import recall_rows
+
+Arrays = dict[str, np.ndarray]
+# What arrays of a shard are called: whole gradients as factors, by block, and the exact scores by which recall is measured.
+GRADIENT = "gradient."
+EXACT = "exact"
+
+
+class Encoder:
+    """Encodes training examples under one checkpoint."""
+
+    def __init__(self, context: FitContext, method: FeatureMethod) -> None:
+        self._context = context
+        self._method = method
+
+    def arrays(self, part: Observed | Batch) -> Arrays:
+        """Return what is stored of a batch, (batch, …) each.
+
+        Raises:
+            InvalidInputError: if the model gives no finite gradient for one of the examples.
+        """
+        method, context = self._method, self._context
+        if not isinstance(method, GradientMethod):
+            assert isinstance(part, Batch)
+            found = method.encode_train(part)
+            _check_finite(found, part)
+            return found.arrays()
+        observed = method.observe(part).compact() if isinstance(part, Batch) else part
+        found = method.encode_observed(observed)
+        _check_finite(found, observed.batch)
+        arrays = found.arrays()
+        if context.layout == "vectors" or context.spec.store.lossy:
+            arrays[EXACT] = method.observed_scores(self._recall_side, observed).T.cpu().numpy()
+        if context.layout == "factors":
+            assert context.spec.store.dtype != "binary"
+            stored = encoded(observed.training, context.spec.store.dtype)
+            _check_scales(stored, observed.batch)
+            arrays |= {f"{GRADIENT}{name}": value for name, value in stored.items()}
+        return arrays
+
+    @cached_property
+    def _recall_side(self) -> QuerySide:
+        """The preconditioned queries by which recall is measured."""
+        method, context = self._method, self._context
+        assert isinstance(method, GradientMethod)
+        queries = context.source.batch(recall_rows(context.training_rows))
+        return method.precondition(method.encode_query(queries), method.default_damping)
+
+
+def _check_scales(stored: Arrays, batch: Batch) -> None:
+    scales = np.stack([value for name, value in stored.items() if name.endswith(".scale")])
+    unusable = ~np.isfinite(scales).all(axis=0)
+    if unusable.any():
+        _refuse(int(batch.rows[int(np.flatnonzero(unusable)[0])]))
+
+
+def _check_finite(found: TrainRows, batch: Batch) -> None:
+    finite = found.rows.isfinite().all(dim=1) & found.weights.isfinite()
+    if not bool(finite.all()):
+        _refuse(int(batch.rows[~finite][0]))
+
+
+def _refuse(row: int) -> None:
+    raise InvalidInputError(f"the model gives no finite gradient for training example {row}")

@@ -1,0 +1,93 @@
+"""From the shards of the features stage to the rows, gradients and search file of an artifact.
+
+A range of rows has one shard per checkpoint; their rows lie side by side in one file.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from attribution_core.arrays import read_arrays
+from attribution_core.features.factors import write_gradients
+from attribution_core.features.store import FeatureStore, write_shard
+from attribution_core.methods.artifact import FEATURES_FOLDER, GRADIENTS_FOLDER, SEARCH_FILE
+from attribution_core.methods.base import FeatureMethod, QuerySide
+from attribution_core.methods.context import FitContext
+from attribution_core.methods.encoding import EXACT, GRADIENT, Arrays
+from attribution_core.methods.loaded import LoadedIndex, Query
+from attribution_core.methods.recall import recall_rows
+
+# The fitted method on one checkpoint.
+Member = Callable[[int], FeatureMethod]
+
+
+def write_features(context: FitContext, member: Member, into: Path, files: Sequence[Path], first: int = 0) -> None:
+    """Join each range's shards of all checkpoints side by side, in files numbered from `first` on."""
+    for number, shards in enumerate(_ranges(context, files)):
+        rows, weights = _side_by_side(shards)
+        if "self_influence" in shards[0]:
+            own = np.mean([shard["self_influence"] for shard in shards], axis=0)
+        else:
+            own = _late_self_influence(context, member, shards) * weights
+        write_shard(into / FEATURES_FOLDER, first + number, rows, weights, own, dtype=context.spec.store.dtype)
+        if context.layout == "factors":
+            write_gradients(into / GRADIENTS_FOLDER, first + number, [_gradients_of(shard) for shard in shards])
+
+
+def write_search(context: FitContext, into: Path) -> None:
+    """Write the search file of the rows that are there, unless an exhaustive search reads the rows themselves."""
+    spec = context.spec
+    if spec.search.type == "flat" or context.layout == "factors":
+        return
+    from attribution_core.search.faiss_index import VectorIndex  # noqa: PLC0415, megabytes that few indexes need
+
+    store = FeatureStore(into / FEATURES_FOLDER, spec.dataset.num_examples)
+    VectorIndex.build(spec.search, store).write(into / SEARCH_FILE)
+
+
+def exact_scores(context: FitContext, index: LoadedIndex, files: Sequence[Path]) -> np.ndarray:
+    """Return the exact scores (queries, n) of the queries by which recall is measured, averaged over checkpoints.
+
+    Where rows are the method's own definition these are inner products of the rows as they were before they were stored.
+    """
+    query: Query | None = None
+    joined = []
+    for shards in _ranges(context, files):
+        if EXACT in shards[0]:
+            joined.append(np.mean([shard[EXACT] for shard in shards], axis=0))
+            continue
+        if query is None:
+            query = index.query(context.source.batch(recall_rows(context.training_rows)), None)
+        rows, weights = _side_by_side(shards)
+        joined.append(rows @ query.rows.T * weights[:, None])
+    return np.concatenate(joined).T
+
+
+def _ranges(context: FitContext, files: Sequence[Path]) -> Iterator[list[Arrays]]:
+    """Yield the shards of all checkpoints, one range of rows after the other."""
+    ranges = len(files) // len(context.spec.checkpoints)
+    for number in range(ranges):
+        yield [read_arrays(path) for path in files[number::ranges]]
+
+
+def _late_self_influence(context: FitContext, member: Member, shards: Sequence[Arrays]) -> np.ndarray:
+    """Return `mean_m ⟨(K + λ)⁻¹ P∇m_i, φ_i⟩` of one range's rows, known only now that the kernel is."""
+    total = np.zeros(len(shards[0]["rows"]))
+    for number, shard in enumerate(shards):
+        own = torch.from_numpy(shard.get("measured", shard["rows"]))
+        damping = getattr(context.spec.method, "damping", 0.0)
+        solved = member(number).precondition(QuerySide(own, own), damping).rows
+        total += np.einsum("ik,ik->i", solved.numpy(), shard["rows"], dtype=np.float64) / len(shards)
+    return total
+
+
+def _side_by_side(shards: Sequence[Arrays]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows (count, k) and weights (count,) of one range from the shards of all checkpoints."""
+    rows = np.concatenate([shard["rows"] for shard in shards], axis=1)
+    return rows, np.mean([shard["weights"] for shard in shards], axis=0)
+
+
+def _gradients_of(shard: Arrays) -> Arrays:
+    return {name.removeprefix(GRADIENT): value for name, value in shard.items() if name.startswith(GRADIENT)}
