@@ -55,8 +55,8 @@ def forget_sets(data: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {"subgroup": np.sort(digit[order[len(digit) // 2 :]]), "random": np.sort(random)}
 
 
-def indexed(trainer: Trainer, folder: Path, seeds: int) -> FitSpec:
-    """Train on everything with some seeds, and fit an EK-FAC index to all of them."""
+def indexed(trainer: Trainer, folder: Path, seeds: int, method: str) -> FitSpec:
+    """Train on everything with some seeds, and fit an index to all of them."""
     everything = np.ones(len(trainer.data), bool)
     stacked = trainer.train([Run(everything, seed) for seed in range(seeds)]).parameters
     references = []
@@ -69,7 +69,7 @@ def indexed(trainer: Trainer, folder: Path, seeds: int) -> FitSpec:
         task=trainer.spec.task,
         dataset=trainer.spec.dataset,
         checkpoints=references,
-        method={"type": "ekfac"},  # type: ignore[arg-type]
+        method={"type": method},  # type: ignore[arg-type]
         measurement="margin",
     )
     fit(spec, folder / "work", folder / "index", NoProgress())
@@ -130,6 +130,8 @@ def main() -> None:
     parser.add_argument("--oracles", type=int, default=10)
     parser.add_argument("--checkpoints", type=int, default=10)
     parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--index", default="ekfac", help="method of the index")
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
     arguments = parser.parse_args()
     workload = WORKLOADS["mnist-mlp"]
     data = workload.data()
@@ -137,10 +139,10 @@ def main() -> None:
         folder = Path(name)
         trainer = trainer_of(workload, folder, arguments.epochs)
         began = time.process_time()
-        fitted = indexed(trainer, folder, arguments.checkpoints)
+        fitted = indexed(trainer, folder, arguments.checkpoints, arguments.index)
         print(f"{arguments.checkpoints} trainings and their index: {time.process_time() - began:.0f} s", flush=True)
         held_out = test_set(data, folder)
-        names = list(METHODS)
+        names = arguments.methods
         for title, rows in forget_sets(data).items():
             spec = UnlearnSpec.model_validate(
                 {

@@ -48,6 +48,14 @@ class Curvature(ABC):
         """
         raise InvalidInputError("this curvature has no part for a group: use the additive estimator", "/estimator")
 
+    def penalised(self, penalty: float) -> "Curvature":
+        """Return `H̄ + penalty`, with the λ of `H̄`.
+
+        Raises:
+            InvalidInputError: if this curvature takes none.
+        """
+        raise InvalidInputError("this curvature takes no penalty on the parameters")
+
     def paired(self, first: Sequence[LayerGradient], second: Sequence[LayerGradient], damping: float) -> Tensor:
         """Return `uᵢᵀ (H̄ + λ)⁻¹ vᵢ` of each example's two gradients, (batch,)."""
         return paired(self.solve_factored(first, damping), second)

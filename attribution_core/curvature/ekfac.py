@@ -190,6 +190,11 @@ class EkfacFactors(Curvature):
         left = [(kept - share).clamp(min=0) for kept, share in zip(self.eigenvalues, shares, strict=True)]
         return replace(self, eigenvalues=left, whole=self.whole or self.eigenvalues)
 
+    def penalised(self, penalty: float) -> "EkfacFactors":
+        """Return the curvature plus a multiple of the identity, damped as before."""
+        left = [part + penalty for part in self.eigenvalues]
+        return replace(self, eigenvalues=left, whole=self.whole or self.eigenvalues)
+
     def multiplied(self, gradients: Sequence[Tensor], multipliers: Sequence[Tensor]) -> list[Tensor]:
         """Return `f(H̄) v` per block, where the multipliers are `f(Λ)`, (groups, d_out, d_in) per block."""
         return [

@@ -36,6 +36,7 @@ class GaussNewton(Curvature):
         rows: makes the pseudo-gradients, at the first solve.
         preconditioner: K; also gives each layer's λ, and stands in where a solve per example would be too much (`paired`).
         shrinkage: ρ, from 0 (the Gauss-Newton matrix) to 1 (EK-FAC).
+        penalty: what is added to both, as a multiple of the identity.
 
     Source: the mixture is after Ledoit & Wolf 2004, who shrink a covariance; the solve after Wang et al. 2025 (ASTRA).
     """
@@ -47,12 +48,14 @@ class GaussNewton(Curvature):
         iterations: int,
         tolerance: float,
         shrinkage: float = 0.0,
+        penalty: float = 0.0,
     ) -> None:
         self._make = rows
         self._preconditioner = preconditioner
         self._iterations = iterations
         self._tolerance = tolerance
         self._shrinkage = shrinkage
+        self._penalty = penalty
 
     @cached_property
     def rows(self) -> PseudoRows:
@@ -70,7 +73,8 @@ class GaussNewton(Curvature):
         Raises:
             SingularCurvatureError: if the curvature is singular at this damping.
         """
-        blocks, rates = self._preconditioner.basis.blocks, self._preconditioner.rates(damping)
+        blocks, factors = self._preconditioner.basis.blocks, self._preconditioner.penalised(self._penalty)
+        rates = [rate + self._penalty for rate in factors.rates(damping)]
 
         def product(vectors: Tensor) -> Tensor:
             parts = unflattened(F.hardshrink(vectors, _NEGLIGIBLE), blocks)
@@ -78,7 +82,7 @@ class GaussNewton(Curvature):
             return flattened([a + rate * b for a, b, rate in zip(moved, parts, rates, strict=True)])
 
         def precondition(vectors: Tensor) -> Tensor:
-            return flattened(self._preconditioner.solve(unflattened(vectors, blocks), damping))
+            return flattened(factors.solve(unflattened(vectors, blocks), damping))
 
         return _in_parts(
             gradients,
@@ -91,7 +95,14 @@ class GaussNewton(Curvature):
         """Return the curvature of the other examples, solved as this one is."""
         left = self.rows.without(group.rows, group.num_examples)
         factors = self._preconditioner.without(group) if self._shrinkage else self._preconditioner
-        return GaussNewton(lambda: left, factors, self._iterations, self._tolerance, self._shrinkage)
+        return self._with(lambda: left, factors, self._penalty)
+
+    def penalised(self, penalty: float) -> "GaussNewton":
+        """Return the curvature plus a multiple of the identity, damped as before."""
+        return self._with(lambda: self.rows, self._preconditioner, self._penalty + penalty)
+
+    def _with(self, rows: Callable[[], PseudoRows], factors: EkfacFactors, penalty: float) -> "GaussNewton":
+        return GaussNewton(rows, factors, self._iterations, self._tolerance, self._shrinkage, penalty)
 
     def paired(self, first: Sequence[LayerGradient], second: Sequence[LayerGradient], damping: float) -> Tensor:
         """Return `uᵢᵀ (H̄ + λ)⁻¹ vᵢ` by EK-FAC."""

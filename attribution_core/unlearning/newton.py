@@ -6,14 +6,14 @@ are taken, so that whatever training left undone elsewhere stays undone.
 """
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attribution_core.curvature import EkfacFactors
+from attribution_core.curvature import Curvature
 from attribution_core.errors import InvalidInputError
 from attribution_core.gradients.parameters import ParameterLayout
 from attribution_core.method_spec import ExactMethod, FisherMethod
@@ -45,7 +45,7 @@ class _Step:
 
 
 class NewtonUnlearner(Unlearner):
-    """One step under EK-FAC, K-FAC or the diagonal; layers that the index leaves out stay as they are."""
+    """One step under the curvature of the index; layers that it leaves out stay as they are."""
 
     def __init__(self, subject: Subject, spec: Newton) -> None:
         super().__init__(subject)
@@ -76,7 +76,6 @@ class NewtonUnlearner(Unlearner):
     def _step(self, number: int, progress: Progress) -> _Step:
         member = self.subject.index.members[number]
         assert isinstance(member, GradientMethod)
-        assert isinstance(member.curvature, EkfacFactors)
         layout = ParameterLayout(member.checkpoint.capture)
         n = self.subject.num_examples
         released = self._released(member, number, layout, progress)
@@ -84,7 +83,7 @@ class NewtonUnlearner(Unlearner):
         damping = self._damping()
         solved = [part / n for part in curvature.solve(released, damping)]
         slope = -sum(float((a * b).sum()) for a, b in zip(solved, released, strict=True)) / n
-        change = {name: value[0] for name, value in layout.unpacked([part.unsqueeze(0) for part in solved]).items()}
+        change = {name: value[0] for name, value in layout.unpacked(solved).items()}
         return _Step(change, slope)
 
     def _damping(self) -> float:
@@ -97,23 +96,23 @@ class NewtonUnlearner(Unlearner):
     def _released(
         self, member: GradientMethod, number: int, layout: ParameterLayout, progress: Progress
     ) -> list[Tensor]:
-        """Return `G_F + |F| l2 θ` per block (groups, d_out, d_in)."""
+        """Return `G_F + |F| l2 θ` per block (1, groups, d_out, d_in)."""
         parameters = {name: value.unsqueeze(0) for name, value in layout.parameters().items()}
         weight = len(self.subject.forget) * self.l2
-        total = [weight * block[0] for block in layout.packed(parameters)]
+        total = [weight * block for block in layout.packed(parameters)]
         for batch in self.subject.context.batches(number, self.subject.forget):
             gradients = member.observe(batch).training  # of -ℓ
             total = [before - part.total() for before, part in zip(total, gradients, strict=True)]
             progress.advance(len(batch))
         return total
 
-    def _curvature(self, whole: EkfacFactors, number: int) -> EkfacFactors:
+    def _curvature(self, whole: Curvature, number: int) -> Curvature:
         """Return what is left of the curvature, over n, with the penalty of what is left."""
         n, forget = self.subject.num_examples, self.subject.forget
         if self.spec.curvature == "all":
-            return _penalised(whole, self.l2)
+            return whole.penalised(self.l2)
         group = self.subject.context.group(number, forget, np.ones(len(forget)))
-        return _penalised(whole.without(group), self.l2 * (n - len(forget)) / n)
+        return whole.without(group).penalised(self.l2 * (n - len(forget)) / n)
 
     def _searched(self, number: int, step: _Step) -> float:
         checkpoint, scale = self.subject.context.checkpoint(number), self.spec.scale
@@ -180,12 +179,6 @@ class ExactUnlearner(Unlearner):
         original = self.original(number)
         progress.advance(1)
         return Unlearned({name: found[name][0].to(value) for name, value in original.items()})
-
-
-def _penalised(factors: EkfacFactors, penalty: float) -> EkfacFactors:
-    """Return the curvature plus a multiple of the identity, damped as before."""
-    whole = factors.whole or factors.eigenvalues
-    return replace(factors, eigenvalues=[part + penalty for part in factors.eigenvalues], whole=whole)
 
 
 @torch.no_grad()

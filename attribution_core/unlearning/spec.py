@@ -11,12 +11,10 @@ from attribution_core.fingerprint import sha256_of
 from attribution_core.fit_spec import DatasetRef, FitSpec
 from attribution_core.method_spec import (
     Damping,
-    DiagonalMethod,
-    EkfacMethod,
     ExactMethod,
+    FisherMethod,
     GasMethod,
     GradCosMethod,
-    KfacMethod,
     MagicMethod,
     RepresentationMethod,
 )
@@ -29,7 +27,7 @@ _L2 = "Strength of the penalty `l2/2 ‖θ‖²` that was added to the mean loss
 
 
 class Newton(Spec):
-    """One Newton step on the examples that stay, under the index's factored curvature; takes an index of ekfac, kfac or diagonal.
+    """One Newton step on the examples that stay, under the index's curvature; takes an index of ekfac, kfac, diagonal or gauss_newton.
 
     `θ' = θ + t (n(H̄ + λ) - H_F + (n - |F|) l2)⁻¹ (Σ_F ∇ℓ_i + |F| l2 θ)`, with H_F the forget set's share of the curvature.
     """
@@ -265,9 +263,9 @@ class UnlearnSpec(Spec):
     def _check_method(self, method: UnlearningMethod, pointer: str) -> None:
         fitted = self.fit.method
         match method:
-            case Newton() if not isinstance(fitted, EkfacMethod | KfacMethod | DiagonalMethod):
+            case Newton() if not isinstance(fitted, FisherMethod):
                 raise InvalidInputError(
-                    f"newton takes the curvature of an index of ekfac, kfac or diagonal, not {fitted.type}",
+                    f"newton takes the curvature of an index of ekfac, kfac, diagonal or gauss_newton, not {fitted.type}",
                     f"{pointer}/type",
                 )
             case ExactNewton() if self.fit.architecture.name not in ExactMethod.architectures:

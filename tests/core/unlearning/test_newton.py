@@ -16,7 +16,7 @@ from attribution_core.progress import NoProgress
 from attribution_core.tasks import build_task
 from attribution_core.training.network import Network
 from attribution_core.unlearning.pipeline import UnlearnPipeline
-from tests.core.unlearning.problems import CLASSES, L2, SOURCE, N, Problem, features_of, refit
+from tests.core.unlearning.problems import CLASSES, L2, SOURCE, N, Problem, features_of, logistic, refit
 
 SMALL = np.array([3, 40, 77])
 
@@ -31,8 +31,10 @@ def parameters(arrays: dict[str, np.ndarray]) -> np.ndarray:
     return np.concatenate([arrays["weights.output.weight"], arrays["weights.output.bias"][:, None]], axis=1)
 
 
-def by_hand(problem: Problem, forget: np.ndarray, damping: float, l2: float, share: bool) -> np.ndarray:
-    """The step's formula with dense matrices made from nothing but features, targets and weights."""
+def by_hand(
+    problem: Problem, forget: np.ndarray, damping: float, l2: float, share: bool, shrinkage: float = 1.0
+) -> np.ndarray:
+    """The step's formula with dense matrices made from nothing but features, targets and weights; EK-FAC's curvature if wholly shrunk."""
     theta, a = refit(problem, np.empty(0, np.int64)), features_of(problem.inputs)
     logits = a @ theta.T
     p = np.exp(logits - logits.max(1, keepdims=True))
@@ -42,11 +44,13 @@ def by_hand(problem: Problem, forget: np.ndarray, damping: float, l2: float, sha
     q_g = np.linalg.eigh(np.einsum("nlc,nle->ce", pseudo, pseudo))[1]
     shares = np.einsum("nlc,nd->ncd", (pseudo @ q_g) ** 2, (a @ q_a) ** 2)  # of the eigenvalues, by example
     basis = np.kron(q_g, q_a)
-    left = shares.sum(0) - (shares[forget].sum(0) if share else 0)
-    count = N - len(forget) if share else N
-    diagonal = left + N * damping * shares.mean(0).mean() + count * l2
+    staying = np.delete(np.arange(N), forget) if share else np.arange(N)
+    factored = basis @ np.diag(shares[staying].sum(0).ravel()) @ basis.T
+    draws = np.einsum("nlc,nd->nlcd", pseudo, a)[staying].reshape(-1, theta.size)
+    curvature = (1 - shrinkage) * draws.T @ draws + shrinkage * factored
+    curvature += (N * damping * shares.mean(0).mean() + len(staying) * l2) * np.eye(theta.size)
     gradient = (p - np.eye(CLASSES)[problem.targets])[forget].T @ a[forget] + len(forget) * l2 * theta
-    step = np.linalg.solve(basis @ np.diag(diagonal.ravel()) @ basis.T, gradient.ravel())
+    step = np.linalg.solve(curvature, gradient.ravel())
     return theta + step.reshape(theta.shape)
 
 
@@ -56,6 +60,30 @@ def test_the_step_is_the_formula(regression: Problem, curvature: str, damping: f
     found = parameters(unlearned(regression, method))
     expected = by_hand(regression, SOURCE, damping, l2, curvature == "rest")
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("shrinkage", [0.0, 0.8])
+@pytest.mark.parametrize(("curvature", "damping", "l2"), [("rest", 0.1, L2), ("rest", 0.0, L2), ("all", 0.3, 0.0)])
+def test_the_step_is_solved_with_the_shrunk_gauss_newton_matrix(
+    shrinkage: float, curvature: str, damping: float, l2: float, tmp_path: Path
+) -> None:
+    index = {"type": "gauss_newton", "shrinkage": shrinkage, "iterations": 200, "tolerance": 1e-6}
+    problem = logistic(tmp_path, method=index)
+    method = {"type": "newton", "curvature": curvature, "damping": damping, "l2": l2}
+    found = parameters(unlearned(problem, method))
+    expected = by_hand(problem, SOURCE, damping, l2, curvature == "rest", shrinkage)
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_a_step_with_the_whole_matrix_is_the_exact_methods_step(tmp_path: Path) -> None:
+    """Of a regression at its optimum the Gauss-Newton matrix is the Hessian, so nothing is left to approximate."""
+    index = {"type": "gauss_newton", "shrinkage": 0.0, "iterations": 200, "tolerance": 1e-6}
+    problem = logistic(tmp_path, method=index)
+    start, goal = refit(problem, np.empty(0, np.int64)), refit(problem, SOURCE)
+    solved = parameters(unlearned(problem, {"type": "newton", "l2": L2, "damping": 0.0}))
+    exact = parameters(unlearned(problem, {"type": "exact_newton", "l2": L2, "estimator": "alo"}))
+    assert np.abs(solved - exact).max() < 1e-5 * np.abs(exact).max()
+    assert np.linalg.norm(solved - goal) < 0.3 * np.linalg.norm(goal - start)
 
 
 def test_a_scaled_step_goes_its_share_of_the_way(regression: Problem) -> None:
