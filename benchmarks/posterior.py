@@ -1,14 +1,17 @@
-"""The posterior datamodel on real retrainings: LDS on held-out subsets by the number of single-seed retrainings it is conditioned on.
+"""The posterior datamodel on real retrainings: LDS by the number of single-seed retrainings it is conditioned on.
 
-`python -m benchmarks.posterior --scores FOLDER` reads the committed truth, and prior scores as `benchmarks.ours` writes them
-(`FOLDER/WORKLOAD/METHOD/scores-DAMPING.npy`), and prints the tables of `docs/studies/posterior.md`.
+`python -m benchmarks.posterior` prints the tables of `docs/studies/posterior.md`. Priors are the scores that `benchmarks.run` left in the cache.
+
+* Without options it conditions on a part of the committed truth and judges on the rest of it.
+* `--bank M …` retrains M random halves that are not in the truth and judges on all of the truth.
 """
 
 import argparse
-from collections.abc import Iterator
-from pathlib import Path
+import time
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+import torch
 
 from attribution_core.bank_methods.datamodels import ridge_datamodel
 from attribution_core.bank_methods.posterior import fit_posterior
@@ -16,10 +19,28 @@ from attribution_core.evaluate.calibration import fit_affine
 from attribution_core.evaluate.conformal import coverage, fit_intervals, squared_scores_removed
 from attribution_core.evaluate.retrainings import Retrainings
 from benchmarks.lds import Truth
-from benchmarks.workloads import WORKLOADS
+from benchmarks.plan import ENTRIES
+from benchmarks.run import folder_of
+from benchmarks.workloads import WORKLOADS, Workload, prepare, retrained
 
-MIXTURE = ("ekfac5/scores-0.1", "ekfac5/scores-1.0", "dot5/scores-default")
+# All but the logistic model, whose exact method needs no retraining.
+NAMES = [name for name in WORKLOADS if name != "letter-logistic"]
+PRIORS = ("gauss_newton", "ekfac", "trak")
 SPLITS = 3
+_BANK_SEED = 4242
+_FIRST_SEED = 300_000
+
+
+def prior_scores(workload: Workload) -> list[np.ndarray]:
+    """Return each prior method's scores (queries, n) with five checkpoints at its default damping.
+
+    Raises:
+        FileNotFoundError: if `benchmarks.run` has not measured one of them here.
+    """
+    folders = [
+        folder_of(entry, workload, 5) for name in PRIORS for entry in ENTRIES if entry.is_ours and entry.label == name
+    ]
+    return [np.load(folder / "scores-default.npy").astype(np.float64) for folder in folders]
 
 
 def splits(truth: Truth, fitted: int) -> Iterator[tuple[Retrainings, np.ndarray, np.ndarray, np.random.Generator]]:
@@ -38,7 +59,6 @@ def lds_row(truth: Truth, priors: list[np.ndarray], fitted: int) -> dict[str, fl
     for bank, chosen, held, _ in splits(truth, fitted):
         left = Truth(truth.masks[held], truth.values[held])
         contenders = {
-            "best prior": max(priors, key=lambda scores: float(truth.correlations(scores).mean())),
             "prior": priors[0],
             "ridge": ridge_datamodel(bank).scores,
             "posterior": fit_posterior(priors[:1], bank).scores,
@@ -47,6 +67,28 @@ def lds_row(truth: Truth, priors: list[np.ndarray], fitted: int) -> dict[str, fl
         }
         rows.append({name: float(left.correlations(scores).mean()) for name, scores in contenders.items()})
     return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+
+
+def bank_rows(workload: Workload, truth: Truth, priors: list[np.ndarray], sizes: Sequence[int]) -> Iterator[list[str]]:
+    """Yield, for each number of fresh retrainings, CPU seconds of these and of the posterior, LDS on all of the truth, and slope."""
+    data, n = prepare(workload), truth.masks.shape[1]
+    generator = np.random.default_rng(_BANK_SEED)
+    subsets = [np.sort(generator.permutation(n)[: n // 2]) for _ in range(max(sizes))]
+    began = time.process_time()
+    values = retrained(workload, data, [(subset, _FIRST_SEED + place) for place, subset in enumerate(subsets)])
+    each = (time.process_time() - began) / len(subsets)
+    masks = np.zeros((len(subsets), n), bool)
+    for number, subset in enumerate(subsets):
+        masks[number, subset] = True
+    for size in sizes:
+        bank = Retrainings(masks[:size], values[:size, None].astype(np.float64))
+        began = time.process_time()
+        scores = fit_posterior(priors, bank).scores
+        took = time.process_time() - began
+        ridge = float(truth.correlations(ridge_datamodel(bank).scores).mean())
+        lds = float(truth.correlations(scores).mean())
+        numbers = f"{ridge:.3f}", f"{lds:.3f}", f"{truth.slope(scores):.2f}", f"{each * size:.3g}", f"{took:.3g}"
+        yield [workload.name, str(size), *numbers]
 
 
 def coverage_row(truth: Truth, priors: list[np.ndarray], fitted: int) -> dict[str, list[float]]:
@@ -77,22 +119,29 @@ def affine_outputs(scores: np.ndarray, truth: Retrainings, chosen: np.ndarray) -
     return np.asarray(level + line.apply(summed - center))
 
 
+def _print(cells: Sequence[str]) -> None:
+    print("| " + " | ".join(cells) + " |", flush=True)
+
+
 def main() -> None:
-    """Print both tables."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--scores", type=Path, required=True)
-    parser.add_argument("--workload", nargs="*", default=list(WORKLOADS), choices=WORKLOADS)
+    parser.add_argument("--workload", nargs="*", default=NAMES, choices=NAMES)
+    parser.add_argument("--bank", nargs="*", type=int)
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
     for name in arguments.workload:
-        truth = Truth.read(WORKLOADS[name].truth)
-        priors = [np.load(arguments.scores / name / f"{method}.npy").astype(np.float64) for method in MIXTURE]
-        most = 50 if len(truth.masks) >= 100 else 40
-        for fitted in (10, 25, most):
-            row = lds_row(truth, priors, fitted)
-            print(f"| {name} | {fitted} | " + " | ".join(f"{value:.3f}" for value in row.values()) + " |", flush=True)
-        covered = coverage_row(truth, priors, 25)
-        for kind, shares in covered.items():
-            print(f"|c {name} | {kind} | " + " | ".join(f"{share:.3f}" for share in shares) + " |", flush=True)
+        workload = WORKLOADS[name]
+        truth, priors = Truth.read(workload.truth), prior_scores(workload)
+        if arguments.bank:
+            for row in bank_rows(workload, truth, priors, arguments.bank):
+                _print(row)
+            continue
+        for fitted in (10, 25, 50 if len(truth.masks) >= 100 else 40):
+            found = lds_row(truth, priors, fitted)
+            _print([name, str(fitted), *(f"{value:.3f}" for value in found.values())])
+        for kind, shares in coverage_row(truth, priors, 25).items():
+            _print([name, kind, *(f"{share:.3f}" for share in shares)])
 
 
 if __name__ == "__main__":

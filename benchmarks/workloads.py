@@ -6,8 +6,9 @@ which is committed, as it costs minutes to hours; delete it to make it anew. `--
 
 import argparse
 import json
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -170,18 +171,28 @@ def retrain(workload: Workload, data: Arrays) -> None:
     generator = np.random.default_rng(1)
     subsets = [np.sort(generator.permutation(n)[: n // 2]) for _ in range(workload.subsets)]
     jobs = [(subset, 1000 + seed) for subset in subsets for seed in range(workload.seeds)]
+    values = retrained(workload, data, jobs)
+    masks = np.zeros((len(subsets), n), bool)
+    for number, subset in enumerate(subsets):
+        masks[number, subset] = True
+    TRUTH.mkdir(exist_ok=True)
+    stacked = values.reshape(len(subsets), workload.seeds, -1)
+    np.savez_compressed(workload.truth, masks=np.packbits(masks, axis=1), values=stacked, n=n)
+
+
+def retrained(workload: Workload, data: Arrays, jobs: Sequence[tuple[np.ndarray, int]]) -> np.ndarray:
+    """Return every query's measurement after retraining on each subset from each seed, (jobs, queries) float32."""
     values, began = [], time.monotonic()
     for start in range(0, len(jobs), workload.at_once):
         part = jobs[start : start + workload.at_once]
         states = _trained(workload, data, [subset for subset, _ in part], [seed for _, seed in part])
         values += [measured(workload, state, data) for state in states]
-        print(f"{workload.name}: {len(values)}/{len(jobs)} in {time.monotonic() - began:.0f} s", flush=True)
-    masks = np.zeros((len(subsets), n), bool)
-    for number, subset in enumerate(subsets):
-        masks[number, subset] = True
-    TRUTH.mkdir(exist_ok=True)
-    stacked = np.stack(values).reshape(len(subsets), workload.seeds, -1).astype(np.float32)
-    np.savez_compressed(workload.truth, masks=np.packbits(masks, axis=1), values=stacked, n=n)
+        print(
+            f"{workload.name}: {len(values)}/{len(jobs)} in {time.monotonic() - began:.0f} s",
+            flush=True,
+            file=sys.stderr,
+        )
+    return np.stack(values).astype(np.float32)
 
 
 @torch.no_grad()
