@@ -23,11 +23,6 @@ class Curvature(ABC):
 
     solves_cheaply: ClassVar[bool] = True
 
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of training gradients in memory, from the first solve on."""
-        return 0
-
     @abstractmethod
     def solve(self, gradients: Sequence[Tensor], damping: float) -> list[Tensor]:
         """Return `(H̄ + λ)⁻¹ v`; how λ follows from the damping is the curvature's own.

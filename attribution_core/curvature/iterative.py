@@ -21,7 +21,7 @@ from attribution_core.errors import SingularCurvatureError
 from attribution_core.gradients import Block, LayerGradient
 
 # Query gradients solved at once: bounds memory.
-_NUMBERS_AT_ONCE = 1 << 26
+_NUMBERS_AT_ONCE = 1 << 24
 # Smaller numbers make products subnormal, which slows those down tenfold, and change none that is not.
 _NEGLIGIBLE = torch.finfo(torch.float32).tiny / torch.finfo(torch.float32).eps
 
@@ -30,11 +30,11 @@ class GaussNewton(Curvature):
     """The Gauss-Newton matrix of kept pseudo-gradients, shrunk towards EK-FAC, by conjugate gradients preconditioned with EK-FAC.
 
     `H̄ = (1 - ρ) mean(g gᵀ) + ρ K`: like a covariance that is shrunk towards a structured target, it needs less damping than the matrix of few
-    examples alone, and takes fewer steps to solve, as the preconditioner is part of it.
+    examples alone, and takes fewer steps to solve, as the preconditioner is part of it. All is done in K's eigenbasis, where K is diagonal.
 
     Args:
-        rows: makes the pseudo-gradients, at the first solve.
-        preconditioner: K; also gives each layer's λ, and stands in where a solve per example would be too much (`paired`).
+        rows: returns the pseudo-gradients in K's eigenbasis; asked once for all the vectors of a call.
+        factors: K; also gives each layer's λ, and stands in where a solve per example would be too much (`paired`).
         shrinkage: ρ, from 0 (the Gauss-Newton matrix) to 1 (EK-FAC).
         penalty: what is added to both, as a multiple of the identity.
 
@@ -44,28 +44,18 @@ class GaussNewton(Curvature):
     def __init__(
         self,
         rows: Callable[[], PseudoRows],
-        preconditioner: EkfacFactors,
+        factors: EkfacFactors,
         iterations: int,
         tolerance: float,
         shrinkage: float = 0.0,
         penalty: float = 0.0,
     ) -> None:
-        self._make = rows
-        self._preconditioner = preconditioner
+        self._rows = rows
+        self._factors = factors
         self._iterations = iterations
         self._tolerance = tolerance
         self._shrinkage = shrinkage
         self._penalty = penalty
-
-    @cached_property
-    def rows(self) -> PseudoRows:
-        """The pseudo-gradients."""
-        return self._make()
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of the pseudo-gradients, once they are made."""
-        return self.rows.nbytes if "rows" in vars(self) else 0
 
     def solve(self, gradients: Sequence[Tensor], damping: float) -> list[Tensor]:
         """Return `(H̄ + λ)⁻¹ v`, λ a multiple of each layer's mean eigenvalue.
@@ -73,67 +63,71 @@ class GaussNewton(Curvature):
         Raises:
             SingularCurvatureError: if the curvature is singular at this damping.
         """
-        blocks, factors = self._preconditioner.basis.blocks, self._preconditioner.penalised(self._penalty)
-        rates = [rate + self._penalty for rate in factors.rates(damping)]
+        basis = self._factors.basis
+        turned = [turn.forward(part) for part, turn in zip(gradients, basis.rotations, strict=True)]
+        return self._solved(turned, damping)
+
+    def solve_factored(self, gradients: Sequence[LayerGradient], damping: float) -> list[Tensor]:
+        """Return `(H̄ + λ)⁻¹ v` of gradients given as factors, which are rotated where that is cheaper."""
+        turned = [turn.of(part) for part, turn in zip(gradients, self._factors.basis.rotations, strict=True)]
+        return self._solved(turned, damping)
+
+    def _solved(self, turned: Sequence[Tensor], damping: float) -> list[Tensor]:
+        """Solve in the eigenbasis and return to the parameters' own."""
+        factors = self._factors.penalised(self._penalty)
+        blocks, rates = factors.basis.blocks, factors.rates(damping)
+        like, share = turned[0], 1 - self._shrinkage
+        damped = torch.cat([factors.damped(number, damping).flatten() for number in range(len(blocks))]).to(like)
+        added = torch.cat([like.new_full((block.numel,), rate) for block, rate in zip(blocks, rates, strict=True)])
+        # All of H̄ + λ that is diagonal: ρ (K + λ) and the damping of the other part.
+        diagonal = self._shrinkage * damped + share * (added + self._penalty)
+        rows = self._rows()
 
         def product(vectors: Tensor) -> Tensor:
-            parts = unflattened(F.hardshrink(vectors, _NEGLIGIBLE), blocks)
-            moved = self.rows.product(parts)
-            return flattened([a + rate * b for a, b, rate in zip(moved, parts, rates, strict=True)])
+            parts = [F.hardshrink(part, _NEGLIGIBLE) for part in unflattened(vectors, blocks)]
+            return flattened(rows.product(parts)).mul_(share).addcmul_(vectors, diagonal)
 
-        def precondition(vectors: Tensor) -> Tensor:
-            return flattened(factors.solve(unflattened(vectors, blocks), damping))
-
-        return _in_parts(
-            gradients,
+        solved = _in_parts(
+            turned,
             lambda part: solvers.conjugate_gradients(
-                product, part, precondition, self._iterations, self._tolerance, self._shrinkage
+                product, part, lambda vectors: vectors / damped, self._iterations, self._tolerance
             ),
         )
+        return [turn.back(part) for part, turn in zip(solved, factors.basis.rotations, strict=True)]
 
     def without(self, group: Group) -> "GaussNewton":
         """Return the curvature of the other examples, solved as this one is."""
-        left = self.rows.without(group.rows, group.num_examples)
-        factors = self._preconditioner.without(group) if self._shrinkage else self._preconditioner
+        left = self._rows().without(group.rows, group.num_examples)
+        factors = self._factors.without(group) if self._shrinkage else self._factors
         return self._with(lambda: left, factors, self._penalty)
 
     def penalised(self, penalty: float) -> "GaussNewton":
         """Return the curvature plus a multiple of the identity, damped as before."""
-        return self._with(lambda: self.rows, self._preconditioner, self._penalty + penalty)
+        return self._with(self._rows, self._factors, self._penalty + penalty)
 
     def _with(self, rows: Callable[[], PseudoRows], factors: EkfacFactors, penalty: float) -> "GaussNewton":
         return GaussNewton(rows, factors, self._iterations, self._tolerance, self._shrinkage, penalty)
 
     def paired(self, first: Sequence[LayerGradient], second: Sequence[LayerGradient], damping: float) -> Tensor:
         """Return `uᵢᵀ (H̄ + λ)⁻¹ vᵢ` by EK-FAC."""
-        return self._preconditioner.paired(first, second, damping)
+        return self._factors.paired(first, second, damping)
 
     def quadratic(self, gradients: Sequence[LayerGradient], damping: float) -> Tensor:
         """Return `uᵢᵀ (H̄ + λ)⁻¹ uᵢ` by EK-FAC."""
-        return self._preconditioner.quadratic(gradients, damping)
+        return self._factors.quadratic(gradients, damping)
 
 
 class DataInf(Curvature):
     """The mean over training examples of `(λ + g gᵀ)⁻¹`, layer by layer.
 
     Args:
-        rows: makes the training gradients, at the first solve.
+        rows: returns the training gradients.
     """
 
     solves_cheaply: ClassVar[bool] = False
 
     def __init__(self, rows: Callable[[], PseudoRows]) -> None:
-        self._make = rows
-
-    @cached_property
-    def rows(self) -> PseudoRows:
-        """The training gradients."""
-        return self._make()
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of the training gradients, once they are made."""
-        return self.rows.nbytes if "rows" in vars(self) else 0
+        self._rows = rows
 
     def solve(self, gradients: Sequence[Tensor], damping: float) -> list[Tensor]:
         """Return the mean of inverses times v, λ a multiple of each layer's mean squared gradient.
@@ -141,10 +135,11 @@ class DataInf(Curvature):
         Raises:
             SingularCurvatureError: if λ is 0.
         """
-        rates = [damping * value for value in self.rows.mean_eigenvalues()]
+        rows = self._rows()
+        rates = [damping * value for value in rows.mean_eigenvalues()]
         if min(rates) <= 0:
             raise SingularCurvatureError("DataInf needs a damping above 0", "/damping")
-        return self.rows.layerwise(gradients, rates)
+        return rows.layerwise(gradients, rates)
 
 
 @dataclass

@@ -11,24 +11,16 @@ from attribution_core.errors import SingularCurvatureError
 
 
 def conjugate_gradients(
-    product: Product,
-    vectors: Tensor,
-    precondition: Product,
-    iterations: int,
-    tolerance: float,
-    shrinkage: float = 0.0,
+    product: Product, vectors: Tensor, precondition: Product, iterations: int, tolerance: float
 ) -> Tensor:
-    """Return `((1 - ρ) H + ρ M)⁻¹ v` for a positive definite H and its preconditioner M.
-
-    Products with M cost nothing: each direction is made of residuals that `M⁻¹` was multiplied with.
+    """Return `H⁻¹ v` for a positive definite H; a vector that is solved takes part in no further step.
 
     Args:
         product: multiplies by H, damping included.
         vectors: right-hand sides (batch, P).
-        precondition: multiplies by `M⁻¹`, an approximation of `H⁻¹`.
+        precondition: multiplies by an approximation of `H⁻¹`.
         iterations: steps at most.
         tolerance: relative residual at which a vector is solved.
-        shrinkage: ρ, the weight of M.
 
     Raises:
         SingularCurvatureError: if H has a direction of negative curvature.
@@ -36,28 +28,33 @@ def conjugate_gradients(
     Source: Hestenes & Stiefel 1952; Nocedal & Wright 2006, algorithm 5.3.
     """
     solution = torch.zeros_like(vectors)
-    residual = vectors.clone()
-    z = precondition(residual)
-    direction, image = z.clone(), residual.clone()  # image = M direction
-    alignment = _dot(residual, z)
-    target = tolerance * vectors.norm(dim=1, keepdim=True)
+    target = tolerance * vectors.norm(dim=1)
+    open_rows = torch.arange(len(vectors), device=vectors.device)
+    residual, partial = vectors.clone(), torch.zeros_like(vectors)
+    direction = precondition(residual).clone()
+    alignment = _dot(residual, direction)
     for _ in range(iterations):
-        if bool((residual.norm(dim=1, keepdim=True) <= target).all()):
-            break
-        moved = (1 - shrinkage) * product(direction) + shrinkage * image
+        wanting = residual.norm(dim=1) > target[open_rows]
+        if not bool(wanting.all()):
+            solution[open_rows[~wanting]] = partial[~wanting]
+            state = (open_rows, residual, partial, direction, alignment)
+            open_rows, residual, partial, direction, alignment = (part[wanting] for part in state)
+            if not len(open_rows):
+                return solution
+        moved = product(direction)
         bend = _dot(direction, moved)
         if bool((bend < 0).any()):
             raise SingularCurvatureError(
                 "the curvature is not positive definite: use a larger damping, or curvature gauss_newton", "/damping"
             )
         step = torch.where(bend > 0, alignment / bend.clamp(min=torch.finfo(bend.dtype).tiny), 0)
-        solution += step * direction
-        residual -= step * moved
+        partial.addcmul_(step, direction)
+        residual.addcmul_(step, moved, value=-1)
         z = precondition(residual)
         following = _dot(residual, z)
-        turn = torch.where(alignment > 0, following / alignment, 0)
-        direction, image = z + turn * direction, residual + turn * image
+        direction.mul_(torch.where(alignment > 0, following / alignment, 0)).add_(z)
         alignment = following
+    solution[open_rows] = partial
     return solution
 
 

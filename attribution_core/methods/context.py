@@ -1,6 +1,6 @@
 """From specs and files to loaded checkpoints with a method on each; shared by fitting and answering."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
@@ -17,7 +17,7 @@ from attribution_core.curvature.fisher import Fisher, Observed, observe
 from attribution_core.curvature.group import Group
 from attribution_core.curvature.iterative import ConjugateGradient, DataInf, GaussNewton, Lissa
 from attribution_core.curvature.products import HessianProducts
-from attribution_core.curvature.rows import PseudoRows
+from attribution_core.curvature.rows import KeptRows, PseudoRows
 from attribution_core.data.batch import Batch
 from attribution_core.data.collate import ExampleSource
 from attribution_core.data.reader import DatasetReader
@@ -25,6 +25,7 @@ from attribution_core.data.tokenizers import load_tokenizer
 from attribution_core.errors import FingerprintMismatchError, InvalidInputError
 from attribution_core.features.factors import numbers_kept
 from attribution_core.fit_spec import FitSpec
+from attribution_core.gradients import Rotation
 from attribution_core.method_spec import (
     ArnoldiMethod,
     CgMethod,
@@ -115,6 +116,8 @@ class FitContext:
         self._checkpoints: dict[int, Checkpoint] = {}
         self._probes: dict[int, Observed] = {}
         self._output_bytes: dict[int, int] = {}
+        # Shared by all that solve on training gradients: a fit, and the index by which it measures recall.
+        self._pseudo_gradients = KeptRows(_CURVATURE_BYTES)
 
     def source_of(self, folder: Path, dataset: DatasetSpec) -> ExampleSource:
         """Return batches of a data set as this model takes them."""
@@ -252,13 +255,17 @@ class FitContext:
         match spec:
             case GaussNewtonMethod():
                 factors = EkfacFactors.from_arrays(blocks, fitted, self.device)
-                rows = partial(self._pseudo_rows, number, Fisher.of(spec), spec.curvature_examples)
+                make = partial(
+                    self._pseudo_rows, number, Fisher.of(spec), spec.curvature_examples, factors.basis.rotations
+                )
+                rows = partial(self._pseudo_gradients.get, number, make)
                 return GaussNewton(rows, factors, spec.iterations, spec.tolerance, spec.shrinkage)
             case EkfacMethod() | KfacMethod() | DiagonalMethod():
                 return EkfacFactors.from_arrays(blocks, fitted, self.device)
             case DataInfMethod():
                 empirical = Fisher("empirical", 1, 0)
-                return DataInf(partial(self._pseudo_rows, number, empirical, spec.curvature_examples))
+                make = partial(self._pseudo_rows, number, empirical, spec.curvature_examples)
+                return DataInf(partial(self._pseudo_gradients.get, number, make))
             case ExplicitMethod() | ArnoldiMethod():
                 return Spectral.from_arrays(blocks, fitted, self.device)
             case CgMethod():
@@ -297,13 +304,20 @@ class FitContext:
         assert learning_rate is not None
         return learning_rate * len(self.spec.checkpoints) / len(self.spec.runs())
 
-    def _pseudo_rows(self, number: int, fisher: Fisher, examples: int | None) -> PseudoRows:
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of training gradients in memory, from the first solve on."""
+        return self._pseudo_gradients.nbytes
+
+    def _pseudo_rows(
+        self, number: int, fisher: Fisher, examples: int | None, rotations: Sequence[Rotation] | None = None
+    ) -> PseudoRows:
         """Return the pseudo-gradients of evenly spread training examples, as many as fit the memory set aside."""
         checkpoint = self.checkpoint(number)
         first = self.source.batch(self.training_rows[:1])
         draws = fisher.draws(checkpoint.run(first), self.task, first)
         rows = self._spread(min(examples or MAX_ROWS, max(1, _CURVATURE_BYTES // PseudoRows([draws]).nbytes)))
-        return PseudoRows(self._draws(number, fisher, rows), rows)
+        return PseudoRows(self._draws(number, fisher, rows), rows, rotations)
 
     def _draws(self, number: int, fisher: Fisher, rows: np.ndarray) -> Iterator[Draws]:
         checkpoint = self.checkpoint(number)

@@ -42,7 +42,8 @@ class Encoder:
         _check_finite(found, observed.batch)
         arrays = found.arrays()
         if context.layout == "vectors" or context.spec.store.lossy:
-            arrays[EXACT] = method.observed_scores(self._recall_side, observed).T.cpu().numpy()
+            assert self.recall_side is not None
+            arrays[EXACT] = method.observed_scores(self.recall_side, observed).T.cpu().numpy()
         if context.layout == "factors":
             assert context.spec.store.dtype != "binary"
             stored = encoded(observed.training, context.spec.store.dtype)
@@ -51,10 +52,11 @@ class Encoder:
         return arrays
 
     @cached_property
-    def _recall_side(self) -> QuerySide:
-        """The preconditioned queries by which recall is measured."""
+    def recall_side(self) -> QuerySide | None:
+        """The preconditioned queries by which recall is measured; None where preconditioning takes what only all rows give."""
         method, context = self._method, self._context
-        assert isinstance(method, GradientMethod)
+        if not isinstance(method, GradientMethod):
+            return None
         queries = context.source.batch(recall_rows(context.training_rows))
         return method.precondition(method.encode_query(queries), method.default_damping)
 

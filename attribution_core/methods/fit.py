@@ -39,11 +39,11 @@ from attribution_core.methods.context import FitContext, of_checkpoint
 from attribution_core.methods.encoding import Encoder
 from attribution_core.methods.kept import KeptGradients
 from attribution_core.methods.layout import exact_scores, write_features, write_search
-from attribution_core.methods.loaded import LoadedIndex
+from attribution_core.methods.loaded import LoadedIndex, Query
 from attribution_core.methods.logra import Logra, fisher_of
 from attribution_core.methods.magic import MagicPipeline
 from attribution_core.methods.opening import opened_priors
-from attribution_core.methods.recall import measured_recall
+from attribution_core.methods.recall import measured_recall, recall_rows
 from attribution_core.methods.trak import Trak
 from attribution_core.progress import Progress
 from attribution_core.sharding import Shard, Stage, shard_ranges
@@ -150,9 +150,17 @@ class FitPipeline:
         write_search(self.context, into)
         self._describe(into, recall=None)
         index = LoadedIndex(into, self.spec, self.context)
-        recall = measured_recall(index, lambda: exact_scores(self.context, index, feature_files))
+        queries, exact = partial(self._recall_queries, index), partial(exact_scores, self.context, feature_files)
+        recall = measured_recall(index, queries, exact)
         self._describe(into, recall=recall)
         return self._summary(into, index, recall)
+
+    def _recall_queries(self, index: LoadedIndex) -> Query:
+        """Return the queries by which recall is measured, as they were preconditioned for the features if they were."""
+        batch = self.context.source.batch(recall_rows(self.context.training_rows))
+        sides = [self._encoder(number).recall_side for number in range(len(self.spec.checkpoints))]
+        made = [side for side in sides if side is not None]
+        return index.joined(made, batch, index.default_damping) if len(made) == len(sides) else index.query(batch, None)
 
     def _member(self, number: int) -> FeatureMethod:
         return self.context.method(number, self._fitted(self.spec.method.stages))

@@ -16,8 +16,7 @@ from attribution_core.methods.artifact import FEATURES_FOLDER, GRADIENTS_FOLDER,
 from attribution_core.methods.base import FeatureMethod, QuerySide
 from attribution_core.methods.context import FitContext
 from attribution_core.methods.encoding import EXACT, GRADIENT, Arrays
-from attribution_core.methods.loaded import LoadedIndex, Query
-from attribution_core.methods.recall import recall_rows
+from attribution_core.methods.loaded import Query
 
 # The fitted method on one checkpoint.
 Member = Callable[[int], FeatureMethod]
@@ -47,19 +46,16 @@ def write_search(context: FitContext, into: Path) -> None:
     VectorIndex.build(spec.search, store).write(into / SEARCH_FILE)
 
 
-def exact_scores(context: FitContext, index: LoadedIndex, files: Sequence[Path]) -> np.ndarray:
+def exact_scores(context: FitContext, files: Sequence[Path], query: Query) -> np.ndarray:
     """Return the exact scores (queries, n) of the queries by which recall is measured, averaged over checkpoints.
 
     Where rows are the method's own definition these are inner products of the rows as they were before they were stored.
     """
-    query: Query | None = None
     joined = []
     for shards in _ranges(context, files):
         if EXACT in shards[0]:
             joined.append(np.mean([shard[EXACT] for shard in shards], axis=0))
             continue
-        if query is None:
-            query = index.query(context.source.batch(recall_rows(context.training_rows)), None)
         rows, weights = _side_by_side(shards)
         joined.append(rows @ query.rows.T * weights[:, None])
     return np.concatenate(joined).T

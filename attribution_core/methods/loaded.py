@@ -134,8 +134,7 @@ class LoadedIndex:
     @property
     def bytes(self) -> int:
         """An estimate of what this index keeps in memory, which grows with the first query where a method solves on training gradients."""
-        held = sum(member.curvature.held_bytes for member in self.members if isinstance(member, GradientMethod))
-        return self._loaded_bytes + held
+        return self._loaded_bytes + self.context.held_bytes
 
     @cached_property
     def _loaded_bytes(self) -> int:
@@ -165,13 +164,22 @@ class LoadedIndex:
             InvalidInputError: if the queries do not fit the model, have no target, or overflow.
         """
         used = self.default_damping if damping is None else damping
-        sides = [member.precondition(member.encode_query(batch), used or 0.0) for member in self.members]
+        return self.joined(
+            [member.precondition(member.encode_query(batch), used or 0.0) for member in self.members], batch, used
+        )
+
+    def joined(self, sides: Sequence[QuerySide], batch: Batch, damping: float | None) -> Query:
+        """Return queries whose sides, one per checkpoint, were preconditioned with a damping.
+
+        Raises:
+            InvalidInputError: if a gradient is not finite.
+        """
         rows = torch.cat([side.rows for side in sides], dim=1) / len(sides)
         unusable = (~rows.isfinite().all(dim=1)).nonzero().flatten()
         if len(unusable):
             raise InvalidInputError(f"the model gives no finite gradient for query {int(unusable[0])}")
         outputs = self._described([sides[number].output for number in self.spec.answering()], batch)
-        return Query(outputs, sides, rows.detach().float().cpu().numpy(), batch, used)
+        return Query(outputs, list(sides), rows.detach().float().cpu().numpy(), batch, damping)
 
     def outputs(self, batch: Batch) -> list[dict[str, Any]]:
         """Return what the model outputs for a batch, without any attribution."""

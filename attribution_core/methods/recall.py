@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from attribution_core.methods.context import RECALL_QUERIES
-from attribution_core.methods.loaded import LoadedIndex, top_rows
+from attribution_core.methods.loaded import LoadedIndex, Query, top_rows
 
 TOP = 10
 
@@ -19,21 +19,22 @@ def recall_rows(training_rows: np.ndarray) -> np.ndarray:
     return training_rows[np.unique(np.linspace(0, n - 1, min(RECALL_QUERIES, n)).astype(np.int64))]
 
 
-def measured_recall(index: LoadedIndex, exact: Callable[[], np.ndarray]) -> float:
+def measured_recall(index: LoadedIndex, queries: Callable[[], Query], exact: Callable[[Query], np.ndarray]) -> float:
     """Return the mean share of the exact top 10 of both signs among the candidates.
 
     Whatever comes between counts: the projection, the type that rows are stored in, clusters that are not visited, short codes.
 
     Args:
         index: asked for candidates.
-        exact: returns scores (queries, n) before projection and storage; asked only where there is a first stage.
+        queries: returns those of `recall_rows`; asked only where there is a first stage.
+        exact: returns scores (queries, n) before projection and storage.
     """
     if index.gradients is not None and not index.spec.store.lossy:
         return 1.0  # every example is scored by its whole gradient: there is no first stage
     n = len(index.store)
-    query = index.query(index.context.source.batch(recall_rows(index.context.training_rows)), None)
+    query = queries()
     found: list[float] = []
-    for scores, candidates in zip(exact(), index.candidates(query, TOP, None), strict=True):
+    for scores, candidates in zip(exact(query), index.candidates(query, TOP, None), strict=True):
         for sign in (1, -1):
             wanted = top_rows(scores, np.arange(n), TOP, sign).rows
             if len(wanted):

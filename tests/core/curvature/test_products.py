@@ -170,6 +170,25 @@ def test_vectors_of_a_batch_do_not_see_each_other() -> None:
         torch.testing.assert_close(found, alone[0], rtol=1e-6, atol=0)
 
 
+def test_a_vector_that_is_solved_takes_no_part_in_the_others_steps() -> None:
+    """Of an eigenvector, a sum of two and any vector, which take 1, 2 and many steps."""
+    matrix, steps = positive(), []
+    axes = torch.linalg.eigh(matrix)[1].T
+    vectors = torch.stack([axes[0], axes[3] + axes[9], torch.randn(20, dtype=torch.float64)])
+
+    def product(part: Tensor) -> Tensor:
+        steps.append(len(part))
+        return part @ matrix
+
+    together = conjugate_gradients(product, vectors, lambda v: v, 100, 1e-6)
+    assert steps[:3] == [3, 2, 1]
+    assert set(steps[3:]) == {1}
+    for vector, found in zip(vectors, together, strict=True):
+        alone = conjugate_gradients(lambda v: v @ matrix, vector.unsqueeze(0), lambda v: v, 100, 1e-6)
+        torch.testing.assert_close(found, alone[0], rtol=1e-6, atol=1e-9)
+        assert (found @ matrix - vector).norm() <= 1.01e-6 * vector.norm()
+
+
 def test_conjugate_gradients_refuse_negative_curvature() -> None:
     matrix = -torch.eye(4, dtype=torch.float64)
     with pytest.raises(SingularCurvatureError, match="larger damping"):

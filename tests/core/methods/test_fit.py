@@ -209,7 +209,7 @@ def test_recall_costs_nothing_where_there_is_no_first_stage(
     def forbidden(*_: object) -> None:
         raise AssertionError("queries were encoded to measure a recall that is 1")
 
-    monkeypatch.setattr(LoadedIndex, "query", forbidden)
+    monkeypatch.setattr(LoadedIndex, "joined", forbidden)
     spec = problem.with_(method={"type": "ekfac"}, store={"layout": "factors"})
     assert fit(spec, tmp_path / "work", tmp_path / "index", NoProgress()).recall == 1
     with pytest.raises(AssertionError, match="recall"):

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from attribution_core.errors import InvalidInputError
@@ -42,6 +43,20 @@ def test_training_gradients_that_queries_keep_are_counted(problem: Problem, meth
     index = problem.fit("kept", method={"type": method})
     before = index.bytes
     index.query(problem.queries(), None)
-    rows = vars(index.members[0].curvature).get("rows")  # type: ignore[attr-defined]
-    assert (rows is None) == (method == "ekfac")
-    assert index.bytes - before == (0 if rows is None else rows.nbytes)
+    kept = index.context._pseudo_gradients._kept
+    assert sorted(kept) == ([] if method == "ekfac" else [0])
+    assert index.bytes - before == sum(rows.nbytes for rows in kept.values())
+
+
+@pytest.mark.parametrize("method", ["gauss_newton", "datainf"])
+def test_training_gradients_of_an_ensemble_are_kept_within_a_bound(ensemble: Problem, method: str) -> None:
+    """What does not fit is made again and changes no score."""
+    index = ensemble.fit("bounded", method={"type": method})
+    queries, rows = ensemble.queries(), np.arange(index.num_examples)
+    expected = index.scores(index.query(queries, None), rows, rescore=True)
+    kept, everything = index.context._pseudo_gradients, index.context.held_bytes
+    kept._limit = everything // 2
+    kept._kept.clear()
+    for _ in range(2):
+        assert np.array_equal(index.scores(index.query(queries, None), rows, rescore=True), expected)
+        assert 0 < index.context.held_bytes <= everything // 2

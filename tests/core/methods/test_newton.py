@@ -71,7 +71,7 @@ def test_gauss_newton_without_a_group_is_the_dense_solve(problem: Problem, subse
     used = np.arange(60) if subset is None else np.unique(np.linspace(0, 59, subset).round().astype(int))
     rows = draws_of(index, np.setdiff1d(used, GROUP))
     matrix = torch.einsum("ncp,ncq->pq", rows, rows) * (60 - len(GROUP)) / len(rows) / 60
-    factors = index.members[0].curvature._preconditioner  # type: ignore[attr-defined]
+    factors = index.members[0].curvature._factors  # type: ignore[attr-defined]
     sizes = [block.numel for block in factors.basis.blocks]
     rates = torch.cat([torch.full((size,), rate) for size, rate in zip(sizes, factors.rates(0.1), strict=True)])
     inverse = torch.linalg.inv(matrix + torch.diag(rates.double()))
@@ -84,7 +84,7 @@ def test_shrunk_gauss_newton_without_a_group_has_the_others_ekfac(problem: Probl
     staying[GROUP] = False
     index = problem.fit("gn", method={**NEWTON["gauss_newton"], "shrinkage": 0.4})
     rows = draws_of(index, np.flatnonzero(staying))
-    factors = index.members[0].curvature._preconditioner  # type: ignore[attr-defined]
+    factors = index.members[0].curvature._factors  # type: ignore[attr-defined]
     sizes = [block.numel for block in factors.basis.blocks]
     rates = torch.cat([torch.full((size,), rate) for size, rate in zip(sizes, factors.rates(0.1), strict=True)])
     matrix = torch.einsum("ncp,ncq->pq", rows, rows) / 60 + torch.diag(rates.double())
@@ -251,7 +251,7 @@ def mean_curvature(index: LoadedIndex) -> float:
         assert member._kernel is not None
         return float(member._kernel["values"].mean()) / N
     curvature: Any = getattr(member, "curvature", None)
-    factors = getattr(curvature, "_preconditioner", curvature)
+    factors = getattr(curvature, "_factors", curvature)
     return float(factors.eigenvalues[0].mean())
 
 
