@@ -57,6 +57,10 @@ class GaussNewton(Curvature):
         self._shrinkage = shrinkage
         self._penalty = penalty
 
+    @cached_property
+    def _penalised(self) -> EkfacFactors:
+        return self._factors.penalised(self._penalty) if self._penalty else self._factors
+
     def solve(self, gradients: Sequence[Tensor], damping: float) -> list[Tensor]:
         """Return `(H̄ + λ)⁻¹ v`, λ a multiple of each layer's mean eigenvalue.
 
@@ -74,7 +78,7 @@ class GaussNewton(Curvature):
 
     def _solved(self, turned: Sequence[Tensor], damping: float) -> list[Tensor]:
         """Solve in the eigenbasis and return to the parameters' own."""
-        factors = self._factors.penalised(self._penalty)
+        factors = self._penalised
         blocks, rates = factors.basis.blocks, factors.rates(damping)
         like, share = turned[0], 1 - self._shrinkage
         damped = torch.cat([factors.damped(number, damping).flatten() for number in range(len(blocks))]).to(like)
@@ -110,11 +114,11 @@ class GaussNewton(Curvature):
 
     def paired(self, first: Sequence[LayerGradient], second: Sequence[LayerGradient], damping: float) -> Tensor:
         """Return `uᵢᵀ (H̄ + λ)⁻¹ vᵢ` by EK-FAC."""
-        return self._factors.paired(first, second, damping)
+        return self._penalised.paired(first, second, damping)
 
     def quadratic(self, gradients: Sequence[LayerGradient], damping: float) -> Tensor:
         """Return `uᵢᵀ (H̄ + λ)⁻¹ uᵢ` by EK-FAC."""
-        return self._factors.quadratic(gradients, damping)
+        return self._penalised.quadratic(gradients, damping)
 
 
 class DataInf(Curvature):

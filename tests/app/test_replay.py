@@ -227,6 +227,31 @@ def test_checkpoints_are_unlearned_and_compared_with_retraining(trained: Loaded)
     assert again.json()["errors"][0]["pointer"] == "/run"
 
 
+def test_an_index_that_auto_chose_is_unlearned_from_and_compared_with_retraining(trained: Loaded) -> None:
+    service = trained.service
+    fit = {"name": "by-default", "model": "retrained", "dataset": "digits", "method": {"type": "auto"}}
+    assert service.finished(service.post("/v1/indexes", fit, 202))["state"] == "succeeded"
+    index = service.get("/v1/indexes/by-default")
+    assert (index["method"]["type"], index["choice"]["asked"]["type"]) == ("gauss_newton", "auto")
+    fours = {"where": {"field": "target", "op": "eq", "value": 4}}
+    body = {"forget": fours, "run": "by-default", "check": {"oracles": 4, "test": {"dataset": "test"}}}
+    job = service.finished(service.post("/v1/indexes/by-default/unlearned-checkpoints", body, 202))
+    assert job["state"] == "succeeded", job["error"]
+    (found,) = service.get("/v1/indexes/by-default/unlearned-checkpoints")["items"]
+    nothing, newton = (one["sets"] for one in found["comparison"]["results"][:2])
+    assert newton["forget"]["distance"] < nothing["forget"]["distance"]
+    assert abs(newton["forget"]["loss_gap"]) < abs(nothing["forget"]["loss_gap"])
+
+
+def test_a_newton_step_needs_an_index_with_a_curvature(trained: Loaded) -> None:
+    service = trained.service
+    fit = {"name": "flat", "model": "retrained", "dataset": "digits", "method": {"type": "grad_dot"}}
+    assert service.finished(service.post("/v1/indexes", fit, 202))["state"] == "succeeded"
+    body = {"forget": {"rows": [1, 2]}, "method": {"type": "newton"}, "run": "flat"}
+    answer = service.http.post("/v1/indexes/flat/unlearned-checkpoints", json=body)
+    assert (answer.status_code, answer.json()["errors"][0]["pointer"]) == (422, "/method/type")
+
+
 @pytest.mark.parametrize(
     ("forget", "status"),
     [({"rows": []}, 422), ({"rows": [600]}, 422), ({"top_positive": 3}, 422), ({"rows": [1, 2]}, 409)],

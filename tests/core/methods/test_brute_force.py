@@ -183,16 +183,30 @@ def test_kfac_is_exact_where_the_factors_are_independent() -> None:
     torch.testing.assert_close(given.scores(fitted(given, "kfac")), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("shrinkage", [0.0, 0.7])
-def test_gauss_newton_shrunk_towards_ekfac(dense: Dense, shrinkage: float) -> None:
+@pytest.mark.parametrize(("shrinkage", "penalty"), [(0.0, 0.0), (0.7, 0.0), (0.0, 0.2), (0.7, 0.2)])
+def test_gauss_newton_shrunk_towards_ekfac(dense: Dense, shrinkage: float, penalty: float) -> None:
     matrix, factors = fisher_matrix(dense), fitted(dense, "ekfac")
     basis = torch.block_diag(*rotated(dense, factors))
     ekfac = basis @ torch.diag((basis.T @ matrix @ basis).diagonal()) @ basis.T
     mixed = (1 - shrinkage) * matrix + shrinkage * ekfac
-    inverse = torch.linalg.inv(mixed + torch.diag(dense.rates(matrix)))
+    inverse = torch.linalg.inv(mixed + torch.diag(dense.rates(matrix) + penalty))
     rows = PseudoRows(dense.drawn(dense.fisher), rotations=factors.basis.rotations)
-    curvature = GaussNewton(lambda: rows, factors, 500, 1e-10, shrinkage)
+    curvature = GaussNewton(lambda: rows, factors, 500, 1e-10, shrinkage).penalised(penalty)
     torch.testing.assert_close(dense.scores(curvature), dense.expected(inverse), rtol=1e-5, atol=1e-6)
+
+
+def test_what_gauss_newton_leaves_to_ekfac_has_the_penalty_too(dense: Dense) -> None:
+    matrix, factors = fisher_matrix(dense), fitted(dense, "ekfac")
+    basis = torch.block_diag(*rotated(dense, factors))
+    eigenvalues = (basis.T @ matrix @ basis).diagonal() + 0.2
+    inverse = torch.linalg.inv(basis @ torch.diag(eigenvalues) @ basis.T + torch.diag(dense.rates(matrix)))
+    draws = dense.drawn(dense.fisher)
+    curvature = GaussNewton(lambda: PseudoRows(draws), factors, 500, 1e-10, 0.7).penalised(0.2)
+    gradients = draws[0][0]
+    vectors = flattened([gradient.materialise() for gradient in gradients])
+    expected = torch.einsum("np,pq,nq->n", vectors, inverse, vectors)
+    torch.testing.assert_close(curvature.quadratic(gradients, DAMPING), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(curvature.paired(gradients, gradients, DAMPING), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_datainf(dense: Dense) -> None:

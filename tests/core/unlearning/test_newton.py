@@ -16,7 +16,7 @@ from attribution_core.progress import NoProgress
 from attribution_core.tasks import build_task
 from attribution_core.training.network import Network
 from attribution_core.unlearning.pipeline import UnlearnPipeline
-from tests.core.unlearning.problems import CLASSES, L2, SOURCE, N, Problem, features_of, logistic, refit
+from tests.core.unlearning.problems import CLASSES, L2, SOURCE, N, Problem, features_of, logistic, refit, trained
 
 SMALL = np.array([3, 40, 77])
 
@@ -84,6 +84,58 @@ def test_a_step_with_the_whole_matrix_is_the_exact_methods_step(tmp_path: Path) 
     exact = parameters(unlearned(problem, {"type": "exact_newton", "l2": L2, "estimator": "alo"}))
     assert np.abs(solved - exact).max() < 1e-5 * np.abs(exact).max()
     assert np.linalg.norm(solved - goal) < 0.3 * np.linalg.norm(goal - start)
+
+
+def gradients_of(network: Network, weights: dict[str, torch.Tensor], problem: Problem) -> dict[str, np.ndarray]:
+    """Every example's logit gradients (n, classes, parameters) and probabilities (n, classes), by differentiating the network itself."""
+    leaves = {name: value.clone().requires_grad_() for name, value in weights.items()}
+    x = torch.from_numpy(problem.inputs).double()
+    outputs = torch.func.functional_call(network.module, leaves, (x,))
+    rows = [
+        torch.cat([part.flatten() for part in torch.autograd.grad(logit, list(leaves.values()), retain_graph=True)])
+        for logit in outputs.flatten()
+    ]
+    return {
+        "jacobian": torch.stack(rows).reshape(N, CLASSES, -1).numpy(),
+        "probabilities": outputs.detach().softmax(1).numpy(),
+    }
+
+
+@pytest.mark.parametrize("curvature", ["rest", "all"])
+def test_a_networks_step_is_that_of_the_explicit_matrix(curvature: str, tmp_path: Path) -> None:
+    """`Σ_i J_iᵀ (diag p - p pᵀ) J_i` over all layers at once, with each layer's λ and the penalty of what stays."""
+    index = {"type": "gauss_newton", "shrinkage": 0.0, "iterations": 500, "tolerance": 1e-7}
+    problem, damping, l2 = trained(tmp_path, 1, method=index), 0.1, 5e-3
+    method = {"type": "newton", "curvature": curvature, "damping": damping, "l2": l2}
+    found = unlearned(problem, method)
+    network = Network(problem.fit.architecture, build_task(problem.fit.task), dtype=torch.float64)
+    weights = network.initial(0, problem.fit.checkpoints[0])
+    given = gradients_of(network, weights, problem)
+    p, jacobian = given["probabilities"], given["jacobian"]
+    hessians = np.einsum("nc,cd->ncd", p, np.eye(CLASSES)) - np.einsum("nc,nd->ncd", p, p)
+    matrices = np.einsum("ncp,ncd,ndq->npq", jacobian, hessians, jacobian, optimize=True)
+    staying = np.delete(np.arange(N), SOURCE) if curvature == "rest" else np.arange(N)
+    layers = np.concatenate([[name.rpartition(".")[0]] * value.numel() for name, value in weights.items()])
+    diagonal = matrices.mean(0).diagonal()
+    rates = np.array([damping * diagonal[layers == layer].mean() for layer in layers])
+    matrix = matrices[staying].sum(0) + np.diag(N * rates + len(staying) * l2)
+    theta = torch.cat([value.flatten() for value in weights.values()]).numpy()
+    slopes = np.einsum("nc,ncp->np", p - np.eye(CLASSES)[problem.targets], jacobian)
+    expected = np.linalg.solve(matrix, slopes[SOURCE].sum(0) + len(SOURCE) * l2 * theta)
+    change = np.concatenate([found[f"weights.{name}"].ravel() for name in weights]) - theta
+    assert np.linalg.norm(change - expected) < 1e-4 * np.linalg.norm(expected)
+
+
+def test_a_gauss_newton_step_does_not_depend_on_how_the_fit_was_divided(tmp_path: Path) -> None:
+    index = {"type": "gauss_newton", "iterations": 200, "tolerance": 1e-6}
+    steps = []
+    for shard_size, batch_size in ((N, N), (40, 7), (11, 1)):
+        folder = tmp_path / str(shard_size)
+        folder.mkdir()
+        problem = logistic(folder, method=index, shard_size=shard_size, batch_size=batch_size)
+        steps.append(parameters(unlearned(problem, {"type": "newton", "l2": L2})) - refit(problem, SOURCE[:0]))
+    for step in steps[1:]:
+        assert np.abs(step - steps[0]).max() < 1e-5 * np.abs(steps[0]).max()
 
 
 def test_a_scaled_step_goes_its_share_of_the_way(regression: Problem) -> None:

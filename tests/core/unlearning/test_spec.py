@@ -57,7 +57,12 @@ def test_requests_that_cannot_be_done(perceptrons: Problem, chosen: dict[str, An
 
 @pytest.mark.parametrize(
     ("method", "fitted"),
-    [("newton", {"type": "grad_dot"}), ("datamodel_matching", {"type": "grad_cos"})],
+    [
+        ("newton", {"type": "grad_dot"}),
+        ("newton", {"type": "trak"}),
+        ("newton", {"type": "explicit", "curvature": "gauss_newton"}),
+        ("datamodel_matching", {"type": "grad_cos"}),
+    ],
 )
 def test_indexes_that_a_method_cannot_use(perceptrons: Problem, method: str, fitted: dict[str, Any]) -> None:
     fit = type(perceptrons.fit).model_validate({**perceptrons.fit.model_dump(), "method": fitted})
