@@ -341,7 +341,7 @@ def test_auto_says_what_it_came_to_and_why(steady: Loaded) -> None:
     answer = steady.service.post("/v1/indexes/chosen/attributions", QUERY)
     assert answer["method"] == "gauss_newton"
     assert 0 < answer["damping"] <= 10  # by parameters per example, as none was named
-    body = {"forget": {"rows": [1, 2]}, "method": {"type": "newton"}}
+    body = {"forget": {"rows": [1, 2]}, "method": {"type": "newton"}, "run": "chosen"}
     job = steady.service.finished(steady.service.post("/v1/indexes/chosen/unlearned-checkpoints", body, 202))
     assert job["state"] == "succeeded", job["error"]
 
