@@ -7,7 +7,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.banks import service as banks
 from app.datasets import service as datasets
-from app.db.tables import Checkpoint, Index, Replay
+from app.db.tables import Checkpoint, Dataset, Index, Model, Replay
 from app.errors import Conflict, InvalidRequest, NotFound
 from app.indexes import service as indexes
 from app.jobs import service as jobs
@@ -103,11 +103,8 @@ async def evaluation_plan(
     Raises:
         NotFound: if it was deleted meanwhile.
     """
-    replay = await find(session, "evaluation", replay_id)
+    replay, index, model, training = await _subject(session, "evaluation", replay_id)
     request = EvaluationCreate.model_validate(replay.request)
-    index = await _index_of(session, replay)
-    model = await models.find(session, replay.model_id)
-    training = await datasets.find_ready(session, index.dataset_id)
     asked = await datasets.find_ready(session, request.queries.dataset)
     spec = await banks.train_spec(session, model, training, replay.left_out, settings, artifacts)
     found: list[BankRef] = []
@@ -148,10 +145,7 @@ async def verification_plan(
     Raises:
         NotFound: if it was deleted meanwhile.
     """
-    replay = await find(session, "verification", replay_id)
-    index = await _index_of(session, replay)
-    model = await models.find(session, replay.model_id)
-    training = await datasets.find_ready(session, index.dataset_id)
+    replay, _, model, training = await _subject(session, "verification", replay_id)
     spec = await banks.train_spec(session, model, training, replay.left_out, settings, artifacts)
     return replay, VerificationCreate.model_validate(replay.request), spec
 
@@ -164,11 +158,8 @@ async def unlearning_plan(
     Raises:
         NotFound: if it was deleted meanwhile.
     """
-    replay = await find(session, "unlearning", replay_id)
+    replay, index, model, training = await _subject(session, "unlearning", replay_id)
     request = UnlearnedCreate.model_validate(replay.request)
-    index = await _index_of(session, replay)
-    model = await models.find(session, replay.model_id)
-    training = await datasets.find_ready(session, index.dataset_id)
     check, test = request.check, None
     if check is not None and check.test is not None:
         asked = await datasets.find_ready(session, check.test.dataset)
@@ -260,16 +251,19 @@ async def finish_unlearning(
     replay.result = {"checkpoints": shown, "comparison": comparison}
 
 
-async def _index_of(session: AsyncSession, replay: Replay) -> Index:
-    """Return the index that a replay is about.
+async def _subject(session: AsyncSession, kind: str, replay_id: str) -> tuple[Replay, Index, Model, Dataset]:
+    """Return a replay of a kind with the index it is about, that one's model and its training set.
 
     Raises:
-        Conflict: if it went over to another version of its data set since.
+        NotFound: if it was deleted meanwhile.
+        Conflict: if the index went over to another version of its data set since.
     """
+    replay = await find(session, kind, replay_id)
     index = await indexes.find_ready(session, replay.index_id or "")
     if index.dataset_id != replay.dataset_id:
         raise Conflict(f"Index {index.name!r} was extended to another version of its data set meanwhile: ask again.")
-    return index
+    model = await models.find(session, replay.model_id)
+    return replay, index, model, await datasets.find_ready(session, index.dataset_id)
 
 
 async def fail_replay(session: AsyncSession, replay_id: str, error: Json) -> None:
