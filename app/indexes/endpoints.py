@@ -17,7 +17,7 @@ from app.errors import (
     RecipeMissing,
     problems,
 )
-from app.indexes import generations, service
+from app.indexes import creation, generations, service
 from app.indexes.schemas import ExtensionCreate, IndexCreate, IndexOut, Methods, QualityOut
 from app.jobs.schemas import JobOut
 from app.jobs.service import shown as shown_job
@@ -69,7 +69,7 @@ async def create_index(
 
     The fit runs in deterministic shards on the workers; the index appears when every byte of it is published.
     """
-    created, job = await service.create(session, index, resources)
+    created, job = await creation.create(session, index, resources)
     return _submitted(request, response, created.id, job)
 
 

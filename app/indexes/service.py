@@ -1,4 +1,4 @@
-"""Fitting indexes: what belongs together, what a worker needs to know, and what it reports."""
+"""Indexes that there are: finding and showing them, what a worker needs to know of one, and what it reports."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,37 +9,24 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.banks import service as banks
 from app.datasets import service as datasets
-from app.db.ids import new_id
-from app.db.tables import Checkpoint, Dataset, Index, IndexGeneration, IndexPrior, Job, Model
-from app.errors import InUse, InvalidRequest, NameTaken, NotFound, NotReady
+from app.db.tables import Checkpoint, Dataset, Index, IndexGeneration, Model
+from app.errors import InUse, InvalidRequest, NotFound, NotReady
 from app.indexes import repository
-from app.indexes.schemas import IndexCreate, IndexOut, MethodOut
+from app.indexes.schemas import IndexOut, MethodOut
 from app.jobs import service as jobs
 from app.models import service as models
 from app.settings import Settings
 from app.storage.artifacts import ArtifactStore
 from app.storage.roots import resolve
 from app.web.pagination import Page, PageOf, cut
-from app.web.resources import Resources
 from attribution_core.architectures.registry import ARCHITECTURES
-from attribution_core.auto import Choice, Situation, chosen
 from attribution_core.fit_spec import CheckpointRef, FitSpec, PriorRef
-from attribution_core.layer_names import unmatched_layers
 from attribution_core.method_spec import (
     METHODS,
     OFFERED,
-    AutoMethod,
-    BankMethodBase,
-    ExactMethod,
-    MagicMethod,
-    MethodSpec,
-    PosteriorMethod,
-    SourceMethod,
 )
 from attribution_core.spec import TokenizerSpec
 from attribution_core.training.spec import Protocol
-
-_DEFAULT_MEASUREMENT = {"classification": "margin", "regression": "prediction", "causal_lm": "log_likelihood"}
 
 
 def methods() -> list[MethodOut]:
@@ -58,93 +45,6 @@ def methods() -> list[MethodOut]:
         )
         for name, method in OFFERED.items()
     ]
-
-
-async def create(session: AsyncSession, request: IndexCreate, resources: Resources) -> tuple[Index, Job]:
-    """Register an index and submit its fit.
-
-    Raises:
-        InvalidRequest: if model, data set, checkpoints, method and measurement do not belong together.
-        NotReady: if the data set is not imported.
-        RecipeMissing: if the method trains the model, and it has no recipe.
-        NameTaken: if an index of that name exists.
-    """
-    settings, artifacts = resources.settings, resources.artifacts
-    model = await models.find(session, request.model)
-    dataset = await datasets.find_ready(session, request.dataset)
-    method, choice = _method(request, model, dataset)
-    trains = isinstance(method, MagicMethod)
-    checkpoints = [] if trains else await models.chosen_checkpoints(session, model, request.checkpoints)
-    index = Index(
-        id=new_id("idx"),
-        name=request.name,
-        model_id=model.id,
-        dataset_id=dataset.id,
-        checkpoint_ids=[checkpoint.id for checkpoint in checkpoints],
-        method=method.model_dump(mode="json"),
-        choice=None if choice is None else choice.model_dump(mode="json"),
-        measurement=request.measurement or _DEFAULT_MEASUREMENT[model.task["type"]],
-        layers=request.layers,
-        precision=request.precision,
-        store=request.store.model_dump(mode="json"),
-        search=request.search.model_dump(mode="json"),
-        shard_size=settings.worker.shard_size,
-        status="fitting",
-        fingerprint="",
-        generation=1,
-    )
-    left_out = await datasets.deleted_rows(session, dataset.id)
-    first = IndexGeneration(
-        index_id=index.id, number=1, dataset_id=dataset.id, left_out=left_out, base=None, fingerprint=""
-    )
-    check_fits(model, dataset)
-    priors: list[Index] = []
-    if "recipe" in method.needs:
-        _check_trained(request)
-        priors = await _bound(session, index, method, model, dataset, left_out, resources)
-    trained = await _trained(session, index, model, dataset, settings, artifacts)
-    spec = _spec(index, first, model, dataset, checkpoints, trained, settings, artifacts)
-    if index.measurement not in spec.task.measurements:
-        known = ", ".join(spec.task.measurements)
-        raise InvalidRequest(f"A {spec.task.type} model is measured by {known}.", pointer="/measurement")
-    if isinstance(spec.method, ExactMethod) and spec.architecture.name not in ExactMethod.architectures:
-        known = " and ".join(ExactMethod.architectures)
-        raise InvalidRequest(f"Exact attribution is for the architectures {known}.", pointer="/method/type")
-    spec.check_trajectory()
-    spec.check_store()
-    check_deletions(spec)
-    _check_optimizer(spec, model)
-    _check_layers(index, model)
-    index.fingerprint = first.fingerprint = spec.fingerprint()
-    session.add(index)
-    try:
-        await session.flush()
-    except IntegrityError:
-        raise NameTaken(f"There is an index {request.name!r} already.", pointer="/name") from None
-    unit, total = _work(spec)
-    job = await jobs.submit(session, "fit", "index", index.id, unit=unit, total=total)
-    index.job_id = first.job_id = job.id
-    session.add(first)
-    session.add_all(IndexPrior(index_id=index.id, prior_id=prior.id) for prior in priors)
-    await session.flush()
-    await session.refresh(index)
-    return index, job
-
-
-def _method(request: IndexCreate, model: Model, dataset: Dataset) -> tuple[MethodSpec, Choice | None]:
-    """Return the method to fit, and how it was chosen if the choice was left to us."""
-    if not isinstance(request.method, AutoMethod):
-        return request.method, None
-    arguments = model.architecture["arguments"]
-    situation = Situation(
-        architecture=model.architecture["name"],
-        task=model.task["type"],
-        num_parameters=model.num_parameters,
-        num_examples=dataset.num_examples or 0,
-        num_features=arguments["input_dim"] + 1 if model.architecture["name"] in ExactMethod.architectures else None,
-        all_layers=request.layers is None,
-    )
-    return chosen(request.method, situation)
 
 
 def check_fits(model: Model, dataset: Dataset, pointer: str = "/dataset") -> None:
@@ -268,8 +168,57 @@ async def spec_of(
     model = await models.find(session, index.model_id)
     dataset = await datasets.find_ready(session, generation.dataset_id)
     checkpoints = await models.checkpoints_by_id(session, model.id, index.checkpoint_ids)
+    return await spec_over(session, index, generation, model, dataset, checkpoints, settings, artifacts)
+
+
+async def spec_over(
+    session: AsyncSession,
+    index: Index,
+    generation: IndexGeneration,
+    model: Model,
+    dataset: Dataset,
+    checkpoints: list[Checkpoint],
+    settings: Settings,
+    artifacts: ArtifactStore,
+) -> FitSpec:
+    """Return everything that a generation of an index depends on, given what it is made over.
+
+    Raises:
+        RecipeMissing: if the method trains the model, and it has no recipe.
+    """
     trained = await _trained(session, index, model, dataset, settings, artifacts)
-    return _spec(index, generation, model, dataset, checkpoints, trained, settings, artifacts)
+    tokenizer = TokenizerSpec.model_validate(model.tokenizer) if model.tokenizer else None
+    source = tokenizer.source if tokenizer else None
+    return FitSpec.model_validate(
+        {
+            "architecture": model.architecture,
+            "task": model.task,
+            "tokenizer": model.tokenizer,
+            "tokenizer_path": resolve(settings.roots, source, "/model") if source else None,
+            "dataset": datasets.dataset_ref(dataset, artifacts),
+            "checkpoints": [
+                CheckpointRef(
+                    id=c.id,
+                    path=artifacts.open(c.artifact) / models.WEIGHTS_FILE,
+                    sha256=c.sha256,
+                    run=c.run,
+                    step=c.step,
+                    learning_rate=c.learning_rate,
+                )
+                for c in checkpoints
+            ],
+            **trained,
+            "method": index.method,
+            "measurement": index.measurement,
+            "layers": index.layers,
+            "precision": index.precision,
+            "store": index.store,
+            "search": index.search,
+            "left_out": generation.left_out,
+            "base": _base(index, generation, artifacts),
+            "shard_size": index.shard_size,
+        }
+    )
 
 
 async def set_quality(
@@ -320,50 +269,6 @@ def _base(index: Index, generation: IndexGeneration, artifacts: ArtifactStore) -
     return {"folder": folder, **{key: value for key, value in generation.base.items() if key != "artifact"}}
 
 
-def _spec(
-    index: Index,
-    generation: IndexGeneration,
-    model: Model,
-    dataset: Dataset,
-    checkpoints: list[Checkpoint],
-    trained: dict[str, Any],
-    settings: Settings,
-    artifacts: ArtifactStore,
-) -> FitSpec:
-    tokenizer = TokenizerSpec.model_validate(model.tokenizer) if model.tokenizer else None
-    source = tokenizer.source if tokenizer else None
-    return FitSpec.model_validate(
-        {
-            "architecture": model.architecture,
-            "task": model.task,
-            "tokenizer": model.tokenizer,
-            "tokenizer_path": resolve(settings.roots, source, "/model") if source else None,
-            "dataset": datasets.dataset_ref(dataset, artifacts),
-            "checkpoints": [
-                CheckpointRef(
-                    id=c.id,
-                    path=artifacts.open(c.artifact) / models.WEIGHTS_FILE,
-                    sha256=c.sha256,
-                    run=c.run,
-                    step=c.step,
-                    learning_rate=c.learning_rate,
-                )
-                for c in checkpoints
-            ],
-            **trained,
-            "method": index.method,
-            "measurement": index.measurement,
-            "layers": index.layers,
-            "precision": index.precision,
-            "store": index.store,
-            "search": index.search,
-            "left_out": generation.left_out,
-            "base": _base(index, generation, artifacts),
-            "shard_size": index.shard_size,
-        }
-    )
-
-
 async def _trained(
     session: AsyncSession, index: Index, model: Model, dataset: Dataset, settings: Settings, artifacts: ArtifactStore
 ) -> dict[str, Any]:
@@ -393,119 +298,6 @@ async def _trained(
         for prior in priors
     ]
     return found
-
-
-async def _bound(
-    session: AsyncSession,
-    index: Index,
-    method: MethodSpec,
-    model: Model,
-    dataset: Dataset,
-    left_out: list[int],
-    resources: Resources,
-) -> list[Index]:
-    """Bind an index whose method trains the model to its queries and bank, and return the indexes that it begins with.
-
-    Raises:
-        RecipeMissing: if the model has no recipe.
-        InvalidRequest: if queries or priors do not fit, or training would take too long.
-    """
-    banks.recipe_of(model, "/method/type")
-    train = await banks.train_spec(session, model, dataset, left_out, resources.settings, resources.artifacts)
-    if isinstance(method, MagicMethod | PosteriorMethod):
-        queries = await _checked_queries(session, model, method)
-        index.queries_id = queries.id
-        index.method["queries"]["dataset"] = queries.id
-    priors = await _checked_priors(session, index, method) if isinstance(method, PosteriorMethod) else []
-    index.method |= {"prior": [prior.id for prior in priors]} if priors else {}
-    if isinstance(method, BankMethodBase):
-        bank = await banks.find_bank(session, model, dataset, train, method.bank)
-        examples = await banks.missing_examples(session, bank, method.bank, model, train)
-        await banks.check_hours(resources, train, examples, None, "/method/bank/subsets")
-        index.bank_id = bank.id
-    if isinstance(method, MagicMethod):
-        examples = method.trainings * train.num_training
-        await banks.check_hours(resources, train, examples, None, "/method/queries")
-    return priors
-
-
-async def _checked_priors(session: AsyncSession, index: Index, method: PosteriorMethod) -> list[Index]:
-    """Return the indexes that a posterior begins with.
-
-    Raises:
-        InvalidRequest: if one scores something else, or only named queries.
-    """
-    priors = []
-    for place, reference in enumerate(method.prior):
-        prior, pointer = await find_ready(session, reference), f"/method/prior/{place}"
-        same = ("model_id", "dataset_id", "measurement")
-        if any(getattr(prior, name) != getattr(index, name) for name in same):
-            raise InvalidRequest("A prior is of the same model, data set and measurement.", pointer=pointer)
-        if METHODS[prior.method["type"]].keeps != "features":
-            raise InvalidRequest(f"A {prior.method['type']} index cannot score every query.", pointer=pointer)
-        priors.append(prior)
-    if len({prior.id for prior in priors}) != len(priors):
-        raise InvalidRequest("A prior is named twice.", pointer="/method/prior")
-    return priors
-
-
-async def _checked_queries(session: AsyncSession, model: Model, method: MagicMethod | PosteriorMethod) -> Dataset:
-    """Return the data set of a method's named queries.
-
-    Raises:
-        InvalidRequest: if the model cannot take it, or a row does not exist.
-    """
-    queries = await datasets.find_ready(session, method.queries.dataset)
-    check_fits(model, queries, "/method/queries/dataset")
-    for place, row in enumerate(method.queries.rows):
-        if row >= (queries.num_examples or 0):
-            pointer = f"/method/queries/rows/{place}"
-            raise InvalidRequest(f"Data set {queries.name!r} has {queries.num_examples} rows.", pointer=pointer)
-    return queries
-
-
-def _check_trained(request: IndexCreate) -> None:
-    """Refuse what a method that trains the model has no use for.
-
-    Raises:
-        InvalidRequest: naming the field.
-    """
-    if request.layers is not None:
-        raise InvalidRequest(f"{request.method.type} attributes all parameters.", pointer="/layers")
-    if request.precision != "float32":
-        raise InvalidRequest(f"{request.method.type} trains in float32.", pointer="/precision")
-
-
-def _check_optimizer(spec: FitSpec, model: Model) -> None:
-    """Refuse SOURCE where the recipe says that the model was trained with another optimizer than it unrolls.
-
-    Raises:
-        InvalidRequest: naming the optimizer.
-    """
-    optimizer = (model.recipe or {}).get("optimizer", {}).get("type", "sgd")
-    if isinstance(spec.method, SourceMethod) and optimizer != "sgd":
-        raise InvalidRequest(
-            f"SOURCE unrolls SGD, and the model's recipe trains with {optimizer}: use magic or ekfac.",
-            pointer="/method/type",
-        )
-
-
-def _work(spec: FitSpec) -> tuple[str, int | None]:
-    """Return the unit and the number of a fit's progress, None where the worker tells it."""
-    if isinstance(spec.method, BankMethodBase):
-        return "steps", None
-    if isinstance(spec.method, MagicMethod) and spec.recipe is not None:
-        return "steps", spec.recipe.epochs * spec.recipe.steps_per_epoch(spec.num_training) * spec.method.trainings
-    return "examples", spec.num_training * len(spec.checkpoints) * len(spec.method.stages)
-
-
-def _check_layers(index: Index, model: Model) -> None:
-    known = {name.rpartition(".")[0] for name in model.parameters}
-    unknown = unmatched_layers(index.layers or [], known)
-    if unknown:
-        raise InvalidRequest(
-            f"The model has no layer {unknown[0][:64]!r}; it has {', '.join(sorted(known))[:500]}.", pointer="/layers"
-        )
 
 
 def _product(shape: list[int]) -> int:
