@@ -20,8 +20,10 @@ from attribution_core.data.batch import Batch
 from attribution_core.errors import SingularCurvatureError
 from attribution_core.gradients import Block, LayerGradient
 
-# Query gradients solved at once: bounds memory.
-_NUMBERS_AT_ONCE = 1 << 24
+# Numbers in the vectors that are solved at once, and vectors below which products would wait for memory, as long as they are not too large.
+_NUMBERS_AT_ONCE = 1 << 22
+_VECTORS_AT_ONCE = 64
+_MOST_NUMBERS = 1 << 25
 # Smaller numbers make products subnormal, which slows those down tenfold, and change none that is not.
 _NEGLIGIBLE = torch.finfo(torch.float32).tiny / torch.finfo(torch.float32).eps
 
@@ -242,7 +244,8 @@ def _in_parts(gradients: Sequence[Tensor], solve: Product) -> list[Tensor]:
     size = sum(gradient[0].numel() for gradient in gradients)
     blocks = [gradient.shape[1:] for gradient in gradients]
     rows = flattened(gradients)
-    solved = [solve(part) for part in rows.split(max(1, _NUMBERS_AT_ONCE // size))]
+    together = max(1, _NUMBERS_AT_ONCE // size, min(_VECTORS_AT_ONCE, _MOST_NUMBERS // size))
+    solved = [solve(part) for part in rows.split(together)]
     found: list[list[Tensor]] = [[] for _ in blocks]
     for part in solved:
         pieces = part.split([shape.numel() for shape in blocks], dim=1)
