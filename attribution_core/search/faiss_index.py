@@ -99,7 +99,8 @@ class VectorIndex:
         faiss.set_deserialization_vector_byte_limit(path.stat().st_size)
         faiss.set_deserialization_loop_limit(path.stat().st_size)
         try:
-            index: Any = faiss.read_index(str(path))
+            # The table is for distances, is used by no inner product, and may be larger than the file.
+            index: Any = faiss.read_index(str(path), faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE)
         except RuntimeError as error:
             raise CorruptArtifactError(f"{path.name} cannot be read: {error}") from error
         if not isinstance(index, faiss.IndexIVF):

@@ -174,6 +174,16 @@ def test_written_index_answers_the_same_and_has_the_same_bytes(tmp_path: Path, s
     np.testing.assert_array_equal(before.rows, after.rows)
 
 
+def test_codes_of_many_lists_are_read_again(tmp_path: Path) -> None:
+    """A table of lists × parts × codes would be larger than the file of so few rows; no inner product needs it."""
+    rows = np.random.default_rng(4).normal(size=(N, 64)).astype(np.float32)
+    index = VectorIndex.build(SearchSpec(type="ivfpq", lists=24, probes=6, bits=4), Rows(rows))
+    index.write(tmp_path / "index")
+    before, after = (found.search(rows[:5], 10) for found in (index, VectorIndex.read(tmp_path / "index", Rows(rows))))
+    np.testing.assert_array_equal(before.rows, after.rows)
+    np.testing.assert_array_equal(before.scores, after.scores)
+
+
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
     rows, _ = data()
     path = tmp_path / "search.faiss"
