@@ -330,6 +330,52 @@ def test_every_method_fits_and_answers(steady: Loaded) -> None:
         assert steady.service.http.post(f"/v1/indexes/{name}/attributions", json=QUERY).status_code == 404
 
 
+# `trak` answers by what a search of its rows finds; `grad_dot` scores candidates of both signs again.
+_RADEMACHER = {"type": "rademacher", "dim": 64}
+STORED = {
+    "few-lists": ({"type": "trak", "projection": _RADEMACHER}, {"search": {"type": "ivf", "lists": 24, "probes": 4}}),
+    "codes": (
+        {"type": "trak", "projection": {"dim": 64}},
+        {"store": {"dtype": "int8"}, "search": {"type": "ivfpq", "lists": 24, "probes": 6, "bits": 4}},
+    ),
+    "bits": (
+        {"type": "grad_dot", "projection": _RADEMACHER},
+        {"store": {"dtype": "binary"}, "search": {"type": "ivf", "lists": 24, "probes": 6}},
+    ),
+    "int8-factors": ({"type": "ekfac"}, {"store": {"dtype": "int8", "layout": "factors"}}),
+}
+
+
+def test_every_store_and_search_finds_what_a_scan_of_all_rows_finds(steady: Loaded) -> None:
+    """Of both signs, though few lists are visited: those near the query hold few of the most negative examples."""
+    jobs = [steady.fit(name, method, **more) for name, (method, more) in STORED.items()]
+    asked = list(range(16))
+    for name, job in zip(STORED, jobs, strict=True):
+        finished = steady.service.finished(job)
+        assert finished["state"] == "succeeded", (name, finished["error"])
+        body = {"queries": [{"dataset": "test", "rows": asked}], "top_k": 10}
+        answer = steady.service.post(f"/v1/indexes/{name}/attributions", body)
+        assert answer["approximate"] is True
+        index = directly(steady, name)
+        dataset = steady.service.get("/v1/datasets/test")
+        folder = steady.service.data / "artifacts" / "datasets" / dataset["id"]
+        source = index.context.source_of(folder, DatasetSpec.model_validate(dataset["spec"]))
+        scan = index.scores(index.query(source.batch(asked), None), np.arange(600), rescore=True)
+        for sign, side in ((1, "positive"), (-1, "negative")):
+            shares = []
+            for scores, result in zip(scan, answer["results"], strict=True):
+                rows = [entry["row"] for entry in result[side]]
+                np.testing.assert_allclose(
+                    [entry["score"] for entry in result[side]],
+                    scores[rows],
+                    rtol=1e-3,
+                    atol=1e-6 * np.abs(scores).max(),
+                )
+                shares.append(np.isin(np.argsort(-sign * scores)[:10], rows).mean())
+            assert np.mean(shares) > 0.85, (name, side, shares)
+        assert steady.service.http.delete(f"/v1/indexes/{name}").status_code == 204
+
+
 def test_auto_says_what_it_came_to_and_why(steady: Loaded) -> None:
     assert steady.service.finished(steady.fit("chosen", {"type": "auto"}))["state"] == "succeeded"
     index = steady.service.get("/v1/indexes/chosen")

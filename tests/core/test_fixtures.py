@@ -81,14 +81,77 @@ def test_hessian_methods_are_scipys(network: tuple[Problem, Arrays], method: dic
     assert relative_error(scores(index, arrays, float(arrays["damping"]) / unit), expected) < 1e-4
 
 
+def errors_of_wrong_ones(found: np.ndarray, arrays: Arrays, method: str) -> dict[str, float]:
+    prefix = f"wrong {method} "
+    return {
+        name.removeprefix(prefix): relative_error(found, value)
+        for name, value in arrays.items()
+        if name.startswith(prefix)
+    }
+
+
+def test_an_unfinished_conjugate_gradient_is_scipys(network: tuple[Problem, Arrays]) -> None:
+    """After three steps the path to the solution shows, which steepest descent does not take."""
+    given, arrays = network
+    method = {"type": "cg", "damping": 10, "iterations": 3, "tolerance": 1e-7, "projection": SMALL}
+    index = given.fit("few", method=method)
+    unit = abs(index.members[0].curvature._mean_eigenvalue)  # type: ignore[attr-defined]
+    found = scores(index, arrays, float(arrays["damping"]) / unit)
+    assert relative_error(found, arrays["cg few"]) < 1e-4
+    assert relative_error(found, arrays["cg"]) > 1e-3
+    wrong = errors_of_wrong_ones(found, arrays, "cg")
+    assert set(wrong) == {"descent"}
+    assert min(wrong.values()) > 0.01, wrong
+
+
+def test_arnoldi_in_a_small_krylov_space_is_its_projection(network: tuple[Problem, Arrays]) -> None:
+    """Where Ritz vectors are no eigenvectors yet; those of the Hessian itself, or of another start, are told apart."""
+    given, arrays = network
+    method = {"type": "arnoldi", "damping": 10, "iterations": 14, "rank": 6, "projection": SMALL}
+    found = []
+    for seed in (0, 1):
+        index = given.fit(f"krylov-{seed}", method={**method, "seed": seed})
+        unit = index.members[0].curvature.mean  # type: ignore[attr-defined]
+        found.append(scores(index, arrays, float(arrays["damping"]) / unit))
+    assert relative_error(found[0], arrays["arnoldi small"]) < 1e-3
+    assert relative_error(found[1], arrays["arnoldi small"]) > 0.02
+    values, vectors = np.linalg.eigh(arrays["hessian"])
+    leading = np.abs(values).argsort()[::-1][:6]
+    known = arrays["margin_gradients"] @ vectors[:, leading] / (values[leading] + arrays["damping"])
+    converged = -known @ vectors[:, leading].T @ arrays["loss_gradients"].T / 40
+    assert relative_error(found[0], converged) > 0.02
+
+
+def test_lissa_of_small_batches_is_numpys_recursion(network: tuple[Problem, Arrays]) -> None:
+    """On the same drawn rows: 8 of 40 per term."""
+    given, arrays = network
+    index = given.fit("series", method={"type": "lissa", "depth": 30, "batch": 8, "projection": SMALL})
+    curvature: Any = index.members[0].curvature  # type: ignore[attr-defined]
+    curvature.__dict__["_scales"] = (1.0, float(arrays["largest"]))  # estimated otherwise
+    found = scores(index, arrays, float(arrays["damping"]))
+    assert relative_error(found, arrays["lissa"]) < 1e-4
+    wrong = errors_of_wrong_ones(found, arrays, "lissa")
+    assert set(wrong) == {"rows", "undamped", "unscaled"}
+    assert min(wrong.values()) > 0.01, wrong
+    assert relative_error(found, arrays["explicit"]) > 0.01
+
+
 def test_ekfac_is_kronfluences_and_no_wrong_one(network: tuple[Problem, Arrays]) -> None:
     given, arrays = network
     index = given.fit("ekfac", method={"type": "ekfac", "fisher": "empirical", "projection": SMALL})
     found = scores(index, arrays, 0.1)
     assert relative_error(found, arrays["ekfac"]) < 1e-4
-    wrong = {name: relative_error(found, value) for name, value in arrays.items() if name.startswith("wrong ")}
-    assert set(wrong) == {"wrong basis", "wrong twice", "wrong transposed", "wrong no 1/n"}
+    wrong = errors_of_wrong_ones(found, arrays, "ekfac")
+    assert set(wrong) == {"basis", "twice", "transposed", "no 1/n"}
     assert min(wrong.values()) > 0.05, wrong
+
+
+def test_ekfac_of_enumerated_labels_is_numpys(network: tuple[Problem, Arrays]) -> None:
+    given, arrays = network
+    index = given.fit("exact", method={"type": "ekfac", "fisher": "exact", "projection": SMALL})
+    found = scores(index, arrays, 0.1)
+    assert relative_error(found, arrays["ekfac exact"]) < 1e-4
+    assert relative_error(found, arrays["ekfac"]) > 0.05
 
 
 def test_the_fixtures_own_hessian_is_where_its_scores_come_from() -> None:

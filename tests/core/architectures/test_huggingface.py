@@ -71,10 +71,6 @@ def test_without_transformers_the_missing_extra_is_named(monkeypatch: pytest.Mon
 @pytest.mark.hf
 @pytest.mark.filterwarnings("default")
 class TestWithTransformers:
-    @pytest.fixture(autouse=True)
-    def _needed(self) -> None:
-        pytest.importorskip("transformers")
-
     @pytest.mark.parametrize(("name", "config"), MODELS)
     def test_logits_do_not_depend_on_padding(self, name: str, config: dict[str, Any]) -> None:
         torch.manual_seed(0)

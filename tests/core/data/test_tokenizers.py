@@ -19,7 +19,8 @@ def test_bytes_are_the_texts_own() -> None:
 
 @pytest.mark.hf
 def test_a_tokenizer_file_is_read(tmp_path: Path) -> None:
-    tokenizers = pytest.importorskip("tokenizers")
+    import tokenizers
+
     words = {"<pad>": 3, "which": 0, "data": 1, "?": 2}
     encoder = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="?"))
     encoder.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -31,7 +32,6 @@ def test_a_tokenizer_file_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.hf
 def test_a_broken_tokenizer_file_is_refused(tmp_path: Path) -> None:
-    pytest.importorskip("tokenizers")
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(InvalidInputError, match="cannot be read"):
         load_tokenizer(FROM_FILE, tmp_path / "tokenizer.json")

@@ -22,7 +22,8 @@ CONFIGS = {
 
 
 def model(name: str) -> nn.Module:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(name, **CONFIGS[name], bos_token_id=0, eos_token_id=0, pad_token_id=0)
     module = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").double().eval()
