@@ -163,7 +163,9 @@ class Answer(BaseModel):
     index: str
     method: str
     notion: str
-    measurement: str
+    measurement: str = Field(
+        description="What a positive score raised. Every measurement but `loss` is higher the more the model is behind the output."
+    )
     damping: float | None
     approximate: bool = Field(description="Whether scores or the search are approximations of the method's own.")
     recall: float | None = Field(
