@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from attribution_core.errors import InvalidInputError
 from attribution_core.fingerprint import sha256_file, sha256_of
-from attribution_core.method_spec import PROJECTION_VERSION, MethodSpec, SourceMethod
+from attribution_core.method_spec import PROJECTION_VERSION, LograMethod, MethodSpec, SourceMethod
 from attribution_core.references import CheckpointRef, DatasetRef
 from attribution_core.spec import (
     ArchitectureSpec,
@@ -185,6 +185,15 @@ class FitSpec(Spec):
                 "float32",
                 "/store/dtype",
             )
+
+    def check_projection(self) -> None:
+        """Refuse LoGra with a projection of whole gradients, which are never formed.
+
+        Raises:
+            InvalidInputError: naming the type.
+        """
+        if isinstance(self.method, LograMethod) and self.method.projection.type != "factored":
+            raise InvalidInputError("logra needs a projection of type factored", "/method/projection/type")
 
     def segments(self, method: SourceMethod) -> list[list[Segment]]:
         """Return the segments of every run.

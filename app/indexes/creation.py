@@ -81,6 +81,7 @@ async def create(session: AsyncSession, request: IndexCreate, resources: Resourc
         raise InvalidRequest(f"Exact attribution is for the architectures {known}.", pointer="/method/type")
     spec.check_trajectory()
     spec.check_store()
+    spec.check_projection()
     indexes.check_deletions(spec)
     _check_optimizer(spec, model)
     _check_layers(index, model)

@@ -106,6 +106,7 @@ class FitContext:
             )
         spec.check_trajectory()
         spec.check_store()
+        spec.check_projection()
         self.source = self.source_of(spec.dataset.folder, spec.dataset.spec)
         if self.source.reader.num_examples != spec.dataset.num_examples:
             raise FingerprintMismatchError(
@@ -211,8 +212,7 @@ class FitContext:
                 return Trak(checkpoint, self._projection(spec, number), kernel, spec)
             case LograMethod():
                 projection = self._projection(spec, number)
-                if not isinstance(projection, FactoredProjection):
-                    raise InvalidInputError("logra needs a factored projection", "/method/projection/type")
+                assert isinstance(projection, FactoredProjection)
                 return Logra(checkpoint, projection, own or None)
             case GradCosMethod():
                 return GradCos(checkpoint, self._projection(spec, number))

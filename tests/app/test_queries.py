@@ -272,6 +272,7 @@ def test_impossible_questions_are_refused(steady: Loaded, kind: str, change: dic
         ({"precision": "float8"}, 422),
         ({"store": {"dtype": "int1"}}, 422),
         ({"store": {"dtype": "binary"}, "method": {"type": "trak"}}, 422),
+        ({"method": {"type": "logra", "projection": {"type": "sjlt", "dim": 64}}}, 422),
         ({"search": {"type": "hnsw"}}, 422),
     ],
 )
