@@ -42,6 +42,8 @@ class MethodBase(Spec):
     # How the effect of a group of training examples can be told: as the sum of their scores, or with the curvature they leave.
     estimators: ClassVar[tuple[GroupEstimator, ...]] = ("additive",)
     checkpoint_needs: ClassVar[tuple[str, ...]] = ()
+    # Whether it tells how each training example influences itself: not where that takes a pass over the training set for each.
+    self_influence: ClassVar[bool] = True
     # What an index of it holds: a row per training example, a score per training example and named query, or what it learnt from a bank.
     keeps: ClassVar[Literal["features", "scores", "bank"]] = "features"
 
@@ -169,6 +171,7 @@ class GaussNewtonMethod(FisherMethod):
 class DataInfMethod(GradientMethodBase):
     """Influence functions with each layer's empirical Fisher, the inverse of a mean replaced by the mean of inverses."""
 
+    self_influence: ClassVar[bool] = False
     reference: ClassVar[str] = "Kwon et al. 2024, DataInf"
     type: Literal["datainf"]
     damping: Damping = Field(default=0.1, description=_LAYER_DAMPING)
@@ -207,6 +210,7 @@ class ExplicitMethod(HessianMethod):
 class CgMethod(HessianMethod):
     """Influence functions by conjugate gradients on Hessian-vector products over the training set."""
 
+    self_influence: ClassVar[bool] = False
     reference: ClassVar[str] = "Martens 2010; Koh & Liang 2017, section 3"
     type: Literal["cg"]
     iterations: int = Field(default=50, ge=1, le=1000)
@@ -219,6 +223,7 @@ class CgMethod(HessianMethod):
 class LissaMethod(HessianMethod):
     """Influence functions by a truncated Neumann series over mini-batches."""
 
+    self_influence: ClassVar[bool] = False
     reference: ClassVar[str] = (
         "Agarwal et al. 2017, Second-Order Stochastic Optimization for Machine Learning in Linear Time"
     )
@@ -369,6 +374,7 @@ class MagicMethod(MethodBase):
     """
 
     needs: ClassVar[tuple[str, ...]] = ("recipe", "queries")
+    self_influence: ClassVar[bool] = False
     keeps: ClassVar[Literal["features", "scores", "bank"]] = "scores"
     reference: ClassVar[str] = "Ilyas & Engstrom 2025, MAGIC: Near-Optimal Data Attribution for Deep Learning"
     type: Literal["magic"]
@@ -440,6 +446,7 @@ class BankMethodBase(MethodBase):
     """A method that learns from real retrainings on random subsets: what they measure for a query is told by running them."""
 
     needs: ClassVar[tuple[str, ...]] = ("checkpoints", "recipe", "bank")
+    self_influence: ClassVar[bool] = False
     keeps: ClassVar[Literal["features", "scores", "bank"]] = "bank"
     bank: Protocol = Field(
         default=Protocol(subsets=50),

@@ -32,11 +32,11 @@ def serve(inputs: BinaryIO, outputs: BinaryIO, operations: Operations) -> None:
     """Answer requests until the input ends."""
     waiting: queue.Queue[Message | None] = queue.Queue()
     threading.Thread(target=_read_all, args=(inputs, waiting), daemon=True).start()
-    _write(outputs, {"number": -1, "result": {}})
+    _write(outputs, encoded({"number": -1, "result": {}}))
     while (message := waiting.get()) is not None:
         batch = [message, *_like(message, waiting)]
         for answer in _answers(operations, batch):
-            _write(outputs, answer)
+            _write(outputs, _framed(answer))
 
 
 def _read_all(inputs: BinaryIO, waiting: "queue.Queue[Message | None]") -> None:
@@ -96,9 +96,19 @@ def _answer(operations: Operations, message: Message) -> Message:
         return {"number": number, "error": {"kind": "internal", "detail": f"{type(error).__name__}: {error}"}}
 
 
-def _write(outputs: BinaryIO, message: Message) -> None:
-    outputs.write(encoded(message))
+def _write(outputs: BinaryIO, frame: bytes) -> None:
+    outputs.write(frame)
     outputs.flush()
+
+
+def _framed(answer: Message) -> bytes:
+    """Return an answer's frame; one that has none (too large, or not all numbers) is refused, as the process must outlive it."""
+    try:
+        return encoded(answer)
+    except ValueError as error:
+        return encoded(
+            {"number": answer["number"], "error": {"kind": "invalid", "detail": f"there is no answer to give: {error}"}}
+        )
 
 
 def main() -> None:

@@ -146,6 +146,7 @@ class MethodOut(BaseModel):
     estimators: list[str] = Field(
         description="Of the effect of groups: `additive`, and `newton` where a method has it."
     )
+    self_influence: bool = Field(description="Whether its indexes tell how training examples influence themselves.")
     extends: bool = Field(description="Whether a fitted index can take appended examples with its factors kept.")
     reference: str
     parameters: dict[str, Any] = Field(description="JSON Schema.")

@@ -39,6 +39,7 @@ def methods() -> list[MethodOut]:
             needs=list(method.needs),
             query_cost=method.query_cost,
             estimators=list(method.estimators),
+            self_influence=method.self_influence,
             extends=method.extends,
             reference=method.reference,
             parameters=method.model_json_schema(),

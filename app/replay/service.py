@@ -32,6 +32,7 @@ from app.replay.schemas import (
 )
 from app.web.pagination import Page, PageOf, cut
 from app.web.resources import Resources
+from attribution_core.method_spec import METHODS
 from attribution_core.training.spec import TrainSpec
 
 Json = dict[str, Any]
@@ -78,6 +79,8 @@ async def create_evaluation(
     rows = _rows_of(request.queries, asked, await datasets.deleted_rows(session, asked.id), "/queries/rows")
     if request.removal is not None and not index.checkpoint_ids:
         raise InvalidRequest("The similarity ranking needs a checkpoint, and this index has none.", pointer="/removal")
+    if request.mislabelled is not None and not METHODS[index.method["type"]].self_influence:
+        raise InvalidRequest(f"The method {index.method['type']} has no self-influence.", pointer="/mislabelled")
     await plans.rivals(session, index, request)
     body = request.model_dump(mode="json", by_alias=True)
     body["queries"] = {"dataset": asked.id, "rows": rows}

@@ -75,6 +75,11 @@ class LayerGradient:
         return not self.outputs.is_floating_point()
 
     @property
+    def has_factors(self) -> bool:
+        """Whether `inputs` and `outputs` are `a` and `g` themselves."""
+        return not self.one_hot
+
+    @property
     def positions(self) -> int:
         """Terms per example."""
         return self.inputs.shape[2]
@@ -181,6 +186,11 @@ class DenseGradient(LayerGradient):
         """Whether each group's gradient is one product `g aᵀ`."""
         return False
 
+    @property
+    def has_factors(self) -> bool:
+        """Whether `inputs` and `outputs` are `a` and `g` themselves."""
+        return False
+
     def __getitem__(self, part: slice) -> "DenseGradient":
         return DenseGradient(self.block, self.inputs[part], self.outputs)
 
@@ -245,7 +255,7 @@ class Rotation:
         d_out = 0 if self.outputs is None else gradient.block.d_out
         early = gradient.positions * (d_in**2 + d_out**2)
         late = gradient.block.d_out * d_in**2 + gradient.block.d_in * d_out**2
-        if gradient.one_hot or isinstance(gradient, DenseGradient) or early > late:
+        if not gradient.has_factors or early > late:
             return self.forward(gradient.materialise())
         return self.output_factor(gradient).transpose(-1, -2) @ self.input_factor(gradient)
 

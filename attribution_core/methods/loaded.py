@@ -296,7 +296,15 @@ class LoadedIndex:
         return None
 
     def self_influence(self) -> np.ndarray:
-        """Return `τ_i(z_i)` at the default damping, (n,) float32."""
+        """Return `τ_i(z_i)` at the default damping, (n,) float32.
+
+        Raises:
+            InvalidInputError: if the method has none.
+        """
+        if not self.spec.method.self_influence:
+            raise InvalidInputError(
+                f"self-influence by {self.spec.method.type} takes a pass over the training set for every example: ask another index"
+            )
         return self._self_influence
 
     @cached_property

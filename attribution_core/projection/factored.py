@@ -75,7 +75,7 @@ class FactoredProjection(Projection):
 
     def _project_factors(self, number: int, gradient: LayerGradient) -> Tensor:
         table = self._tables[number]
-        if isinstance(table, SparseProjection) or table.outputs is None or gradient.one_hot:
+        if isinstance(table, SparseProjection) or table.outputs is None or not gradient.has_factors:
             return torch.cat([self._project_matrices(number, rows) for _, rows in gradient.materialised()])
         inputs = gradient.inputs if table.inputs is None else gradient.inputs @ table.inputs.to(gradient.inputs)
         outputs = gradient.outputs @ table.outputs.to(gradient.outputs)

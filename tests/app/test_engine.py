@@ -8,8 +8,10 @@ import pytest
 from app.db.embedded import get_server
 from app.db.session import create_engine, create_sessionmaker
 from app.engine.cache import IndexCache
-from app.engine.client import EngineClient
+from app.engine.client import EngineClient, _result
+from app.engine.frames import LENGTH, decoded
 from app.engine.operations import Operations
+from app.engine.process import _framed
 from app.errors import EngineBusy, EngineUnavailable, InvalidRequest
 from app.indexes import service as indexes
 from app.settings import DatabaseSettings, EngineSettings, Settings
@@ -80,6 +82,17 @@ async def test_requests_answered_together_are_answered_alike(steady: Loaded) -> 
                 assert [entry["row"] for entry in one[sign]] == [entry["row"] for entry in other[sign]]
                 scores, expected = ([entry["score"] for entry in found[sign]] for found in (one, other))
                 assert scores == pytest.approx(expected, rel=1e-4, abs=1e-7)
+
+
+def test_an_answer_that_cannot_be_sent_is_refused_and_the_engine_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = _framed({"number": 7, "result": {"scores": [1.0]}})
+    assert _result(decoded(sent[LENGTH.size :])) == {"scores": [1.0]}
+    monkeypatch.setattr("app.engine.frames.MAX_FRAME_BYTES", 1000)
+    for result, reason in (({"scores": [float("nan")]}, "not JSON compliant"), ({"scores": [0.5] * 999}, "too large")):
+        answer = decoded(_framed({"number": 7, "result": result})[LENGTH.size :])
+        assert answer["number"] == 7
+        with pytest.raises(InvalidRequest, match=reason):
+            _result(answer)
 
 
 def test_an_index_that_grows_with_its_answers_makes_room(tmp_path: Path) -> None:

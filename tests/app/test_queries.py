@@ -327,6 +327,12 @@ def test_every_method_fits_and_answers(steady: Loaded) -> None:
             assert answer.status_code == 200, answer.text
         else:
             assert (answer.status_code, answer.json()["errors"][0]["pointer"]) == (422, "/estimator")
+        own = steady.service.http.get(f"/v1/indexes/{name}/self-influence", params={"limit": 200})
+        if METHODS[method["type"]].self_influence:
+            assert len(own.json()["items"]) == 200, own.text
+        else:
+            assert own.status_code == 422, own.text
+            assert "pass over the training set" in own.json()["detail"]
         assert steady.service.http.delete(f"/v1/indexes/{name}").status_code == 204
         assert steady.service.http.post(f"/v1/indexes/{name}/attributions", json=QUERY).status_code == 404
 

@@ -327,6 +327,14 @@ def test_deleted_examples_are_trained_on_no_more(loaded: Loaded, tmp_path: Path)
     assert (answer.status_code, answer.json()["errors"][0]["pointer"]) == (422, "/queries/rows")
 
 
+def test_wrong_labels_are_not_looked_for_without_self_influence(trained: Loaded) -> None:
+    fit = {"name": "retrained-datainf", "model": "retrained", "dataset": "digits", "method": {"type": "datainf"}}
+    assert trained.service.finished(trained.service.post("/v1/indexes", fit, 202))["state"] == "succeeded"
+    body = {"queries": {"dataset": "test", "count": 3}, "mislabelled": {"field": "row", "op": "lt", "value": 20}}
+    answer = trained.service.http.post("/v1/indexes/retrained-datainf/evaluations", json=body)
+    assert (answer.status_code, answer.json()["errors"][0]["pointer"]) == (422, "/mislabelled")
+
+
 def approximately(value: Any) -> Any:
     """JSON whose numbers may differ by rounding; ids differ."""
     if isinstance(value, dict):
