@@ -1,8 +1,14 @@
 """Every error a client can meet, as RFC 9457 problems. The class says what it is, the instance what to do about it."""
 
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from attribution_core.pointers import pointer_to, steps_into
+
+MAX_ERRORS = 100
+_MAX_DETAIL = 1000
 
 
 class FieldProblem(BaseModel):
@@ -10,6 +16,25 @@ class FieldProblem(BaseModel):
 
     pointer: str = Field(description="JSON pointer to the field; empty for the whole.")
     detail: str
+
+
+def field_problems(
+    errors: Sequence[Mapping[str, Any]], document: object, at: tuple[str, ...] = ()
+) -> list[FieldProblem]:
+    """Return what pydantic found wrong with a document, each once and at most 100 of them.
+
+    Args:
+        errors: entries of `ValidationError.errors()`, with their input.
+        document: what was validated.
+        at: where the document is in what was sent.
+    """
+    found = ((pointer_to((*at, *steps_into(document, entry))), clipped(entry["msg"])) for entry in errors[:MAX_ERRORS])
+    return [FieldProblem(pointer=pointer, detail=detail) for pointer, detail in dict.fromkeys(found)]
+
+
+def clipped(text: str) -> str:
+    """Return a message that does not repeat at length what was sent."""
+    return text if len(text) <= _MAX_DETAIL else f"{text[:_MAX_DETAIL]}…"
 
 
 class ProblemDocument(BaseModel):
@@ -162,6 +187,11 @@ class InvalidRequest(Problem):
     """Fields, parameters or files are wrong; `errors` says which."""
 
     status, slug, title = 422, "invalid-request", "Invalid request"
+
+    @classmethod
+    def of_fields(cls, errors: list[FieldProblem]) -> Self:
+        """Return the problem that these are, told by the first."""
+        return cls(f"{errors[0].pointer or 'The body'}: {errors[0].detail}.", errors)
 
 
 class InvalidCursor(Problem):

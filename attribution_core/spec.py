@@ -6,7 +6,7 @@ checkpoint exists is decided where the data is. Nothing here imports torch.
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag, model_validator
 
 MAX_FILTER_DEPTH = 5
 MAX_FILTER_LEAVES = 32
@@ -224,7 +224,28 @@ class Not(Spec):
     not_: "Filter" = Field(alias="not")
 
 
-Filter = Condition | And | Or | Not
+def _kind_of_filter(value: object) -> str:
+    """Return which kind of filter is meant, so that what is wrong with it is said of that kind alone."""
+    match value:
+        case dict():
+            return next((name for name in ("and", "or", "not") if name in value), "condition")
+        case And():
+            return "and"
+        case Or():
+            return "or"
+        case Not():
+            return "not"
+        case _:
+            return "condition"
+
+
+Filter = Annotated[
+    Annotated[Condition, Tag("condition")]
+    | Annotated[And, Tag("and")]
+    | Annotated[Or, Tag("or")]
+    | Annotated[Not, Tag("not")],
+    Discriminator(_kind_of_filter),
+]
 
 
 def check_filter_size(value: Filter) -> Filter:

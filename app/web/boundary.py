@@ -24,6 +24,7 @@ from app.jobs.service import is_finished
 from app.web.idempotency import IdempotencyClaim, checked_key, request_hash
 from app.web.resources import Resources, resources_of
 from app.web.strict_json import parse_strictly
+from attribution_core.pointers import pointer_to
 
 MAX_WAIT_SECONDS = 60
 _POLL_SECONDS = 0.2
@@ -106,7 +107,9 @@ async def _waited(request: Request, resources: Resources, response: Response) ->
 def _refuse_unknown_parameters(request: Request, known: set[str]) -> None:
     unknown = sorted(set(request.query_params) - known)
     if unknown:
-        problems = [FieldProblem(pointer=f"/query/{name[:64]}", detail="unknown parameter") for name in unknown[:20]]
+        problems = [
+            FieldProblem(pointer=pointer_to(["query", name]), detail="unknown parameter") for name in unknown[:20]
+        ]
         raise InvalidRequest(f"Unknown query parameter {unknown[0][:64]!r}.", problems)
     if any("\x00" in value or not value.isprintable() for value in request.query_params.values()):
         raise InvalidRequest("A query parameter has a control character.")

@@ -1,7 +1,5 @@
 """Every exception becomes a problem document; nothing of a traceback leaves the process."""
 
-from typing import Any
-
 import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -22,9 +20,12 @@ from app.errors import (
     PayloadTooLarge,
     Problem,
     UnsupportedMedia,
+    clipped,
+    field_problems,
 )
 from app.web.middleware import request_id_of
 from attribution_core.errors import AttributionError, CorruptArtifactError
+from attribution_core.pointers import pointer_to
 
 log = structlog.get_logger("headwater.api")
 _OUTAGE = ("08", "53", "57")  # SQLSTATE classes: connection, resources, operator intervention (shutdown, timeouts)
@@ -56,11 +57,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def of_validation(request: Request, error: RequestValidationError) -> JSONResponse:
-        errors = [
-            FieldProblem(pointer=_pointer(entry["loc"]), detail=str(entry["msg"])) for entry in error.errors()[:100]
-        ]
-        first = errors[0]
-        return answer(request, InvalidRequest(f"{first.pointer or 'The body'}: {first.detail}.", errors))
+        return answer(request, InvalidRequest.of_fields(_field_problems(error)))
 
     @app.exception_handler(HTTPException)
     async def of_http(request: Request, error: HTTPException) -> JSONResponse:
@@ -96,7 +93,12 @@ def _is_outage(error: Exception) -> bool:
     )
 
 
-def _pointer(location: tuple[Any, ...]) -> str:
-    """Return a JSON pointer into the body; parameters are under /query, /path or /header."""
-    steps = location[1:] if location[:1] == ("body",) else location
-    return "".join(f"/{str(step).replace('~', '~0').replace('/', '~1')}" for step in steps)
+def _field_problems(error: RequestValidationError) -> list[FieldProblem]:
+    """Return what is wrong with the body and with parameters; the latter are under /query, /path or /header."""
+    body = [{**entry, "loc": entry["loc"][1:]} for entry in error.errors() if entry["loc"][0] == "body"]
+    parameters = [
+        FieldProblem(pointer=pointer_to(entry["loc"][:2]), detail=clipped(entry["msg"]))
+        for entry in error.errors()
+        if entry["loc"][0] != "body"
+    ]
+    return parameters + field_problems(body, error.body)

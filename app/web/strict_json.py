@@ -4,12 +4,13 @@ import json
 from typing import Any
 
 from app.errors import FieldProblem, InvalidRequest
+from attribution_core.pointers import Step, pointer_to
 
 MAX_DEPTH = 64
 
 
-def parse_strictly(body: bytes) -> Any:
-    """Return the value of a JSON body.
+def parse_strictly(body: bytes, at: tuple[Step, ...] = ()) -> Any:
+    """Return the value of a JSON body, or of a part of a form that is at `at` in it.
 
     Raises:
         InvalidRequest: for anything that is not plain JSON: repeated keys, NaN, numbers beyond 64 bits or float range,
@@ -28,7 +29,7 @@ def parse_strictly(body: bytes) -> Any:
         raise InvalidRequest("The body is nested too deeply.") from None
     except ValueError as error:
         raise InvalidRequest(f"The body is not valid JSON: {error}") from None
-    _check(value, "", 0)
+    _check(value, at, 0)
     return value
 
 
@@ -50,30 +51,30 @@ def _float(text: str) -> float:
     return value
 
 
-def _check(value: Any, pointer: str, depth: int) -> None:
+def _check(value: Any, place: tuple[Step, ...], depth: int) -> None:
     if depth > MAX_DEPTH:
-        raise _refused(pointer, "nested too deeply")
+        raise _refused(place, "nested too deeply")
     match value:
         case dict():
             for key, entry in value.items():
-                _check_text(key, pointer)
-                _check(entry, f"{pointer}/{key[:64].replace('~', '~0').replace('/', '~1')}", depth + 1)
+                _check_text(key, place)
+                _check(entry, (*place, key), depth + 1)
         case list():
             for number, entry in enumerate(value):
-                _check(entry, f"{pointer}/{number}", depth + 1)
+                _check(entry, (*place, number), depth + 1)
         case str():
-            _check_text(value, pointer)
+            _check_text(value, place)
         case int():
             if not -(2**63) <= value < 2**63:
-                raise _refused(pointer, "a whole number beyond 64 bits")
+                raise _refused(place, "a whole number beyond 64 bits")
 
 
-def _check_text(text: str, pointer: str) -> None:
+def _check_text(text: str, place: tuple[Step, ...]) -> None:
     if "\x00" in text:
-        raise _refused(pointer, "text with a NUL character")
+        raise _refused(place, "text with a NUL character")
     if any("\ud800" <= character <= "\udfff" for character in text):
-        raise _refused(pointer, "text with a lone surrogate, which is not valid Unicode")
+        raise _refused(place, "text with a lone surrogate, which is not valid Unicode")
 
 
-def _refused(pointer: str, detail: str) -> InvalidRequest:
-    return InvalidRequest(f"The body has {detail}.", [FieldProblem(pointer=pointer, detail=detail)])
+def _refused(place: tuple[Step, ...], detail: str) -> InvalidRequest:
+    return InvalidRequest(f"The body has {detail}.", [FieldProblem(pointer=pointer_to(place), detail=detail)])

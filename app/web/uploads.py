@@ -15,8 +15,9 @@ from pydantic import BaseModel, ValidationError
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
-from app.errors import FieldProblem, InvalidRequest, StorageFull, UnsupportedMedia
+from app.errors import FieldProblem, InvalidRequest, StorageFull, UnsupportedMedia, field_problems
 from app.web.strict_json import parse_strictly
+from attribution_core.pointers import pointer_to
 
 _COPY_BYTES = 1 << 20
 M = TypeVar("M", bound=BaseModel)
@@ -39,7 +40,7 @@ async def form_of(request: Request, *parts: str) -> FormData:
     wrong = sorted(set(given) ^ set(parts)) or [name for name in parts if given.count(name) > 1]
     if wrong:
         errors = [
-            FieldProblem(pointer=f"/{name[:64]}", detail="missing, unknown or repeated part") for name in wrong[:10]
+            FieldProblem(pointer=pointer_to([name]), detail="missing, unknown or repeated part") for name in wrong[:10]
         ]
         raise InvalidRequest(f"The form must have exactly the parts {', '.join(parts)}.", errors)
     return form
@@ -54,10 +55,10 @@ def json_part(form: FormData, name: str, model: type[M]) -> M:
     value = form[name]
     if not isinstance(value, str):
         raise InvalidRequest(f"The part {name} must be JSON text, not a file.", pointer=f"/{name}")
-    return validated(model, parse_strictly(value.encode("utf-8", "surrogatepass")), f"/{name}")
+    return validated(model, parse_strictly(value.encode("utf-8", "surrogatepass"), (name,)), (name,))
 
 
-def validated(model: type[M], value: object, at: str = "") -> M:
+def validated(model: type[M], value: object, at: tuple[str, ...] = ()) -> M:
     """Return a value as a model.
 
     Raises:
@@ -66,11 +67,8 @@ def validated(model: type[M], value: object, at: str = "") -> M:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        errors = [
-            FieldProblem(pointer=at + "".join(f"/{step}" for step in entry["loc"]), detail=entry["msg"])
-            for entry in error.errors(include_url=False, include_context=False, include_input=False)
-        ]
-        raise InvalidRequest(f"{errors[0].pointer or 'The body'}: {errors[0].detail}", errors[:100]) from None
+        errors = field_problems(error.errors(include_url=False, include_context=False), value, at)
+        raise InvalidRequest.of_fields(errors) from None
 
 
 @asynccontextmanager

@@ -16,7 +16,7 @@ import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError, create_model
 from torch import nn
 
-from attribution_core.architectures.registry import ARCHITECTURES, ENTRY_POINT_GROUP, parse_arguments
+from attribution_core.architectures.registry import ARCHITECTURES, ENTRY_POINT_GROUP, parse_arguments, refused_arguments
 from attribution_core.errors import ArchitectureArgumentsError, UnknownArchitectureError
 from attribution_core.spec import ArchitectureSpec
 
@@ -116,7 +116,5 @@ def _checked(name: str, plugin: Builder, arguments: dict[str, Any]) -> dict[str,
     try:
         parsed = _schema(name, plugin).validate_python(arguments)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        pointer = "/".join(["/architecture/arguments", *map(str, first["loc"])])
-        raise ArchitectureArgumentsError(f"{name}: {first['msg']}", pointer) from None
+        raise refused_arguments(name, arguments, error) from None
     return {field: getattr(parsed, field) for field in type(parsed).model_fields}

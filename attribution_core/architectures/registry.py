@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from attribution_core.architectures import arguments as schemas
 from attribution_core.errors import ArchitectureArgumentsError
+from attribution_core.pointers import pointer_to, steps_into
 from attribution_core.spec import ArchitectureSpec, Spec
 
 ENTRY_POINT_GROUP = "headwater.architectures"
@@ -75,6 +76,11 @@ def parse_arguments(spec: ArchitectureSpec) -> Spec:
     try:
         return ARCHITECTURES[spec.name].arguments.model_validate(spec.arguments)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        pointer = "/".join(["/architecture/arguments", *map(str, first["loc"])])
-        raise ArchitectureArgumentsError(f"{spec.name}: {first['msg']}", pointer) from None
+        raise refused_arguments(spec.name, spec.arguments, error) from None
+
+
+def refused_arguments(name: str, arguments: dict[str, Any], error: ValidationError) -> ArchitectureArgumentsError:
+    """Return what to raise for arguments that do not fit: the first mistake, with a pointer to it."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    pointer = pointer_to(("architecture", "arguments", *steps_into(arguments, first)))
+    return ArchitectureArgumentsError(f"{name}: {first['msg']}", pointer)

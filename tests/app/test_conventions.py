@@ -3,6 +3,7 @@
 import base64
 import json
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx2 as httpx
 import pytest
@@ -10,6 +11,8 @@ import pytest
 from tests.conftest import MLP, Loaded
 
 QUERY = {"queries": [{"dataset": "test", "rows": [0]}]}
+INDEX = {"name": "x", "model": "mlp", "dataset": "digits"}
+WRONG = {"field": "label", "op": "like", "value": 3}
 
 
 def is_problem(answer: httpx.Response, status: int, slug: str) -> dict:
@@ -82,6 +85,68 @@ def test_refusals_are_problems(loaded: Loaded, method: str, path: str, status: i
 def test_malformed_bodies_are_refused(loaded: Loaded, path: str, body: bytes) -> None:
     answer = loaded.service.http.post(path, content=body, headers={"content-type": "application/json"})
     is_problem(answer, 422, "invalid-request")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "expected"),
+    [
+        ("/v1/models", [], [""]),
+        ("/v1/models", {**model("x"), "task": {"type": "causal_lm", "reduction": "most"}}, ["/task/reduction"]),
+        ("/v1/models", {**model("x"), "a/b~": 1}, ["/a~1b~0"]),
+        ("/v1/models", {**model("x"), "b" * 300: 1}, [""]),
+        ("/v1/models", {**model("x"), "architecture": {"name": "mlp", "arguments": {"a/b": 1}}}, ["/architecture/arguments/input_dim"]),
+        ("/v1/datasets", {"name": "x", "kind": "tensor", "source": "a:b", "input": ["a", ""]}, ["/input", "/input/1"]),
+        ("/v1/indexes", {**INDEX, "method": {"type": "ekfac", "fisher": "nope"}}, ["/method/fisher"]),
+        ("/v1/indexes", {**INDEX, "method": {"type": "posterior"}}, ["/method/prior", "/method/queries"]),
+        ("/v1/indexes", {**INDEX, "method": {"type": "none"}}, ["/method"]),
+        ("/v1/indexes", {**INDEX, "method": {"type": "ekfac"}, "checkpoints": ["final", 3]}, ["/checkpoints", "/checkpoints/1"]),
+        ("/v1/indexes/none/attributions", {**QUERY, "filter": {"and": [{"not": WRONG}]}}, ["/filter/and/0/not/op"]),
+        ("/v1/indexes/none/attributions", {"queries": [{"example": {"target": [1, "x"]}}]},
+         ["/queries/0/example/input", "/queries/0/example/target", "/queries/0/example/target/1"]),
+        ("/v1/indexes/none/counterfactuals", {**QUERY, "subsets": [{"remove": {"where": WRONG}}, {"keep": {}}, {}]},
+         ["/subsets/0/remove/where/op", "/subsets/1/keep", "/subsets/2"]),
+        ("/v1/indexes/none/unlearning", {**QUERY, "forget": {"where": {"or": [3]}}}, ["/forget/where/or/0"]),
+        ("/v1/indexes/none/evaluations", {"queries": {"dataset": "test"}, "tune": {"a": 1}}, ["/tune/a", "/tune"]),
+    ],
+    ids=range(15),
+)  # fmt: skip
+def test_pointers_lead_into_the_body_that_was_sent(loaded: Loaded, path: str, body: Any, expected: list[str]) -> None:
+    problem = is_problem(loaded.service.http.post(path, json=body), 422, "invalid-request")
+    found = [(entry["pointer"], entry["detail"]) for entry in problem["errors"]]
+    assert list(dict.fromkeys(pointer for pointer, _ in found)) == expected
+    assert len(set(found)) == len(found)
+
+
+@pytest.mark.parametrize(
+    ("path", "part", "text", "expected"),
+    [
+        ("/v1/datasets", "spec", '{"name": "x", "kind": "tensor", "shape": [1, 0]}', ["/spec/shape/1"]),
+        ("/v1/datasets", "spec", '{"name": "x"}', ["/spec/kind"]),
+        ("/v1/datasets", "spec", '{"name": "x", "kind": "tensor", "metadata": ["a", "\\u0000"]}', ["/spec/metadata/1"]),
+        ("/v1/models/mlp/checkpoints", "meta", '{"run": "a", "step": -1}', ["/meta/step"]),
+        ("/v1/models/mlp/checkpoints", "meta", "[]", ["/meta"]),
+        ("/v1/datasets", "a/b", "1", ["/a~1b", "/spec"]),
+    ],
+    ids=range(6),
+)
+def test_pointers_lead_into_the_parts_of_a_form(
+    loaded: Loaded, path: str, part: str, text: str, expected: list[str]
+) -> None:
+    answer = loaded.service.http.post(path, data={part: text}, files={"file": ("a.npz", b"nothing")})
+    assert [entry["pointer"] for entry in is_problem(answer, 422, "invalid-request")["errors"]] == expected
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("/v1/models?limit=0", ["/query/limit"]),
+        ("/v1/models?a/b=1", ["/query/a~1b"]),
+        ("/v1/datasets/digits/examples/-1", ["/path/row"]),
+    ],
+)
+def test_pointers_name_parameters(loaded: Loaded, path: str, expected: list[str]) -> None:
+    problem = is_problem(loaded.service.http.get(path), 422, "invalid-request")
+    assert [entry["pointer"] for entry in problem["errors"]] == expected
 
 
 def test_too_large_and_wrong_kinds_of_bodies(loaded: Loaded) -> None:

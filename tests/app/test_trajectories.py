@@ -79,7 +79,7 @@ def test_the_queries_data_set_is_kept(replayed: Loaded) -> None:
     [
         ({"model": "mlp"}, 409, "/method/type"),
         ({"method": {**MAGIC, "queries": {"dataset": "test", "rows": [3, 50]}}}, 422, "/method/queries/rows/1"),
-        ({"method": {**MAGIC, "queries": {"dataset": "test", "rows": []}}}, 422, "/method/magic/queries/rows"),
+        ({"method": {**MAGIC, "queries": {"dataset": "test", "rows": []}}}, 422, "/method/queries/rows"),
         ({"layers": ["output"]}, 422, "/layers"),
         ({"precision": "bfloat16"}, 422, "/precision"),
     ],
