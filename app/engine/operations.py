@@ -282,7 +282,7 @@ def _queries(index: Index, queries: Sequence[Json]) -> Batch:
     source = index.context.source
     for number, query in enumerate(queries):
         if "example" in query:
-            parts.append(_located(number, lambda query=query: source.inline([query["example"]])))
+            parts.append(_located(number, lambda query=query, first=number: source.inline([query["example"]], first)))
         else:
             reader = _reader(query["folder"], query["spec"])
             of_data = ExampleSource(reader, source.task, source.tokenizer, source.device)

@@ -39,7 +39,7 @@ def build(spec: ArchitectureSpec) -> nn.Module:
     if plugin is None:
         known = ", ".join([*ARCHITECTURES, *_plugins()])
         raise UnknownArchitectureError(f"no architecture {spec.name!r}; there are {known}", "/architecture/name")
-    return _built(spec.name, lambda: plugin(**_checked(spec.name, plugin, spec.arguments)))
+    return _built(spec.name, lambda: plugin(**_checked(spec, plugin)))
 
 
 def skeleton(spec: ArchitectureSpec) -> dict[str, dict[str, Any]]:
@@ -112,9 +112,9 @@ def _schema(name: str, plugin: Builder) -> TypeAdapter[Any]:
     return TypeAdapter(create_model(name, __config__=ConfigDict(extra="forbid"), **fields))
 
 
-def _checked(name: str, plugin: Builder, arguments: dict[str, Any]) -> dict[str, Any]:
+def _checked(spec: ArchitectureSpec, plugin: Builder) -> dict[str, Any]:
     try:
-        parsed = _schema(name, plugin).validate_python(arguments)
+        parsed = _schema(spec.name, plugin).validate_python(spec.arguments)
     except ValidationError as error:
-        raise refused_arguments(name, arguments, error) from None
+        raise refused_arguments(spec, error) from None
     return {field: getattr(parsed, field) for field in type(parsed).model_fields}

@@ -76,11 +76,14 @@ def parse_arguments(spec: ArchitectureSpec) -> Spec:
     try:
         return ARCHITECTURES[spec.name].arguments.model_validate(spec.arguments)
     except ValidationError as error:
-        raise refused_arguments(spec.name, spec.arguments, error) from None
+        raise refused_arguments(spec, error) from None
 
 
-def refused_arguments(name: str, arguments: dict[str, Any], error: ValidationError) -> ArchitectureArgumentsError:
+def refused_arguments(spec: ArchitectureSpec, error: ValidationError) -> ArchitectureArgumentsError:
     """Return what to raise for arguments that do not fit: the first mistake, with a pointer to it."""
     first = error.errors(include_url=False, include_context=False)[0]
-    pointer = pointer_to(("architecture", "arguments", *steps_into(arguments, first)))
-    return ArchitectureArgumentsError(f"{name}: {first['msg']}", pointer)
+    inside = steps_into(spec.arguments, first) if "arguments" in spec.model_fields_set else ()
+    named = f"{first['loc'][-1]}: " if first["type"] == "missing" else ""
+    return ArchitectureArgumentsError(
+        f"{spec.name}: {named}{first['msg']}", pointer_to(("architecture", "arguments", *inside))
+    )

@@ -43,14 +43,18 @@ class ExampleSource:
         for start in range(0, len(rows), size):
             yield self.batch(rows[start : start + size])
 
-    def inline(self, examples: Sequence[dict[str, Any]]) -> Batch:
+    def inline(self, examples: Sequence[dict[str, Any]], first: int = 0) -> Batch:
         """Return examples given as JSON values: base64 images, number lists, tokens, text, or a map of features.
+
+        Args:
+            examples: `{"input", "target"}` each.
+            first: place of the first among all of the caller's queries, for pointers.
 
         Raises:
             InvalidInputError: with a pointer to the value that does not fit the data set's spec.
         """
         spec, inputs, given = self.reader.spec, [], []
-        for number, example in enumerate(examples):
+        for number, example in enumerate(examples, first):
             try:
                 inputs.append(_inline_input(example["input"], spec, self.reader.input_shape))
             except InvalidInputError as error:

@@ -95,6 +95,7 @@ def test_malformed_bodies_are_refused(loaded: Loaded, path: str, body: bytes) ->
         ("/v1/models", {**model("x"), "a/b~": 1}, ["/a~1b~0"]),
         ("/v1/models", {**model("x"), "b" * 300: 1}, [""]),
         ("/v1/models", {**model("x"), "architecture": {"name": "mlp", "arguments": {"a/b": 1}}}, ["/architecture/arguments/input_dim"]),
+        ("/v1/models", {**model("x"), "architecture": {"name": "mlp"}}, ["/architecture/arguments"]),
         ("/v1/datasets", {"name": "x", "kind": "tensor", "source": "a:b", "input": ["a", ""]}, ["/input", "/input/1"]),
         ("/v1/indexes", {**INDEX, "method": {"type": "ekfac", "fisher": "nope"}}, ["/method/fisher"]),
         ("/v1/indexes", {**INDEX, "method": {"type": "posterior"}}, ["/method/prior", "/method/queries"]),
@@ -108,7 +109,7 @@ def test_malformed_bodies_are_refused(loaded: Loaded, path: str, body: bytes) ->
         ("/v1/indexes/none/unlearning", {**QUERY, "forget": {"where": {"or": [3]}}}, ["/forget/where/or/0"]),
         ("/v1/indexes/none/evaluations", {"queries": {"dataset": "test"}, "tune": {"a": 1}}, ["/tune/a", "/tune"]),
     ],
-    ids=range(15),
+    ids=range(16),
 )  # fmt: skip
 def test_pointers_lead_into_the_body_that_was_sent(loaded: Loaded, path: str, body: Any, expected: list[str]) -> None:
     problem = is_problem(loaded.service.http.post(path, json=body), 422, "invalid-request")

@@ -86,6 +86,9 @@ def test_an_image_that_is_none_is_refused_with_its_pointer(value: Any, tmp_path:
     with pytest.raises(InvalidInputError) as caught:
         made.inline([good, {"input": value, "target": 0}])
     assert caught.value.pointer == "/queries/1/example/input"
+    with pytest.raises(InvalidInputError) as caught:
+        made.inline([{"input": value, "target": 0}], first=7)
+    assert caught.value.pointer == "/queries/7/example/input"
 
 
 def test_tensors_keep_their_shape(tmp_path: Path) -> None:
