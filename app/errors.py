@@ -1,21 +1,26 @@
 """Every error a client can meet, as RFC 9457 problems. The class says what it is, the instance what to do about it."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from attribution_core.pointers import pointer_to, steps_into
 
-MAX_ERRORS = 100
-_MAX_DETAIL = 1000
+_MAX_ERRORS = 100
+_MAX_DETAIL = 2000
+
+
+def clipped(text: str) -> str:
+    """Return a message that does not repeat at length what was sent."""
+    return text if len(text) <= _MAX_DETAIL else f"{text[:_MAX_DETAIL]}…"
 
 
 class FieldProblem(BaseModel):
     """One field that is wrong."""
 
     pointer: str = Field(description="JSON pointer to the field; empty for the whole.")
-    detail: str
+    detail: Annotated[str, AfterValidator(clipped)]
 
 
 def field_problems(
@@ -28,13 +33,8 @@ def field_problems(
         document: what was validated.
         at: where the document is in what was sent.
     """
-    found = ((pointer_to((*at, *steps_into(document, entry))), clipped(entry["msg"])) for entry in errors[:MAX_ERRORS])
+    found = ((pointer_to((*at, *steps_into(document, entry))), entry["msg"]) for entry in errors[:_MAX_ERRORS])
     return [FieldProblem(pointer=pointer, detail=detail) for pointer, detail in dict.fromkeys(found)]
-
-
-def clipped(text: str) -> str:
-    """Return a message that does not repeat at length what was sent."""
-    return text if len(text) <= _MAX_DETAIL else f"{text[:_MAX_DETAIL]}…"
 
 
 class ProblemDocument(BaseModel):
@@ -73,7 +73,7 @@ class Problem(Exception):  # noqa: N818, RFC 9457's own word
 
     def __init__(self, detail: str, errors: list[FieldProblem] | None = None, pointer: str | None = None) -> None:
         super().__init__(detail)
-        self.detail = detail
+        self.detail = clipped(detail)
         self.errors = errors or ([] if pointer is None else [FieldProblem(pointer=pointer, detail=detail)])
 
     @property

@@ -20,7 +20,6 @@ from app.errors import (
     PayloadTooLarge,
     Problem,
     UnsupportedMedia,
-    clipped,
     field_problems,
 )
 from app.web.middleware import request_id_of
@@ -97,7 +96,7 @@ def _field_problems(error: RequestValidationError) -> list[FieldProblem]:
     """Return what is wrong with the body and with parameters; the latter are under /query, /path or /header."""
     body = [{**entry, "loc": entry["loc"][1:]} for entry in error.errors() if entry["loc"][0] == "body"]
     parameters = [
-        FieldProblem(pointer=pointer_to(entry["loc"][:2]), detail=clipped(entry["msg"]))
+        FieldProblem(pointer=pointer_to(entry["loc"][:2]), detail=entry["msg"])
         for entry in error.errors()
         if entry["loc"][0] != "body"
     ]

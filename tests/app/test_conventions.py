@@ -119,6 +119,21 @@ def test_pointers_lead_into_the_body_that_was_sent(loaded: Loaded, path: str, bo
 
 
 @pytest.mark.parametrize(
+    "change",
+    [
+        {"task": {"type": "A" * 100_000}},
+        {"architecture": {"name": "hf_causal_lm", "arguments": {"config": {"model_type": "A" * 100_000}}}, "task": {"type": "causal_lm"}},
+        {"A" * 100_000: 1},
+    ],
+    ids=range(3),
+)  # fmt: skip
+def test_what_was_sent_is_not_repeated_at_length(loaded: Loaded, change: dict) -> None:
+    answer = loaded.service.http.post("/v1/models", json={**model("x"), **change})
+    is_problem(answer, 422, "invalid-request")
+    assert len(answer.content) < 10_000
+
+
+@pytest.mark.parametrize(
     ("path", "part", "text", "expected"),
     [
         ("/v1/datasets", "spec", '{"name": "x", "kind": "tensor", "shape": [1, 0]}', ["/spec/shape/1"]),
