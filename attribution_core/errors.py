@@ -1,5 +1,8 @@
 """Everything the library raises on purpose; the message says what was wrong and what to do."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class AttributionError(Exception):
     """Base of the library's errors.
@@ -15,6 +18,19 @@ class AttributionError(Exception):
 
 class InvalidInputError(AttributionError):
     """The caller's data or parameters are wrong."""
+
+
+@contextmanager
+def located(pointer: str) -> Iterator[None]:
+    """Say of wrong input that is found inside where the caller gave it, whatever place its finder supposed.
+
+    Raises:
+        InvalidInputError: with the pointer.
+    """
+    try:
+        yield
+    except InvalidInputError as error:
+        raise InvalidInputError(str(error), pointer) from None
 
 
 class CheckpointError(InvalidInputError):

@@ -48,6 +48,11 @@ class MethodBase(Spec):
     keeps: ClassVar[Literal["features", "scores", "bank"]] = "features"
 
     @property
+    def damped(self) -> bool:
+        """Whether its scores depend on a damping that a query may name."""
+        return "damping" in type(self).model_fields
+
+    @property
     def follows_training(self) -> bool:
         """Whether checkpoints are moments of trainings rather than an ensemble."""
         return bool(self.checkpoint_needs)

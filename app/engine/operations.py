@@ -16,7 +16,7 @@ from attribution_core.data.batch import Batch
 from attribution_core.data.collate import ExampleSource
 from attribution_core.data.reader import DatasetReader
 from attribution_core.datamodel import predicted_change, removed_rows
-from attribution_core.errors import InvalidInputError
+from attribution_core.errors import InvalidInputError, located
 from attribution_core.evaluate.served import ServedCalibration
 from attribution_core.methods.loaded import Attribution, Found, LoadedIndex, Query
 from attribution_core.methods.opening import AnyIndex as Index
@@ -48,10 +48,13 @@ class Operations:
                 return self.attribute([payload])[0]
             case "predict":
                 return self.predict(payload)
+            case "check_predictable":
+                return self.check_predictable(payload)
             case "select":
                 index = self._cache.get(payload["artifact"], payload["fit"])
                 selector = Selector.model_validate(payload["selector"])
-                return {"rows": selected(index, selector, payload["deleted"], "/forget").tolist()}
+                with located("/forget"):
+                    return {"rows": selected(index, selector, payload["deleted"]).tolist()}
             case "self_influence":
                 return self.self_influence(payload)
         raise InvalidInputError(f"the engine has no operation {operation}")
@@ -100,12 +103,7 @@ class Operations:
         """Return the method's own predictions, before any calibration."""
         index = self._cache.get(payload["artifact"], payload["fit"])
         query = index.query(self.queries(payload), payload["damping"])
-        shared: dict[int, np.ndarray] = {}
-        for number, subset in enumerate(payload["subsets"]):
-            selector = Selector.model_validate(subset["selector"])
-            if selector.top_positive is None and selector.top_negative is None:
-                rows = selected(index, selector, payload["deleted"])
-                shared[number] = _left_out(index, subset, rows, payload["deleted"])
+        shared = _shared(index, payload)
         effects, exact = np.zeros((len(query), len(payload["subsets"]))), True
         spreads, deviations = np.zeros_like(effects), np.zeros_like(effects)
         if shared:
@@ -119,7 +117,9 @@ class Operations:
         ]
         for number, subset in enumerate(payload["subsets"]):
             if number not in shared:
-                for place, rows in enumerate(_top(index, query, subset, payload)):
+                with located(_place(number, subset)):
+                    per_query = _top(index, query, subset, payload)
+                for place, rows in enumerate(per_query):
                     rows_of[place][number] = rows
                     one = query[place : place + 1]
                     part, exact_here = self._effects(index, one, [rows], payload)
@@ -128,6 +128,18 @@ class Operations:
                     spreads[place, number], deviations[place, number] = (found[0, 0] for found in of_one)
         change, damping = predicted_change(effects), _damping(index, query)
         return Predictions(query.outputs, change, spreads, deviations, rows_of, not exact, damping)
+
+    def check_predictable(self, payload: Json) -> Json:
+        """Refuse a question whose queries or subsets do not fit the index, before something long is begun for it.
+
+        What only the scores tell is not looked at: which examples are a query's own top ones.
+        """
+        index = self._cache.get(payload["artifact"], payload["fit"])
+        batch = self.queries(payload)
+        if not isinstance(index, LoadedIndex):
+            index.query(batch, payload["damping"])  # it may answer for named queries only
+        _shared(index, payload)
+        return {}
 
     def queries(self, payload: Json) -> Batch:
         """Return a question's queries as one batch."""
@@ -224,7 +236,24 @@ def training_seconds(payload: Json) -> Json:
     return {"seconds_per_step": trainer.estimate_seconds(runs) / (steps * len(runs))}
 
 
-def selected(index: Index, selector: Selector, deleted: Sequence[int] = (), pointer: str = "/subsets") -> np.ndarray:
+def _shared(index: Index, payload: Json) -> dict[int, np.ndarray]:
+    """Return which rows are left out by the subsets that do not depend on a query, by the subsets' numbers."""
+    shared: dict[int, np.ndarray] = {}
+    for number, subset in enumerate(payload["subsets"]):
+        selector = Selector.model_validate(subset["selector"])
+        if selector.top_positive is None and selector.top_negative is None:
+            with located(_place(number, subset)):
+                rows = selected(index, selector, payload["deleted"])
+                shared[number] = _left_out(index, subset, rows, payload["deleted"])
+    return shared
+
+
+def _place(number: int, subset: Json) -> str:
+    """Return where a request has a subset's selector."""
+    return f"/subsets/{number}/{'keep' if subset['keep'] else 'remove'}"
+
+
+def selected(index: Index, selector: Selector, deleted: Sequence[int] = ()) -> np.ndarray:
     """Return the training rows a selector names, for selectors that do not depend on a query.
 
     Raises:
@@ -237,9 +266,9 @@ def selected(index: Index, selector: Selector, deleted: Sequence[int] = (), poin
     rows = np.unique(named)
     gone = np.intersect1d(rows, _rows(deleted))
     if len(gone):
-        raise InvalidInputError(f"training row {gone[0]} was deleted", pointer)
+        raise InvalidInputError(f"training row {gone[0]} was deleted")
     if len(rows) and rows[-1] >= reader.num_examples:
-        raise InvalidInputError(f"training row {rows[-1]} does not exist: there are {reader.num_examples}", pointer)
+        raise InvalidInputError(f"training row {rows[-1]} does not exist: there are {reader.num_examples}")
     return rows
 
 
@@ -257,7 +286,7 @@ def _left_out(index: Index, subset: Json, rows: np.ndarray, deleted: Sequence[in
     left_out = removed_rows(n, keep=rows) if subset["keep"] else removed_rows(n, remove=rows)
     left_out = np.setdiff1d(left_out, _rows(deleted))  # they are no part of what a subset changes
     if len(left_out) == n - len(deleted):
-        raise InvalidInputError("nothing would be left to train on", "/subsets")
+        raise InvalidInputError("nothing would be left to train on")
     return left_out
 
 

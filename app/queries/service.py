@@ -131,6 +131,19 @@ async def counterfactuals(
     return CounterfactualAnswer(estimator=request.estimator, results=results, **_said(asked, found, began))
 
 
+async def check_predictable(
+    session: AsyncSession, resources: Resources, reference: str, request: CounterfactualRequest
+) -> None:
+    """Refuse a question that could not be answered, without answering it.
+
+    Raises:
+        InvalidRequest: naming the query or subset that does not fit the index.
+    """
+    asked = await resolved(session, resources.settings, resources.artifacts, reference, request)
+    subsets = [engine_subset(subset) for subset in request.subsets]
+    await resources.engine.call("check_predictable", {**asked.engine, "subsets": subsets})
+
+
 async def unlearning(
     session: AsyncSession, resources: Resources, reference: str, request: UnlearningRequest
 ) -> UnlearningAnswer:

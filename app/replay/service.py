@@ -1,5 +1,6 @@
 """Submitting replays, and showing them."""
 
+import asyncio
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ from app.jobs import service as jobs
 from app.jobs.schemas import JobKind
 from app.models import service as models
 from app.queries import service as queries
+from app.queries.schemas import CounterfactualRequest
 from app.replay import plans, repository
 from app.replay.schemas import (
     EvaluationCreate,
@@ -32,6 +34,7 @@ from app.replay.schemas import (
 )
 from app.web.pagination import Page, PageOf, cut
 from app.web.resources import Resources
+from attribution_core.evaluate.checks import check_evaluation
 from attribution_core.method_spec import METHODS
 from attribution_core.training.spec import TrainSpec
 
@@ -98,7 +101,10 @@ async def create_evaluation(
         extra += request.removal.retrainings()
     examples += extra * spec.num_training
     await banks.check_hours(resources, spec, examples, request.max_hours)
-    return await _submitted(session, "evaluation", body, model, training, spec.left_out, index)
+    replay, job = await _submitted(session, "evaluation", body, model, training, spec.left_out, index)
+    planned, _ = await plans.evaluation_plan(session, replay.id, resources.settings, resources.artifacts)
+    await asyncio.to_thread(check_evaluation, planned)
+    return replay, job
 
 
 async def create_verification(
@@ -111,20 +117,8 @@ async def create_verification(
         InvalidRequest: if queries or subsets do not fit, or retraining would take too long.
     """
     index, model, training, spec = await _replayable(session, resources, reference)
-    count = 0
-    for number, selection in enumerate(request.queries):
-        count += len(selection.rows or [0])
-        if selection.dataset is not None:
-            dataset = await datasets.find_ready(session, selection.dataset)
-            indexes.check_fits(model, dataset, f"/queries/{number}/dataset")
-            outside = [row for row in selection.rows or [] if row >= (dataset.num_examples or 0)]
-            if outside:
-                raise InvalidRequest(
-                    f"Data set {dataset.name!r} has {dataset.num_examples} rows.", pointer=f"/queries/{number}/rows"
-                )
-    limits = resources.settings.limits
-    if count > limits.max_queries:
-        raise InvalidRequest(f"A request may have {limits.max_queries} queries, not {count}.", pointer="/queries")
+    await queries.check_predictable(session, resources, reference, verification_question(request))
+    count = sum(len(selection.rows or [0]) for selection in request.queries)
     per_query = [
         selector.top_positive or selector.top_negative
         for subset in request.subsets
@@ -135,6 +129,13 @@ async def create_verification(
     await banks.check_hours(resources, spec, examples, request.max_hours)
     body = request.model_dump(mode="json", by_alias=True)
     return await _submitted(session, "verification", body, model, training, spec.left_out, index)
+
+
+def verification_question(request: VerificationCreate) -> CounterfactualRequest:
+    """Return the question whose answer a verification holds against retraining."""
+    return CounterfactualRequest(
+        queries=request.queries, subsets=request.subsets, damping=request.damping, interval=request.interval
+    )
 
 
 async def create_unlearned(

@@ -10,10 +10,9 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.engine.cache import IndexCache
 from app.engine.operations import Operations
 from app.queries import service as queries
-from app.queries.schemas import CounterfactualRequest
 from app.queries.service import Asked
 from app.replay import plans as replays
-from app.replay.schemas import VerificationCreate
+from app.replay.service import verification_question
 from app.worker.runner import Kind, Runner, Running, computed
 from app.worker.sharded import assist, device_of, shard_files, work_through
 from attribution_core.progress import Progress
@@ -150,7 +149,7 @@ async def _prepared(runner: Runner, running: Running) -> tuple[VerificationPipel
         replay, request, train = await replays.verification_plan(
             session, running.job.resource_id, runner.settings, runner.artifacts
         )
-        question = _question(request)
+        question = verification_question(request)
         asked = await queries.resolved(session, runner.settings, runner.artifacts, replay.index_id or "", question)
     payload = {
         **asked.engine,
@@ -167,12 +166,6 @@ async def _prepared(runner: Runner, running: Running) -> tuple[VerificationPipel
     pipeline = await computed(made, running.progress)
     assert isinstance(pipeline, VerificationPipeline)
     return pipeline, runner.artifacts.workspace(running.job.id), asked
-
-
-def _question(request: VerificationCreate) -> CounterfactualRequest:
-    return CounterfactualRequest(
-        queries=request.queries, subsets=request.subsets, damping=request.damping, interval=request.interval
-    )
 
 
 VERIFICATION = Kind(lead_verification, assist_verification)

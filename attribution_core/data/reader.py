@@ -142,6 +142,11 @@ class DatasetReader:
             found.append({"row": row, "id": columns["id"][row].as_py(), "target": target, "metadata": metadata})
         return found
 
+    def metadata(self, column: str, rows: np.ndarray) -> list[Any]:
+        """Return one metadata column's values of the given rows."""
+        values: list[Any] = self._labels[METADATA_PREFIX + column].take(pa.array(rows)).to_pylist()
+        return values
+
     @cached_property
     def _labels(self) -> pa.Table:
         """Every column but the inputs, kept in memory: searches and answers need them all the time."""

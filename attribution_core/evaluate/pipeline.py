@@ -15,6 +15,7 @@ import numpy as np
 from attribution_core.arrays import read_arrays
 from attribution_core.data.batch import Batch
 from attribution_core.errors import InvalidInputError
+from attribution_core.evaluate.checks import check_evaluation
 from attribution_core.evaluate.lds import linear_datamodeling_score
 from attribution_core.evaluate.loo import leave_one_out
 from attribution_core.evaluate.mislabel import mislabel_auc
@@ -35,6 +36,7 @@ from attribution_core.training.trainer import Run, Trainer
 
 Json = dict[str, Any]
 _QUERIES_AT_ONCE = 64
+_TOP_OF_MIXTURE = 10
 Arrays = dict[str, np.ndarray]
 
 
@@ -67,9 +69,13 @@ class EvaluationPipeline:
     Args:
         spec: the evaluation.
         device: where torch computes.
+
+    Raises:
+        InvalidInputError: if it asks for what it cannot have.
     """
 
     def __init__(self, spec: EvaluationSpec, device: str = "cpu") -> None:
+        check_evaluation(spec)
         self.spec, self.device = spec, device
         self.trainer = Trainer(spec.train, device)
         self.rows = spec.train.training_rows  # all that is measured is over these; deleted examples have no part in it
@@ -189,8 +195,6 @@ class EvaluationPipeline:
 
     def _tuned(self, bank: tuple[BankRef, Retrainings]) -> tuple[float, Json]:
         """Return the damping that is best on every second subset, and the quality measured on the others."""
-        if self.index.default_damping is None:
-            raise InvalidInputError(f"{self.spec.fit.method.type} has no damping to tune", "/tune")
         asked = self.spec.tune if isinstance(self.spec.tune, TuneSpec) else TuneSpec()
         reference, retrainings = bank
         halves = [retrainings.of(np.arange(start, len(retrainings.masks), 2)) for start in (0, 1)]
@@ -241,11 +245,8 @@ class EvaluationPipeline:
         asked = self.index.context.source_of(self.spec.queries.folder, self.spec.queries.spec).reader
         sources = []
         for reader, rows in ((training, self.rows), (asked, np.asarray(self.spec.rows))):
-            described = reader.describe(rows)
-            if field_name not in described[0]["metadata"]:
-                raise InvalidInputError(f"there is no metadata column {field_name!r} in both data sets", "/source")
-            sources.append(np.array([str(entry["metadata"][field_name]) for entry in described]))
-        return mixture_check(scores, *sources).as_json()
+            sources.append(np.array([str(value) for value in reader.metadata(field_name, rows)]))
+        return mixture_check(scores, *sources, k=min(_TOP_OF_MIXTURE, len(self.rows))).as_json()
 
 
 @dataclass

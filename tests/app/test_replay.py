@@ -272,6 +272,55 @@ def test_too_much_retraining_is_refused_with_its_hours(trained: Loaded) -> None:
     assert answer.json()["errors"][0]["pointer"] == "/max_hours"
 
 
+UNKNOWN = {"field": "nowhere", "op": "eq", "value": 1}
+
+
+@pytest.mark.parametrize(
+    ("asked", "pointer"),
+    [
+        ({"protocol": {"subsets": 8, "alpha": 0.0001}}, "/protocol/alpha"),
+        ({"deterministic": [0.9, 0.9999]}, "/deterministic/1"),
+        ({"removal": {"top": [5, 600]}}, "/removal/top"),
+        ({"mislabelled": UNKNOWN}, "/mislabelled"),
+        ({"mislabelled": {"field": "row", "op": "lt", "value": 0}}, "/mislabelled"),
+        ({"mislabelled": {"field": "row", "op": "gte", "value": 0}}, "/mislabelled"),
+        ({"source": "nowhere"}, "/source"),
+    ],
+)
+def test_an_evaluation_that_would_fail_after_retraining_is_refused(
+    trained: Loaded, asked: dict[str, Any], pointer: str
+) -> None:
+    body = {"queries": {"dataset": "test", "count": 4}, "protocol": {"subsets": 8}, **asked}
+    answer = trained.service.http.post("/v1/indexes/retrained-ekfac/evaluations", json=body)
+    assert (answer.status_code, [entry["pointer"] for entry in answer.json()["errors"]]) == (422, [pointer])
+
+
+def test_a_method_without_damping_is_not_tuned(trained: Loaded) -> None:
+    fit = {"name": "undamped", "model": "retrained", "dataset": "digits", "method": {"type": "grad_dot"}}
+    assert trained.service.finished(trained.service.post("/v1/indexes", fit, 202))["state"] == "succeeded"
+    body = {"queries": {"dataset": "test", "count": 4}, "protocol": {"subsets": 8}, "tune": True}
+    answer = trained.service.http.post("/v1/indexes/undamped/evaluations", json=body)
+    assert (answer.status_code, answer.json()["errors"][0]["pointer"]) == (422, "/tune")
+
+
+@pytest.mark.parametrize("path", ["verifications", "counterfactuals"])
+@pytest.mark.parametrize(
+    ("subset", "pointer"),
+    [
+        ({"remove": {"rows": [600]}}, "/subsets/1/remove"),
+        ({"remove": {"ids": ["nobody"]}}, "/subsets/1/remove"),
+        ({"keep": {"where": UNKNOWN}}, "/subsets/1/keep"),
+        ({"keep": {"rows": []}}, "/subsets/1/keep"),
+    ],
+)
+def test_a_subset_that_cannot_be_is_refused_where_it_stands(
+    trained: Loaded, path: str, subset: dict[str, Any], pointer: str
+) -> None:
+    body = {"queries": [{"dataset": "test", "rows": [3]}], "subsets": [{"remove": {"rows": [1]}}, subset]}
+    answer = trained.service.http.post(f"/v1/indexes/retrained-ekfac/{path}", json=body)
+    assert (answer.status_code, [entry["pointer"] for entry in answer.json()["errors"]]) == (422, [pointer])
+
+
 def test_diverging_retrainings_are_counted_and_left_out(trained: Loaded) -> None:
     service = trained.service
     wild = {**RECIPE, "learning_rate": 1e6}
@@ -322,6 +371,9 @@ def test_deleted_examples_are_trained_on_no_more(loaded: Loaded, tmp_path: Path)
     assert weights[0] == weights[1], "to the bit"
     assert banks[0] == approximately(banks[1])
     assert quality[0] == approximately(quality[1])
+    asked = {"queries": [{"dataset": "test", "rows": [3]}], "subsets": [{"remove": {"rows": gone}}]}
+    answer = service.http.post("/v1/indexes/r-some/verifications", json=asked)
+    assert (answer.status_code, answer.json()["errors"][0]["pointer"]) == (422, "/subsets/0/remove")
     refused = {"queries": {"dataset": "r-some", "rows": gone[:1]}, "protocol": {"subsets": 8}}
     answer = service.http.post("/v1/indexes/r-some/evaluations", json=refused)
     assert (answer.status_code, answer.json()["errors"][0]["pointer"]) == (422, "/queries/rows")
