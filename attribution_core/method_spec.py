@@ -453,6 +453,9 @@ class BankMethodBase(MethodBase):
     needs: ClassVar[tuple[str, ...]] = ("checkpoints", "recipe", "bank")
     self_influence: ClassVar[bool] = False
     keeps: ClassVar[Literal["features", "scores", "bank"]] = "bank"
+    least_subsets: ClassVar[int] = 2
+    shares: ClassVar[tuple[float, float]] = (0.0, 1.0)  # between which it takes a bank's alpha
+    contrasts: ClassVar[bool] = False  # whether it needs of every example a subset with it and one without
     bank: Protocol = Field(
         default=Protocol(subsets=50),
         description="The retrainings it learns from; what exists of the bank is used again.",
@@ -472,6 +475,7 @@ class PosteriorMethod(BankMethodBase):
     """
 
     needs: ClassVar[tuple[str, ...]] = ("checkpoints", "recipe", "bank", "priors", "queries")
+    least_subsets: ClassVar[int] = 3
     reference: ClassVar[str] = "Ours: a Gaussian linear datamodel (Ilyas et al. 2022) conditioned on retrainings"
     type: Literal["posterior"]
     prior: Annotated[list[Annotated[str, Field(min_length=1, max_length=64)]], Field(min_length=1, max_length=8)] = (
@@ -485,6 +489,7 @@ class PosteriorMethod(BankMethodBase):
 class DatamodelsMethod(BankMethodBase):
     """Datamodels: each query's measurement regressed on which examples a retraining kept."""
 
+    least_subsets: ClassVar[int] = 10
     reference: ClassVar[str] = "Ilyas et al. 2022, Datamodels: Predicting Predictions from Training Data"
     type: Literal["datamodels"]
     penalty: Literal["lasso", "ridge"] = Field(default="lasso", description="Its strength is cross-validated.")
@@ -493,6 +498,7 @@ class DatamodelsMethod(BankMethodBase):
 class EmpiricalInfluenceMethod(BankMethodBase):
     """The mean measurement of retrainings that kept an example, minus that of those that did not."""
 
+    contrasts: ClassVar[bool] = True
     reference: ClassVar[str] = "Feldman & Zhang 2020, What Neural Networks Memorize and Why"
     type: Literal["empirical_influence"]
 
@@ -500,6 +506,7 @@ class EmpiricalInfluenceMethod(BankMethodBase):
 class AmeMethod(BankMethodBase):
     """Average marginal effects: a LASSO on masks scaled by how likely an example was kept."""
 
+    least_subsets: ClassVar[int] = 10
     reference: ClassVar[str] = "Lin et al. 2022, Measuring the Effect of Training Data on Deep Learning Predictions"
     type: Literal["ame"]
 
@@ -508,6 +515,8 @@ class BanzhafMethod(BankMethodBase):
     """Data Banzhaf values, every retraining used for every example; takes subsets that keep half."""
 
     notion: ClassVar[Notion] = "game_theoretic"
+    shares: ClassVar[tuple[float, float]] = (0.4, 0.6)
+    contrasts: ClassVar[bool] = True
     reference: ClassVar[str] = "Wang & Jia 2023, Data Banzhaf"
     type: Literal["banzhaf"]
 

@@ -1,5 +1,7 @@
 """Making an index: what belongs together, and what it is bound to before its fit is submitted."""
 
+import asyncio
+
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -14,6 +16,7 @@ from app.jobs import service as jobs
 from app.models import service as models
 from app.web.resources import Resources
 from attribution_core.auto import Choice, Situation, chosen
+from attribution_core.bank_methods.checks import check_retrainings
 from attribution_core.fit_spec import FitSpec
 from attribution_core.layer_names import unmatched_layers
 from attribution_core.method_spec import (
@@ -83,6 +86,7 @@ async def create(session: AsyncSession, request: IndexCreate, resources: Resourc
     spec.check_store()
     spec.check_projection()
     indexes.check_deletions(spec)
+    await asyncio.to_thread(check_retrainings, spec)
     _check_optimizer(spec, model)
     _check_layers(index, model)
     index.fingerprint = first.fingerprint = spec.fingerprint()

@@ -34,6 +34,7 @@ from app.replay.schemas import (
 )
 from app.web.pagination import Page, PageOf, cut
 from app.web.resources import Resources
+from attribution_core.errors import InvalidInputError
 from attribution_core.evaluate.checks import check_evaluation
 from attribution_core.method_spec import METHODS
 from attribution_core.training.spec import TrainSpec
@@ -170,7 +171,11 @@ async def create_unlearned(
         chosen = _rows_of(request.check.test, test, deleted, "/check/test/rows")
         body["check"]["test"] = {"dataset": test.id, "rows": chosen}
     replay, job = await _submitted(session, "unlearning", body, model, training, left_out, index)
-    (await plans.unlearning_plan(session, replay.id, resources.settings, resources.artifacts)).check()
+    planned = await plans.unlearning_plan(session, replay.id, resources.settings, resources.artifacts)
+    try:
+        planned.check()
+    except InvalidInputError as error:
+        raise InvalidRequest(str(error), pointer=_of_check(error.pointer)) from None
     return replay, job
 
 
@@ -303,6 +308,12 @@ async def _submitted(
     await session.flush()
     await session.refresh(replay)
     return replay, job
+
+
+def _of_check(pointer: str | None) -> str | None:
+    """Return where a request has what the library has beside the method: a comparison is an object of its own."""
+    compared = pointer is not None and pointer.split("/")[1] in ("baselines", "oracles", "test")
+    return f"/check{pointer}" if compared else pointer
 
 
 def _rows_of(asked: QuerySet, dataset: Dataset, deleted: list[int], pointer: str) -> list[int]:

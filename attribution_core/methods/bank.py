@@ -17,6 +17,7 @@ import torch
 from attribution_core.arrays import mapped_arrays, read_arrays, write_arrays
 from attribution_core.bank_methods.ame import average_marginal_effects
 from attribution_core.bank_methods.banzhaf import data_banzhaf
+from attribution_core.bank_methods.checks import check_retrainings
 from attribution_core.bank_methods.datamodels import lasso_datamodel, ridge_datamodel
 from attribution_core.bank_methods.empirical_influence import empirical_influence
 from attribution_core.bank_methods.posterior import Learned, PosteriorDatamodel, condition, learn
@@ -94,10 +95,14 @@ class BankPipeline:
         work: folder of the job's files.
         device: where torch computes.
         priors: the indexes that a posterior begins with.
+
+    Raises:
+        InvalidInputError: if the method could not learn from its bank.
     """
 
     def __init__(self, spec: FitSpec, work: Path, device: str, priors: Sequence[Prior]) -> None:
         assert isinstance(spec.method, BankMethodBase)
+        check_retrainings(spec)
         self.spec, self.method, self.work, self.device = spec, spec.method, work, device
         self.trainer = Trainer(train_spec(spec), device)
         self._priors = list(priors)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from attribution_core.arrays import read_arrays
+from attribution_core.bank_methods.checks import check_retrainings
 from attribution_core.data.batch import Batch
 from attribution_core.errors import InvalidInputError
 from attribution_core.evaluate.ranks import spearman
@@ -61,6 +62,7 @@ class MagicPipeline:
 
     def __init__(self, spec: FitSpec, work: Path, device: str = "cpu") -> None:
         assert isinstance(spec.method, MagicMethod)
+        check_retrainings(spec)
         self.spec, self.method, self.work = spec, spec.method, work
         self.context = FitContext(spec, device)
         self.replay = Replay(Trainer(train_spec(spec), device), self.method.seed)

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from attribution_core.methods.context import FitContext
-from attribution_core.methods.loaded import LoadedIndex
+from attribution_core.methods.opening import AnyIndex, open_index
 from attribution_core.progress import Progress
 from attribution_core.training.optimizers import Tensors
 from attribution_core.unlearning.spec import UnlearnSpec
@@ -34,9 +34,9 @@ class Subject:
         return self.spec.fit.num_training
 
     @cached_property
-    def index(self) -> LoadedIndex:
+    def index(self) -> AnyIndex:
         """The fitted index."""
-        return LoadedIndex(self.spec.index, self.spec.fit, self.context)
+        return open_index(self.spec.index, self.spec.fit, self.context, self.device)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from attribution_core.gradients.parameters import ParameterLayout
 from attribution_core.method_spec import ExactMethod, FisherMethod
 from attribution_core.methods.base import Checkpoint, GradientMethod
 from attribution_core.methods.exact import Exact
+from attribution_core.methods.loaded import LoadedIndex
 from attribution_core.progress import Progress
 from attribution_core.training.optimizers import Tensors
 from attribution_core.unlearning.base import Subject, Unlearned, Unlearner, spread
@@ -74,7 +75,9 @@ class NewtonUnlearner(Unlearner):
         return Unlearned(dict(module.named_parameters()), report)
 
     def _step(self, number: int, progress: Progress) -> _Step:
-        member = self.subject.index.members[number]
+        index = self.subject.index
+        assert isinstance(index, LoadedIndex)
+        member = index.members[number]
         assert isinstance(member, GradientMethod)
         layout = ParameterLayout(member.checkpoint.capture)
         n = self.subject.num_examples

@@ -15,7 +15,6 @@ from attribution_core.method_spec import (
     FisherMethod,
     GasMethod,
     GradCosMethod,
-    MagicMethod,
     RepresentationMethod,
 )
 from attribution_core.spec import Row, Seed, Spec
@@ -262,6 +261,11 @@ class UnlearnSpec(Spec):
 
     def _check_method(self, method: UnlearningMethod, pointer: str) -> None:
         fitted = self.fit.method
+        if not self.fit.checkpoints:
+            raise InvalidInputError(
+                f"an index of {fitted.type} has no checkpoints: name one that was fitted to the checkpoints to unlearn",
+                f"{pointer}/type",
+            )
         match method:
             case Newton() if not isinstance(fitted, FisherMethod):
                 raise InvalidInputError(
@@ -273,10 +277,13 @@ class UnlearnSpec(Spec):
                     f"exact_newton is for linear and logistic regression, not {self.fit.architecture.name}",
                     f"{pointer}/type",
                 )
-            case DatamodelMatching() if isinstance(
-                fitted, RepresentationMethod | GradCosMethod | GasMethod | MagicMethod
-            ):
+            case DatamodelMatching() if isinstance(fitted, RepresentationMethod | GradCosMethod | GasMethod):
                 raise InvalidInputError(
                     f"datamodel_matching needs predictions of any example's outputs, and {fitted.type} makes none",
                     f"{pointer}/type",
+                )
+            case DatamodelMatching(estimator=estimator) if estimator not in fitted.estimators:
+                raise InvalidInputError(
+                    f"{fitted.type} has no {estimator} estimator; it has {', '.join(fitted.estimators)}",
+                    f"{pointer}/estimator",
                 )

@@ -161,6 +161,35 @@ def test_other_methods_share_the_bank(banked: Loaded) -> None:
     assert refused.status_code == 422
 
 
+@pytest.mark.parametrize(
+    ("method", "pointer"),
+    [
+        ({"type": "datamodels", "bank": {"subsets": 9}}, "/method/bank/subsets"),
+        ({"type": "ame", "bank": {"subsets": 9}}, "/method/bank/subsets"),
+        ({"type": "empirical_influence", "bank": {"subsets": 4}}, "/method/bank/subsets"),
+        ({"type": "banzhaf", "bank": {"subsets": 24, "alpha": 0.9}}, "/method/bank/alpha"),
+        ({"type": "ame", "bank": {"subsets": 24, "alpha": 0.0001}}, "/method/bank/alpha"),
+        ({"type": "magic", "queries": {"dataset": "test", "rows": [1]}, "alpha": 0.9999}, "/method/alpha"),
+    ],
+)
+def test_retrainings_that_teach_a_method_nothing_are_refused(
+    banked: Loaded, method: dict[str, Any], pointer: str
+) -> None:
+    body = {"name": "untaught", "model": "banked", "dataset": "digits", "method": method}
+    answer = banked.service.http.post("/v1/indexes", json=body)
+    assert (answer.status_code, [entry["pointer"] for entry in answer.json()["errors"]]) == (422, [pointer])
+
+
+def test_checkpoints_are_unlearned_by_what_a_bank_predicts(banked: Loaded) -> None:
+    fit(banked, "banked-matched", {"type": "datamodels", "penalty": "ridge", "bank": BANK})
+    method = {"type": "datamodel_matching", "epochs": 1, "retained": 4}
+    for index in ("banked-posterior", "banked-matched"):
+        body = {"forget": {"rows": [1, 2]}, "method": method, "run": index}
+        path = f"/v1/indexes/{index}/unlearned-checkpoints"
+        job = banked.service.finished(banked.service.post(path, body, 202))
+        assert job["state"] == "succeeded", job["error"]
+
+
 def test_an_overlarge_bank_is_refused_with_its_hours(banked: Loaded) -> None:
     method = {"type": "empirical_influence", "bank": {"subsets": 100_000, "seeds": 1000}}
     body = {"name": "endless", "model": "banked", "dataset": "digits", "method": method}

@@ -264,6 +264,12 @@ def test_forget_sets_and_models_that_cannot_be_unlearned(steady: Loaded, forget:
     assert answer.json()["errors"]
 
 
+def test_a_baseline_that_cannot_be_is_refused_where_it_stands(trained: Loaded) -> None:
+    body = {"forget": {"rows": [1]}, "check": {"oracles": 2, "baselines": [{"type": "exact_newton"}]}}
+    answer = trained.service.http.post("/v1/indexes/retrained-ekfac/unlearned-checkpoints", json={**body, "run": "no"})
+    assert (answer.status_code, answer.json()["errors"][0]["pointer"]) == (422, "/check/baselines/0/type")
+
+
 def test_too_much_retraining_is_refused_with_its_hours(trained: Loaded) -> None:
     body = {"queries": {"dataset": "test"}, "protocol": {"subsets": 100_000, "seeds": 100}, "max_hours": 0.01}
     answer = trained.service.http.post("/v1/indexes/retrained-ekfac/evaluations", json=body)

@@ -38,6 +38,13 @@ def replayed(loaded: Loaded, tmp_path_factory: pytest.TempPathFactory) -> Loaded
     return loaded
 
 
+def test_a_replayed_training_has_no_checkpoints_to_unlearn(replayed: Loaded) -> None:
+    for method in ("newton", "datamodel_matching", "fine_tune"):
+        body = {"forget": {"rows": [1]}, "method": {"type": method}}
+        answer = replayed.service.http.post("/v1/indexes/magic/unlearned-checkpoints", json=body)
+        assert (answer.status_code, answer.json()["errors"][0]["pointer"]) == (422, "/method/type")
+
+
 def test_a_replayed_training_answers_its_queries(replayed: Loaded) -> None:
     index = replayed.service.get("/v1/indexes/magic")
     assert (index["checkpoints"], index["dim"], index["recall"]) == ([], 3, None)

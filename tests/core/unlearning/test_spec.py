@@ -69,6 +69,12 @@ def test_indexes_that_a_method_cannot_use(perceptrons: Problem, method: str, fit
     assert refused(perceptrons.spec({"type": method}, fit=fit)) == "/method/type"
 
 
+def test_matching_takes_the_estimators_of_the_index(perceptrons: Problem) -> None:
+    fit = type(perceptrons.fit).model_validate({**perceptrons.fit.model_dump(), "method": {"type": "grad_dot"}})
+    spec = perceptrons.spec({"type": "datamodel_matching", "estimator": "newton"}, fit=fit)
+    assert refused(spec) == "/method/estimator"
+
+
 def test_rows_of_the_test_set_must_exist(perceptrons: Problem) -> None:
     test = {"dataset": perceptrons.test, "rows": [100]}
     assert refused(perceptrons.spec(NEWTON, test=test)) == "/test/rows"
