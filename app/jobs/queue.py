@@ -1,8 +1,9 @@
 """The queue, and the only file that knows procrastinate. A message says `look at job X`; our rows say what there is to do."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 import procrastinate
+from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 TASK = "run"
@@ -28,6 +29,14 @@ class Queue:
         app = procrastinate.App(connector=procrastinate.PsycopgConnector())
         for _ in range(times):
             await app.configure_task(TASK, connection=raw.driver_connection).defer_async(job_id=job_id)
+
+    @staticmethod
+    async def announced(session: AsyncSession, job_ids: Sequence[str]) -> set[str]:
+        """Return which of the jobs have messages that nobody has taken yet."""
+        query = text(
+            "SELECT DISTINCT args->>'job_id' FROM procrastinate_jobs WHERE status = 'todo' AND args->>'job_id' = ANY(:jobs)"
+        )
+        return set((await session.execute(query, {"jobs": list(job_ids)})).scalars())
 
     async def receive(self, name: str) -> None:
         """Receive messages one at a time until cancelled.

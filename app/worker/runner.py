@@ -98,8 +98,7 @@ class Runner:
     async def sweep(self) -> None:
         """Wake a worker for every job that nobody holds."""
         async with self.sessions.begin() as session:
-            for job_id in await repository.abandoned(session):
-                await Queue.wake(session, job_id)
+            await wake_abandoned(session)
 
     async def _lead(self, running: Running) -> None:
         job, kind = running.job, self.kinds[running.job.kind]
@@ -165,7 +164,9 @@ class Runner:
 
     async def _renewed(self, session: AsyncSession, running: Running) -> str:
         """Renew what this worker holds; returns `running`, `cancelling`, `assisting` or `lost`."""
-        if running.shard is not None and not await repository.renew_shard(session, running.shard, self.lease_seconds):
+        shard = running.shard
+        kept = shard is None or await repository.renew_shard(session, shard, self.lease_seconds)
+        if not kept and running.shard is shard:  # else it was finished between the question and the answer
             return "lost"
         if running.job.worker != self.name:
             state = await repository.state_of(session, running.job.id)
@@ -198,11 +199,14 @@ class Runner:
         log.info("job succeeded", job=job.id)
 
     async def _cancelled(self, running: Running) -> None:
-        """End a cancelled job; a job that only lost its lease is left to its new worker."""
+        """End a cancelled job; one whose lease was lost goes on with whoever has it, or comes next."""
         async with self.sessions() as session:
             state = await repository.state_of(session, running.job.id)
         if state == "cancelling":
             await self._ended(running, "cancelled", None, CANCELLED)
+        elif state == "running":
+            log.warning("job stopped without being cancelled", job=running.job.id, attempt=running.job.attempt)
+            await self._release(running)
 
     async def _ended(
         self, running: Running, state: str, error: dict[str, object] | None, told: dict[str, object] | None = None
@@ -226,6 +230,18 @@ class Runner:
         job = await repository.get(session, job_id)
         if job is not None:
             await record(session, job)
+
+
+async def wake_abandoned(session: AsyncSession) -> None:
+    """Send a message about every job that nobody holds, unless one is under way already.
+
+    Else a long queue would get messages faster than they are read, and what comes next would wait behind all of them.
+    """
+    abandoned = await repository.abandoned(session)
+    known = await Queue.announced(session, abandoned)
+    for job_id in abandoned:
+        if job_id not in known:
+            await Queue.wake(session, job_id)
 
 
 async def computed(function: Callable[[], object], progress: JobProgress) -> object:

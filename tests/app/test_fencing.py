@@ -1,16 +1,21 @@
 """Claims, leases and fences of jobs and shards, straight on the rows, in the running service's database."""
 
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import select, text, update
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.db.embedded import get_server
 from app.db.ids import new_id
 from app.db.session import SessionMaker, create_engine, create_sessionmaker
 from app.db.tables import Job, Shard
 from app.jobs import repository
-from app.settings import DatabaseSettings
+from app.settings import DatabaseSettings, Settings
+from app.storage.artifacts import ArtifactStore
+from app.worker.runner import Runner, Running, wake_abandoned
 from tests.conftest import Loaded
 
 
@@ -92,6 +97,47 @@ async def test_the_reduction_waits_for_every_shard(sessions: SessionMaker) -> No
         assert await repository.open_stage(session, job) is None
         assert await repository.units(session, job) == (20, 20)
     await finish(sessions, job)
+
+
+async def test_a_shard_finished_during_its_renewal_is_not_lost(
+    sessions: SessionMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = await new_job(sessions, shards=1)
+    runner = Runner(Settings(), sessions, ArtifactStore(tmp_path), "w", {})
+    async with sessions.begin() as session:
+        held = await session.get(Job, job)
+        assert held is not None
+        held.worker = "w"
+        shard = await repository.claim_shard(session, job, 0, "w", 60)
+    running = Running(held, shard=shard)
+    renew = repository.renew_shard
+
+    async def finished_meanwhile(session: AsyncSession, shard: Shard, seconds: float) -> bool:
+        assert await repository.finish_shard(session, shard, "a")
+        running.shard = None
+        return await renew(session, shard, seconds)
+
+    monkeypatch.setattr(repository, "renew_shard", finished_meanwhile)
+    async with sessions.begin() as session:
+        assert await runner._renewed(session, running) == "running"
+    monkeypatch.setattr(repository, "renew_shard", renew)
+    running.shard = shard  # as of a worker that still computes what another one has finished
+    async with sessions.begin() as session:
+        assert await runner._renewed(session, running) == "lost"
+    await finish(sessions, job)
+
+
+async def test_a_waiting_job_is_announced_once(sessions: SessionMaker) -> None:
+    async with sessions() as session:  # never committed, so that the service's own worker sees nothing of it
+        job = Job(id=new_id("job"), kind="fit", state="queued", resource_type="index", resource_id="none")
+        job.progress_unit, job.updated_at = "examples", datetime(2020, 1, 1, tzinfo=UTC)
+        session.add(job)
+        await session.flush()
+        for _ in range(3):
+            await wake_abandoned(session)
+        count = text("SELECT count(*) FROM procrastinate_jobs WHERE args->>'job_id' = :job")
+        assert await session.scalar(count, {"job": job.id}) == 1
+        await session.rollback()
 
 
 async def test_two_workers_never_claim_one_shard(sessions: SessionMaker) -> None:
