@@ -130,16 +130,18 @@ class Operations:
         return Predictions(query.outputs, change, spreads, deviations, rows_of, not exact, damping)
 
     def check_predictable(self, payload: Json) -> Json:
-        """Refuse a question whose queries or subsets do not fit the index, before something long is begun for it.
+        """Refuse a question whose queries or subsets do not fit the index, and return how many examples each subset leaves out.
 
-        What only the scores tell is not looked at: which examples are a query's own top ones.
+        Of a subset that depends on the query that is null. What only the scores tell is not looked at: which examples are a query's own top ones.
         """
         index = self._cache.get(payload["artifact"], payload["fit"])
         batch = self.queries(payload)
         if not isinstance(index, LoadedIndex):
             index.query(batch, payload["damping"])  # it may answer for named queries only
-        _shared(index, payload)
-        return {}
+        shared = _shared(index, payload)
+        return {
+            "removed": [len(shared[number]) if number in shared else None for number in range(len(payload["subsets"]))]
+        }
 
     def queries(self, payload: Json) -> Batch:
         """Return a question's queries as one batch."""

@@ -133,15 +133,17 @@ async def counterfactuals(
 
 async def check_predictable(
     session: AsyncSession, resources: Resources, reference: str, request: CounterfactualRequest
-) -> None:
-    """Refuse a question that could not be answered, without answering it.
+) -> list[int | None]:
+    """Return how many examples each subset leaves out, null where it depends on the query; nothing is answered.
 
     Raises:
         InvalidRequest: naming the query or subset that does not fit the index.
     """
     asked = await resolved(session, resources.settings, resources.artifacts, reference, request)
     subsets = [engine_subset(subset) for subset in request.subsets]
-    await resources.engine.call("check_predictable", {**asked.engine, "subsets": subsets})
+    found = await resources.engine.call("check_predictable", {**asked.engine, "subsets": subsets})
+    removed: list[int | None] = found["removed"]
+    return removed
 
 
 async def unlearning(

@@ -34,7 +34,7 @@ from app.replay.schemas import (
 )
 from app.web.pagination import Page, PageOf, cut
 from app.web.resources import Resources
-from attribution_core.errors import InvalidInputError
+from attribution_core.errors import InvalidInputError, located
 from attribution_core.evaluate.checks import check_evaluation
 from attribution_core.method_spec import METHODS
 from attribution_core.training.spec import TrainSpec
@@ -118,7 +118,11 @@ async def create_verification(
         InvalidRequest: if queries or subsets do not fit, or retraining would take too long.
     """
     index, model, training, spec = await _replayable(session, resources, reference)
-    await queries.check_predictable(session, resources, reference, verification_question(request))
+    removed = await queries.check_predictable(session, resources, reference, verification_question(request))
+    for number, size in enumerate(removed):
+        if size is not None and request.semantics == "resample":
+            with located(f"/subsets/{number}"):
+                spec.recipe.check_steps(spec.num_training - size)
     count = sum(len(selection.rows or [0]) for selection in request.queries)
     per_query = [
         selector.top_positive or selector.top_negative

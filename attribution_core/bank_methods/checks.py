@@ -5,7 +5,7 @@ import numpy as np
 from attribution_core.errors import InvalidInputError, located
 from attribution_core.fit_spec import FitSpec
 from attribution_core.method_spec import BankMethodBase, MagicMethod
-from attribution_core.training.spec import Protocol, subset_mask
+from attribution_core.training.spec import Protocol, check_subsets, subset_mask
 
 
 def check_retrainings(spec: FitSpec) -> None:
@@ -19,6 +19,9 @@ def check_retrainings(spec: FitSpec) -> None:
             with located("/method/alpha"):
                 subset_mask(Protocol(alpha=alpha, subsets=subsets), spec.dataset.num_examples, 0)
         case BankMethodBase():
+            assert spec.recipe is not None
+            with located("/method/bank/alpha"):
+                check_subsets(spec.method.bank, spec.recipe, spec.dataset.num_examples)
             _check_bank(spec.method, spec.method.type, spec.dataset.num_examples)
 
 
@@ -28,8 +31,7 @@ def _check_bank(method: BankMethodBase, kind: str, n: int) -> None:
         raise InvalidInputError(
             f"{kind} needs at least {method.least_subsets} subsets to learn from", "/method/bank/subsets"
         )
-    with located("/method/bank/alpha"):
-        kept = subset_mask(bank, n, 0).sum()
+    kept = int(subset_mask(bank, n, 0).sum())
     low, high = method.shares
     if not low <= kept / n <= high:
         raise InvalidInputError(

@@ -5,7 +5,7 @@ import numpy as np
 from attribution_core.data.reader import DatasetReader
 from attribution_core.errors import InvalidInputError, located
 from attribution_core.evaluate.spec import EvaluationSpec
-from attribution_core.training.spec import subset_mask
+from attribution_core.training.spec import check_subsets
 
 
 def check_evaluation(spec: EvaluationSpec) -> None:
@@ -17,9 +17,7 @@ def check_evaluation(spec: EvaluationSpec) -> None:
     _check_banks(spec)
     if spec.tune and not spec.fit.method.damped:
         raise InvalidInputError(f"{spec.fit.method.type} has no damping to tune", "/tune")
-    n = spec.train.num_training
-    if spec.removal is not None and max(spec.removal.top) >= n:
-        raise InvalidInputError(f"of {n} training examples up to {n - 1} can be left out", "/removal/top")
+    _check_sets(spec)
     training = DatasetReader(spec.train.dataset.folder, spec.train.dataset.spec)
     _check_mislabelled(spec, training)
     _check_source(spec, training)
@@ -28,7 +26,19 @@ def check_evaluation(spec: EvaluationSpec) -> None:
 def _check_banks(spec: EvaluationSpec) -> None:
     for number, bank in enumerate(spec.banks):
         with located(f"/deterministic/{number - 1}" if number else "/protocol/alpha"):
-            subset_mask(bank.protocol, spec.train.dataset.num_examples, 0, spec.train.left_out)
+            check_subsets(bank.protocol, spec.train.recipe, spec.train.dataset.num_examples, spec.train.left_out)
+
+
+def _check_sets(spec: EvaluationSpec) -> None:
+    n = spec.train.num_training
+    if spec.removal is not None:
+        with located("/removal/top"):
+            if max(spec.removal.top) >= n:
+                raise InvalidInputError(f"of {n} training examples up to {n - 1} can be left out")
+            spec.train.recipe.check_steps(n - max(spec.removal.top))
+    if spec.loo is not None:
+        with located("/loo"):
+            spec.train.recipe.check_steps(n - 1)
 
 
 def _check_mislabelled(spec: EvaluationSpec, training: DatasetReader) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from attribution_core.errors import InvalidInputError
 from attribution_core.spec import Spec
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -186,6 +187,21 @@ class Recipe(Spec):
     def steps_per_epoch(self, examples: int) -> int:
         """Return how many batches a pass over so many examples takes."""
         return examples // self.batch_size if self.drop_last else -(-examples // self.batch_size)
+
+    def check_steps(self, examples: int) -> None:
+        """Refuse to train on so few examples that they make no batch, or fewer steps than the warm-up has.
+
+        Raises:
+            InvalidInputError: naming the batch size or the schedule.
+        """
+        steps = self.epochs * self.steps_per_epoch(examples)
+        if not steps:
+            raise InvalidInputError(f"{examples} examples make no batch of {self.batch_size}", "/recipe/batch_size")
+        warmup = self.schedule.warmup_steps if isinstance(self.schedule, _Warmed) else None
+        if warmup is not None and warmup > steps:
+            raise InvalidInputError(
+                f"the warm-up of {warmup} steps is longer than the training of {steps}", "/recipe/schedule"
+            )
 
     def learning_rates(self, examples: int) -> list[float]:
         """Return the learning rate of every step of training on so many examples."""

@@ -113,6 +113,17 @@ class Protocol(Spec):
         return -(-self.subsets // self.subsets_per_group(num_parameters))
 
 
+def check_subsets(protocol: Protocol, recipe: Recipe, n: int, left_out: Sequence[int] = ()) -> None:
+    """Refuse subsets of n rows that keep none or all of them, or too few to train on.
+
+    Raises:
+        InvalidInputError: naming the share that is kept, or the recipe's batch size.
+    """
+    kept = int(subset_mask(protocol, n, 0, left_out).sum())
+    if protocol.semantics == "resample":
+        recipe.check_steps(kept)
+
+
 def subset_mask(protocol: Protocol, n: int, j: int, left_out: Sequence[int] = ()) -> np.ndarray:
     """Return which of n rows subset j keeps, (n,) bool: of the m rows that are not left out exactly `round(alpha * m)`.
 

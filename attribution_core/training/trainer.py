@@ -213,17 +213,8 @@ class Trainer:
         return len(self._learning_rates(self._examples(run, semantics)))
 
     def _learning_rates(self, examples: int) -> list[float]:
-        rates = self.recipe.learning_rates(examples)
-        if not rates:
-            raise InvalidInputError(
-                f"{examples} examples make no batch of {self.recipe.batch_size}", "/recipe/batch_size"
-            )
-        warmup = getattr(self.recipe.schedule, "warmup_steps", None)
-        if warmup is not None and warmup > len(rates):
-            raise InvalidInputError(
-                f"the warm-up of {warmup} steps is longer than the training of {len(rates)}", "/recipe/schedule"
-            )
-        return rates
+        self.recipe.check_steps(examples)
+        return self.recipe.learning_rates(examples)
 
     def _examples(self, run: Run, semantics: Semantics) -> int:
         return int(run.kept.sum()) if semantics == "resample" else self.spec.num_training

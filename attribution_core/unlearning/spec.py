@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from attribution_core.errors import InvalidInputError
+from attribution_core.errors import InvalidInputError, located
 from attribution_core.fingerprint import sha256_of
 from attribution_core.fit_spec import DatasetRef, FitSpec
 from attribution_core.method_spec import (
@@ -255,6 +255,9 @@ class UnlearnSpec(Spec):
             raise InvalidInputError("one retraining has no distribution: ask for two oracles or more", "/oracles")
         if self.train is None:
             raise InvalidInputError("oracles are retrained, and this model has no recipe to train it from", "/oracles")
+        if self.semantics == "resample":
+            with located("/oracles"):
+                self.train.recipe.check_steps(len(self.retained()))
         same = (self.fit.architecture, self.fit.task, self.fit.dataset.sha256)
         if (self.train.architecture, self.train.task, self.train.dataset.sha256) != same:
             raise InvalidInputError("the recipe is of another model or training set than the index", "/train")

@@ -327,6 +327,29 @@ def test_a_subset_that_cannot_be_is_refused_where_it_stands(
     assert (answer.status_code, [entry["pointer"] for entry in answer.json()["errors"]]) == (422, [pointer])
 
 
+def test_sets_that_make_no_batch_are_refused(trained: Loaded) -> None:
+    service = trained.service
+    recipe = {**RECIPE, "batch_size": 400, "drop_last": True, "epochs": 1}
+    model = {"name": "full-batches", "architecture": MLP, "task": {"type": "classification"}, "recipe": recipe}
+    service.post("/v1/models", model, 201)
+    assert (
+        service.finished(service.post("/v1/models/full-batches/trainings", {"dataset": "digits"}, 202))["state"]
+        == "succeeded"
+    )
+    fit = {"name": "full-batches", "model": "full-batches", "dataset": "digits", "method": {"type": "ekfac"}}
+    assert service.finished(service.post("/v1/indexes", fit, 202))["state"] == "succeeded"
+    many, queries = {"rows": list(range(300))}, {"dataset": "test", "rows": [3]}
+    for path, body, pointer in [
+        ("indexes/full-batches/evaluations", {"queries": queries, "protocol": {"subsets": 8}}, "/protocol/alpha"),
+        ("indexes/full-batches/evaluations", {"queries": queries, "protocol": {"subsets": 8, "alpha": 0.8}, "removal": {"top": [5, 300]}}, "/removal/top"),
+        ("indexes/full-batches/verifications", {"queries": [queries], "subsets": [{"remove": many}]}, "/subsets/0"),
+        ("indexes/full-batches/unlearned-checkpoints", {"forget": many, "check": {"oracles": 2}}, "/check/oracles"),
+        ("indexes", {**fit, "name": "half-batches", "method": {"type": "ame", "bank": {"subsets": 12}}}, "/method/bank/alpha"),
+    ]:  # fmt: skip
+        answer = service.http.post(f"/v1/{path}", json=body)
+        assert (answer.status_code, [entry["pointer"] for entry in answer.json()["errors"]]) == (422, [pointer]), path
+
+
 def test_diverging_retrainings_are_counted_and_left_out(trained: Loaded) -> None:
     service = trained.service
     wild = {**RECIPE, "learning_rate": 1e6}
