@@ -179,14 +179,17 @@ async def _checked_queries(session: AsyncSession, model: Model, method: MagicMet
     """Return the data set of a method's named queries.
 
     Raises:
-        InvalidRequest: if the model cannot take it, or a row does not exist.
+        InvalidRequest: if the model cannot take it, or a row does not exist or was deleted.
     """
     queries = await datasets.find_ready(session, method.queries.dataset)
     indexes.check_fits(model, queries, "/method/queries/dataset")
+    deleted = set(await datasets.deleted_rows(session, queries.id))
     for place, row in enumerate(method.queries.rows):
+        pointer = f"/method/queries/rows/{place}"
         if row >= (queries.num_examples or 0):
-            pointer = f"/method/queries/rows/{place}"
             raise InvalidRequest(f"Data set {queries.name!r} has {queries.num_examples} rows.", pointer=pointer)
+        if row in deleted:
+            raise InvalidRequest(f"Row {row} of data set {queries.name!r} was deleted.", pointer=pointer)
     return queries
 
 

@@ -1,5 +1,6 @@
 """Indexes that learn from a bank of real retrainings, over HTTP: posterior datamodels, datamodels, empirical influence, Banzhaf values."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from attribution_core.bank_methods.empirical_influence import empirical_influence
 from attribution_core.bank_methods.posterior import condition, learn
 from attribution_core.evaluate.retrainings import Retrainings
-from tests.conftest import MLP, Loaded
+from tests.conftest import MLP, Loaded, save_digits
 
 RECIPE: dict[str, Any] = {
     "optimizer": {"type": "sgd", "momentum": 0.9},
@@ -188,6 +189,19 @@ def test_checkpoints_are_unlearned_by_what_a_bank_predicts(banked: Loaded) -> No
         path = f"/v1/indexes/{index}/unlearned-checkpoints"
         job = banked.service.finished(banked.service.post(path, body, 202))
         assert job["state"] == "succeeded", job["error"]
+
+
+def test_deleted_examples_are_named_as_queries_no_more(banked: Loaded, tmp_path: Path) -> None:
+    service = banked.service
+    spec = {"name": "p-named", "kind": "image", "input": "image", "target": "label"}
+    imported = service.upload("/v1/datasets", save_digits(tmp_path / "named.npz", 600, 610), 202, spec=spec)
+    assert service.finished(imported)["state"] == "succeeded"
+    service.post("/v1/datasets/p-named/deletions", {"selector": {"rows": [4]}})
+    named = {"queries": {"dataset": "p-named", "rows": [1, 4]}}
+    for method in ({"type": "magic", **named}, {"type": "posterior", "prior": ["banked-prior"], "bank": BANK, **named}):
+        body = {"name": "p-gone", "model": "banked", "dataset": "digits", "method": method}
+        answer = service.http.post("/v1/indexes", json=body)
+        assert (answer.status_code, answer.json()["errors"][0]["pointer"]) == (422, "/method/queries/rows/1")
 
 
 def test_an_overlarge_bank_is_refused_with_its_hours(banked: Loaded) -> None:
