@@ -234,11 +234,18 @@ class EkfacFactors(Curvature):
 
     def rates(self, damping: float) -> list[float]:
         """Return λ of every block."""
-        return [damping * float(eigenvalues.mean()) for eigenvalues in self.whole or self.eigenvalues]
+        return [damping * self._scale(number) for number in range(len(self.eigenvalues))]
+
+    def _scale(self, number: int) -> float:
+        """Return the mean eigenvalue of one block, of which λ is a multiple.
+
+        It is 1 where all are 0: no training example has a gradient in that layer (dead units, say), so any λ makes its share of scores 0.
+        """
+        return float((self.whole or self.eigenvalues)[number].mean()) or 1.0
 
     def damped(self, number: int, damping: float) -> Tensor:
         """Return `Λ + λ` of one block."""
-        damped = self.eigenvalues[number] + damping * (self.whole or self.eigenvalues)[number].mean()
+        damped = self.eigenvalues[number] + damping * self._scale(number)
         if not bool((damped > 0).all()):
             raise SingularCurvatureError(
                 f"the curvature of layer {self.basis.blocks[number].name} is singular: use a damping above 0",

@@ -89,7 +89,7 @@ def solve(fisher: Arrays, rows: np.ndarray, damping: float) -> np.ndarray:
     """
     solved = np.empty_like(rows, dtype=np.float32)
     for part, values, vectors in _layers(fisher):
-        damped = values + damping * values.mean()
+        damped = values + damping * (values.mean() or 1.0)  # no row has anything in a layer whose eigenvalues are all 0
         if damped.min() <= 0:
             raise SingularCurvatureError("the projected Fisher matrix is singular: use a damping above 0", "/damping")
         solved[:, part] = ((rows[:, part] @ vectors) / damped) @ vectors.T

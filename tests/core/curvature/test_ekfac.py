@@ -144,6 +144,17 @@ def test_batches_do_not_change_the_factors(name: str) -> None:
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
+def test_a_layer_without_any_gradient_takes_no_part() -> None:
+    capture, factors = fitted("mlp")
+    dead = EkfacFactors(factors.basis, [torch.zeros_like(factors.eigenvalues[0]), *factors.eigenvalues[1:]])
+    vectors = [torch.randn(1, *block.shape, dtype=torch.float64) for block in capture.blocks]
+    vectors[0].zero_()
+    solved, without = dead.solve(vectors, 0.1), factors.solve(vectors, 0.1)
+    for one, other in zip(solved, without, strict=True):
+        torch.testing.assert_close(one, other)
+    assert dead.rates(0.1)[1:] == factors.rates(0.1)[1:]
+
+
 def test_singular_curvature_needs_damping() -> None:
     capture, factors = fitted("mlp")
     dead = EkfacFactors(factors.basis, [torch.zeros_like(value) for value in factors.eigenvalues])
