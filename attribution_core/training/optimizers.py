@@ -36,14 +36,15 @@ class Optimizer(ABC):
     def update(
         self, parameters: Tensors, state: Tensors, gradients: Tensors, learning_rate: float, step: int
     ) -> tuple[Tensors, Tensors]:
-        """Return parameters and state after a step; `step` counts from 0."""
+        """Return parameters and state after a step, each in the order it came in; `step` counts from 0."""
         stepped: Tensors = {}
         following: Tensors = {}
         for name, value in parameters.items():
             old = [state[f"{moment}.{name}"] for moment in self.moments]
             stepped[name], new = self._step(value, old, gradients[name], learning_rate, step)
             following.update({f"{moment}.{name}": part for moment, part in zip(self.moments, new, strict=True)})
-        return stepped, following
+        # A derivative is pulled back only to a tree of the same order, and a state that was read from a file is sorted by name.
+        return stepped, {name: following[name] for name in state}
 
     @abstractmethod
     def _step(

@@ -57,6 +57,22 @@ def test_scores_are_the_derivative_in_float64(problem: Problem, index: DenseInde
     assert relative_error(scores(index), replay.scores(recording, gradients)) < 1e-4
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+def test_optimizers_of_several_moments_are_replayed_from_files(
+    problem: Problem, tmp_path: Path, optimizer: str
+) -> None:
+    recipe = {**RECIPE, "optimizer": {"type": optimizer, "eps": 1e-3}, "epochs": 2}
+    spec = spec_of(problem, recipe)
+    fit(spec, tmp_path / "work", tmp_path / "index", NoProgress())
+    opened = open_index(tmp_path / "index", spec)
+    assert isinstance(opened, DenseIndex)
+    replay = Replay(Trainer(train_spec(spec), dtype=torch.float64), seed=5)
+    recording = replay.record()
+    queries = opened.context.source.batch(np.array(ROWS)).to(torch.float64)
+    _, gradients = replay.measured(recording.end.parameters, queries, "margin")
+    assert relative_error(scores(opened), replay.scores(recording, gradients)) < 1e-4
+
+
 def test_leaving_one_out_is_predicted_with_sign_and_scale(problem: Problem, index: DenseIndex) -> None:
     """Against masked retraining without each example of the same seed, in float64."""
     trainer = Trainer(train_spec(index.spec), dtype=torch.float64)
