@@ -159,8 +159,21 @@ class GaussNewtonMethod(FisherMethod):
         le=1,
         description="Weight ρ of EK-FAC in the curvature `(1 - ρ) Gauss-Newton + ρ EK-FAC` that is solved; 0 is the Gauss-Newton matrix itself.",
     )
-    iterations: int = Field(default=20, ge=1, le=1000, description="Conjugate gradient steps at most.")
-    tolerance: float = Field(default=1e-2, gt=0, lt=1, description="Relative residual at which a solve stops.")
+    negligible: float = Field(
+        default=0.3,
+        ge=0,
+        le=1,
+        description="Of pseudo-gradients with less than this times the average part of the curvature's trace only the diagonal is kept: an example "
+        "that the model is sure of has hardly any curvature. Never more than that part of the trace is left out.",
+    )
+    iterations: int = Field(
+        default=20,
+        ge=1,
+        le=1000,
+        description="Conjugate gradient steps at most, where a solve is no exact one: with more than 4,096 pseudo-gradients left, at another damping "
+        "than the default, or without a group.",
+    )
+    tolerance: float = Field(default=1e-2, gt=0, lt=1, description="Relative residual at which such a solve stops.")
     curvature_examples: int | None = Field(
         default=None,
         ge=1,

@@ -7,13 +7,14 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from attribution_core.curvature import solvers
 from attribution_core.curvature.base import Curvature
+from attribution_core.curvature.block_rows import without_tiny
 from attribution_core.curvature.ekfac import EkfacFactors
 from attribution_core.curvature.group import Group
 from attribution_core.curvature.products import Batches, HessianProducts
+from attribution_core.curvature.row_factor import RowFactor
 from attribution_core.curvature.rows import PseudoRows
 from attribution_core.curvature.vectors import Product, flattened, unflattened
 from attribution_core.data.batch import Batch
@@ -24,20 +25,20 @@ from attribution_core.gradients import Block, LayerGradient
 _NUMBERS_AT_ONCE = 1 << 22
 _VECTORS_AT_ONCE = 64
 _MOST_NUMBERS = 1 << 25
-# Smaller numbers make products subnormal, which slows those down tenfold, and change none that is not.
-_NEGLIGIBLE = torch.finfo(torch.float32).tiny / torch.finfo(torch.float32).eps
 
 
 class GaussNewton(Curvature):
-    """The Gauss-Newton matrix of kept pseudo-gradients, shrunk towards EK-FAC, by conjugate gradients preconditioned with EK-FAC.
+    """The Gauss-Newton matrix of kept pseudo-gradients, shrunk towards EK-FAC.
 
     `H̄ = (1 - ρ) mean(g gᵀ) + ρ K`: like a covariance that is shrunk towards a structured target, it needs less damping than the matrix of few
-    examples alone, and takes fewer steps to solve, as the preconditioner is part of it. All is done in K's eigenbasis, where K is diagonal.
+    examples alone. All is done in K's eigenbasis, where K is diagonal; of pseudo-gradients that are left out the diagonal stays. Vectors are solved by
+    a factorisation in the space of rows, if there is one at the damping asked for, else by conjugate gradients preconditioned with EK-FAC.
 
     Args:
         rows: returns the pseudo-gradients in K's eigenbasis; asked once for all the vectors of a call.
         factors: K; also gives each layer's λ, and stands in where a solve per example would be too much (`paired`).
         shrinkage: ρ, from 0 (the Gauss-Newton matrix) to 1 (EK-FAC).
+        factor: of the rows at one damping, without a penalty.
         penalty: what is added to both, as a multiple of the identity.
 
     Source: the mixture is after Ledoit & Wolf 2004, who shrink a covariance; the solve after Wang et al. 2025 (ASTRA).
@@ -50,13 +51,15 @@ class GaussNewton(Curvature):
         iterations: int,
         tolerance: float,
         shrinkage: float = 0.0,
+        factor: RowFactor | None = None,
         penalty: float = 0.0,
     ) -> None:
-        self._rows = rows
+        self.rows = rows
         self._factors = factors
         self._iterations = iterations
         self._tolerance = tolerance
         self._shrinkage = shrinkage
+        self._factor = factor
         self._penalty = penalty
 
     @cached_property
@@ -80,39 +83,54 @@ class GaussNewton(Curvature):
 
     def _solved(self, turned: Sequence[Tensor], damping: float) -> list[Tensor]:
         """Solve in the eigenbasis and return to the parameters' own."""
-        factors = self._penalised
-        blocks, rates = factors.basis.blocks, factors.rates(damping)
-        like, share = turned[0], 1 - self._shrinkage
-        damped = torch.cat([factors.damped(number, damping).flatten() for number in range(len(blocks))]).to(like)
-        added = torch.cat([like.new_full((block.numel,), rate) for block, rate in zip(blocks, rates, strict=True)])
-        # All of H̄ + λ that is diagonal: ρ (K + λ) and the damping of the other part.
-        diagonal = self._shrinkage * damped + share * (added + self._penalty)
-        rows = self._rows()
+        blocks, rows = self._factors.basis.blocks, self.rows()
+        diagonal = [part.to(turned[0]) for part in self._diagonal(damping)]
+        factor = self._factor
+        if factor is not None and factor.damping == damping:
+            solve: Product = lambda part: flattened(factor.solve(rows, unflattened(part, blocks), diagonal))  # noqa: E731
+        else:
+            solve = self._iteration(rows, diagonal, damping)
+        solved = _in_parts(turned, _scaled(solve))
+        return [turn.back(part) for part, turn in zip(solved, self._factors.basis.rotations, strict=True)]
+
+    def factorised(self, damping: float) -> RowFactor | None:
+        """Return the factorisation at a damping, if the rows are few enough for one."""
+        return RowFactor.of(self.rows(), self._diagonal(damping), 1 - self._shrinkage, damping)
+
+    def _diagonal(self, damping: float) -> list[Tensor]:
+        """Return all of `H̄ + λ` that is diagonal: `ρ (K + λ)`, and of the other part the damping and what its rows leave out."""
+        factors, share = self._penalised, 1 - self._shrinkage
+        rest = self.rows().left_out(self._factors.eigenvalues)
+        return [
+            self._shrinkage * factors.damped(number, damping) + share * (rate + self._penalty + rest[number])
+            for number, rate in enumerate(factors.rates(damping))
+        ]
+
+    def _iteration(self, rows: PseudoRows, diagonal: Sequence[Tensor], damping: float) -> Product:
+        """Return what solves flat vectors by conjugate gradients."""
+        factors, share = self._penalised, 1 - self._shrinkage
+        blocks, whole = factors.basis.blocks, flattened([part.unsqueeze(0) for part in diagonal])
+        damped = flattened([factors.damped(number, damping).unsqueeze(0) for number in range(len(blocks))]).to(whole)
 
         def product(vectors: Tensor) -> Tensor:
-            parts = [F.hardshrink(part, _NEGLIGIBLE) for part in unflattened(vectors, blocks)]
-            return flattened(rows.product(parts)).mul_(share).addcmul_(vectors, diagonal)
+            parts = [without_tiny(part) for part in unflattened(vectors, blocks)]
+            return flattened(rows.product(parts)).mul_(share).addcmul_(vectors, whole)
 
-        solved = _in_parts(
-            turned,
-            lambda part: solvers.conjugate_gradients(
-                product, part, lambda vectors: vectors / damped, self._iterations, self._tolerance
-            ),
+        return lambda part: solvers.conjugate_gradients(
+            product, part, lambda vectors: vectors / damped, self._iterations, self._tolerance
         )
-        return [turn.back(part) for part, turn in zip(solved, factors.basis.rotations, strict=True)]
 
     def without(self, group: Group) -> "GaussNewton":
-        """Return the curvature of the other examples, solved as this one is."""
-        left = self._rows().without(group.rows, group.num_examples)
-        factors = self._factors.without(group) if self._shrinkage else self._factors
-        return self._with(lambda: left, factors, self._penalty)
+        """Return the curvature of the other examples, solved by iterations: no factorisation is made for one group."""
+        left = self.rows().without(group.rows, group.num_examples)
+        return self._with(lambda: left, self._factors.without(group), self._penalty)
 
     def penalised(self, penalty: float) -> "GaussNewton":
-        """Return the curvature plus a multiple of the identity, damped as before."""
-        return self._with(self._rows, self._factors, self._penalty + penalty)
+        """Return the curvature plus a multiple of the identity, damped as before and solved by iterations."""
+        return self._with(self.rows, self._factors, self._penalty + penalty)
 
     def _with(self, rows: Callable[[], PseudoRows], factors: EkfacFactors, penalty: float) -> "GaussNewton":
-        return GaussNewton(rows, factors, self._iterations, self._tolerance, self._shrinkage, penalty)
+        return GaussNewton(rows, factors, self._iterations, self._tolerance, self._shrinkage, None, penalty)
 
     def paired(self, first: Sequence[LayerGradient], second: Sequence[LayerGradient], damping: float) -> Tensor:
         """Return `uᵢᵀ (H̄ + λ)⁻¹ vᵢ` by EK-FAC."""
@@ -237,6 +255,17 @@ class Lissa(Curvature):
 def product_over(products: HessianProducts, batches: Batches, blocks: Sequence[Block]) -> Product:
     """Return the product with the mean Hessian over some batches, on flat vectors."""
     return lambda vectors: flattened(products.mean(batches(), unflattened(vectors, blocks)))
+
+
+def _scaled(solve: Product) -> Product:
+    """Return what solves vectors scaled so that each one's largest number is 1."""
+
+    def solved(vectors: Tensor) -> Tensor:
+        largest = vectors.abs().amax(dim=1, keepdim=True)
+        largest = torch.where(largest > 0, largest, 1)
+        return solve(vectors / largest) * largest
+
+    return solved
 
 
 def _in_parts(gradients: Sequence[Tensor], solve: Product) -> list[Tensor]:

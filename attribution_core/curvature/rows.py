@@ -1,123 +1,178 @@
 """Pseudo-gradients of many examples kept in memory, and products with their second moment: the Gauss-Newton matrix itself.
 
-`H̄ v = (1/n) Σ_i Σ_c g_ic ⟨g_ic, v⟩`. A layer without positions is kept as `a` and the draws' `g`, any other as whole gradients.
+`H̄ v = (1/n) Σ_r g_r ⟨g_r, v⟩` over rows: an example's draws, or combinations of them with the same second moment, of which those that H̄ hardly
+has anything of are left out.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from attribution_core.curvature.block_rows import NUMBERS_AT_ONCE, Drawn, RankOneRows, WholeRows, without_tiny
 from attribution_core.curvature.ekfac import Draws
+from attribution_core.curvature.selection import Chosen, Frame, Selection, every_draw
+from attribution_core.curvature.vectors import flattened, unflattened
 from attribution_core.errors import InvalidInputError
-from attribution_core.gradients import Block, LayerGradient, Rotation
+from attribution_core.gradients import Block, Rotation
 
-
-@dataclass(frozen=True)
-class _RankOne:
-    """Gradients `g_c aᵀ`: inputs (groups, n, d_in), outputs (groups, n, draws, d_out).
-
-    Examples come before vectors in every intermediate result, so that no product has to move what another one wrote.
-    """
-
-    inputs: Tensor
-    outputs: Tensor
-
-    def inner(self, matrices: Tensor) -> Tensor:
-        groups, n, _, d_out = self.outputs.shape
-        moved = self.inputs @ matrices.transpose(0, 1).flatten(1, 2).mT  # (groups, n, vectors · d_out)
-        return (self.outputs @ moved.view(groups, n, len(matrices), d_out).mT).sum(0)
-
-    def combined(self, weights: Tensor) -> Tensor:
-        outputs = (weights.mT @ self.outputs).flatten(2)  # (groups, n, vectors · d_out)
-        total = outputs.mT @ self.inputs
-        return total.view(len(total), weights.shape[2], -1, self.inputs.shape[2]).transpose(0, 1)
-
-    def squares(self) -> Tensor:
-        return (self.outputs.square().sum(-1) * self.inputs.square().sum(-1, keepdim=True)).sum(0)
-
-    @staticmethod
-    def joined(parts: Sequence["_RankOne"]) -> "_RankOne":
-        return _RankOne(torch.cat([part.inputs for part in parts], 1), torch.cat([part.outputs for part in parts], 1))
-
-
-@dataclass(frozen=True)
-class _Whole:
-    """Gradients (n, draws, groups, d_out, d_in)."""
-
-    values: Tensor
-
-    def inner(self, matrices: Tensor) -> Tensor:
-        products = self.values.flatten(2).flatten(0, 1) @ matrices.flatten(1).T
-        return products.view(*self.values.shape[:2], len(matrices))
-
-    def combined(self, weights: Tensor) -> Tensor:
-        total = weights.flatten(0, 1).T @ self.values.flatten(2).flatten(0, 1)
-        return total.view(len(total), *self.values.shape[2:])
-
-    def squares(self) -> Tensor:
-        return self.values.flatten(2).square().sum(-1)
-
-    @staticmethod
-    def joined(parts: Sequence["_Whole"]) -> "_Whole":
-        return _Whole(torch.cat([part.values for part in parts]))
-
-
-Kept = _RankOne | _Whole
-# Examples multiplied at once: with few, products would wait for the memory that their results are added up in.
-_EXAMPLES_AT_ONCE = 256
+Kept = RankOneRows | WholeRows
+# Rows multiplied at once: with few, products would wait for the memory that their results are added up in; joining many takes memory itself.
+_ROWS_AT_ONCE = 512
+_BYTES_AT_ONCE = 64 << 20
+# Whole gradients formed at once.
+_WHOLE_AT_ONCE = 64
+# Parameters up to which H̄ is formed, if there are as many rows.
+_MOST_PARAMETERS = 4096
 
 
 class PseudoRows:
     """Pseudo-gradients of n examples.
 
     Args:
-        batches: draws of one batch after the other; no more is kept than they hold.
-        examples: the examples' row numbers, in their order; counted from 0 by default.
-        rotations: of each block, the basis in which vectors are; the parameters' own by default.
+        batches: draws of one batch of examples after the other; no more is kept than they hold.
+        examples: the examples' row numbers, ascending; counted from 0 by default.
+        frame: which rows are kept, in what basis; by default every draw as it is.
+        selection: which rows were chosen before; the batches are then of the examples that it uses.
     """
 
     def __init__(
         self,
         batches: Iterable[Draws],
         examples: np.ndarray | None = None,
-        rotations: Sequence[Rotation] | None = None,
+        frame: Frame | None = None,
+        selection: Selection | None = None,
     ) -> None:
-        self._batches: list[list[Kept]] = []
         self.blocks: list[Block] = []
-        self.num_examples = 0
-        waiting: list[list[Kept]] = []
+        self._leaves_out = frame is not None and frame.negligible > 0
+        chosen: list[Chosen] = []
+        self._parts = list(_gathered(self._kept(batches, frame, selection, chosen)))
+        self.selection = selection or Selection.joined(chosen, examples)
+        # What each row's products are multiplied with, part by part.
+        self._shares: list[Tensor | float] = [1 / self.num_examples] * len(self._parts)
+
+    def _kept(
+        self, batches: Iterable[Draws], frame: Frame | None, selection: Selection | None, chosen: list[Chosen]
+    ) -> Iterator[list[Kept]]:
+        """Yield a batch's rows per block, and note which they are."""
         for draws in batches:
-            self.blocks = [part.block for part in draws[0]]
-            self.num_examples += len(draws[0][0])
-            turns = [Rotation(None, None)] * len(self.blocks) if rotations is None else rotations
-            waiting.append([_kept([draw[number] for draw in draws], turn) for number, turn in enumerate(turns)])
-            if _counted(waiting) >= _EXAMPLES_AT_ONCE:
-                self._batches.append(_joined(waiting))
-                waiting = []
-        if waiting:
-            self._batches.append(_joined(waiting))
-        self._examples = np.arange(self.num_examples) if examples is None else examples
-        # What each example's products are multiplied with, batch by batch.
-        self._shares: list[Tensor | float] = [1 / self.num_examples] * len(self._batches)
+            drawn = [Drawn.of([draw[number] for draw in draws]) for number in range(len(draws[0]))]
+            self.blocks = [part.block for part in drawn]
+            if selection is not None:
+                rows = selection.of_batch(sum(batch.size for batch in chosen), drawn)
+            else:
+                rows = every_draw(drawn) if frame is None else frame.chosen(drawn)
+            chosen.append(rows)
+            turns = [Rotation(None, None)] * len(drawn) if frame is None else frame.rotations
+            yield [part.rows(rows.owners, rows.bases, turn) for part, turn in zip(drawn, turns, strict=True)]
+
+    def __len__(self) -> int:
+        return len(self.selection)
+
+    @property
+    def num_examples(self) -> int:
+        """n, whether all have a row or not."""
+        return len(self.selection.examples)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What rows are kept in."""
+        return self._like.dtype
 
     @property
     def nbytes(self) -> int:
-        """Bytes kept."""
-        return sum(tensor.nbytes for batch in self._batches for kept in batch for tensor in vars(kept).values())
+        """Bytes kept, once there were products."""
+        matrix = self._num_parameters**2 * self.dtype.itemsize if self._has_matrix else 0
+        return _bytes(self._parts) + matrix
+
+    @property
+    def _num_parameters(self) -> int:
+        return sum(block.numel for block in self.blocks)
+
+    @property
+    def _has_matrix(self) -> bool:
+        return self._num_parameters <= min(len(self), _MOST_PARAMETERS)
+
+    @cached_property
+    def _matrix(self) -> Tensor:
+        """H̄ itself, which is smaller than its rows where there are fewer parameters."""
+        size = self._num_parameters
+        total = self._like.new_zeros(size, size)
+        for own, shares in zip(self._parts, self._weights(), strict=True):
+            for part, whole in self._whole(own):
+                rows = torch.cat([gradients.flatten(1) for gradients in whole], dim=1)
+                total.addmm_((rows * shares[part]).T, rows)
+        return total
 
     def product(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """Return `H̄ v` per block, for `v` (vectors, groups, d_out, d_in) per block."""
+        if self._has_matrix:
+            return unflattened(flattened(parts) @ self._matrix, self.blocks)
         total = [torch.zeros_like(part) for part in parts]
-        for batch, share in zip(self._batches, self._shares, strict=True):
-            products = [kept.inner(part) for kept, part in zip(batch, parts, strict=True)]
-            weights = torch.stack(products).sum(0)  # (n, draws, vectors)
-            for number, kept in enumerate(batch):
+        for own, share in zip(self._parts, self._shares, strict=True):
+            weights = _inner(own, parts)
+            for number, kept in enumerate(own):
                 total[number] += kept.combined(weights * share)
         return total
+
+    def inner(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return `⟨g, v⟩` of every row with every vector, (rows, vectors)."""
+        return torch.cat([_inner(own, parts) for own in self._parts])
+
+    def combined(self, weights: Tensor) -> list[Tensor]:
+        """Return `Σ w g` per block, for weights (rows, vectors)."""
+        total = [weights.new_zeros(weights.shape[1], *block.shape) for block in self.blocks]
+        for own, part in zip(self._parts, weights.split([len(own[0]) for own in self._parts]), strict=True):
+            for number, kept in enumerate(own):
+                total[number] += kept.combined(part)
+        return total
+
+    def gram(self, divisors: Sequence[Tensor]) -> Tensor:
+        """Return `⟨g, D⁻¹ g'⟩` of every two rows, (rows, rows), where D is diagonal: (groups, d_out, d_in) per block.
+
+        Only what is up to the diagonal is filled in.
+        """
+        products, start = self._like.new_zeros(len(self), len(self)), 0
+        divisors = [divisor.to(products) for divisor in divisors]
+        for number, own in enumerate(self._parts):
+            for _, whole in self._whole(own):
+                rows, column = slice(start, start + len(whole[0])), 0
+                divided = [without_tiny(part / divisor) for part, divisor in zip(whole, divisors, strict=True)]
+                for other in self._parts[: number + 1]:
+                    products[rows, column : column + len(other[0])] = _inner(other, divided).T
+                    column += len(other[0])
+                start = rows.stop
+        return products
+
+    def _whole(self, own: Sequence[Kept]) -> Iterator[tuple[slice, list[Tensor]]]:
+        """Yield whole gradients per block, a few rows at a time, and which rows these are."""
+        step = max(1, min(_WHOLE_AT_ONCE, NUMBERS_AT_ONCE // sum(block.numel for block in self.blocks)))
+        for first in range(0, len(own[0]), step):
+            part = slice(first, first + step)
+            yield part, [kept.whole(part) for kept in own]
+
+    def _weights(self) -> list[Tensor]:
+        """Return what each row's products are multiplied with, (rows, 1) part by part."""
+        pairs = zip(self._parts, self._shares, strict=True)
+        return [self._like.new_full((len(own[0]), 1), s) if isinstance(s, float) else s for own, s in pairs]
+
+    @cached_property
+    def diagonals(self) -> list[Tensor]:
+        """`diag(H̄)` of the rows kept, (groups, d_out, d_in) per block."""
+        total = [torch.zeros(block.shape, dtype=self._like.dtype, device=self._like.device) for block in self.blocks]
+        for own, weights in zip(self._parts, self._weights(), strict=True):
+            for number, kept in enumerate(own):
+                total[number] += kept.diagonal(weights)
+        return total
+
+    def left_out(self, diagonals: Sequence[Tensor]) -> list[Tensor]:
+        """Return the diagonal of what is left out, (groups, d_out, d_in) per block, given that of all there is."""
+        if not self._leaves_out:
+            return [torch.zeros_like(whole) for whole in diagonals]
+        return [(whole - own).clamp(min=0) for whole, own in zip(diagonals, self.diagonals, strict=True)]
 
     def without(self, rows: np.ndarray, num_examples: int) -> "PseudoRows":
         """Return rows whose products are with the matrix that a group leaves behind, `(1/n) Σ_{i ∉ F}`; nothing is copied.
@@ -127,23 +182,28 @@ class PseudoRows:
         Raises:
             InvalidInputError: if none is left.
         """
-        staying = ~np.isin(self._examples, rows)
+        staying = ~np.isin(self.selection.examples, rows)
         if not staying.any():
             raise InvalidInputError(
                 "the group holds every example whose curvature is known: use the additive estimator", "/estimator"
             )
         share = (1 - len(rows) / num_examples) / staying.sum()
-        sizes = [_counted([batch]) for batch in self._batches]
         less = copy(self)
-        like = next(iter(vars(self._batches[0][0]).values()))
-        shares = torch.from_numpy(staying).to(like) * share
-        less._shares = [part.view(-1, 1, 1) for part in shares.split(sizes)]
+        for name in ("diagonals", "_matrix"):
+            vars(less).pop(name, None)
+        shares = torch.from_numpy(staying[self.selection.owners]).to(self._like).unsqueeze(1) * share
+        less._shares = list(shares.split([len(own[0]) for own in self._parts]))
         return less
+
+    @property
+    def _like(self) -> Tensor:
+        first = self._parts[0][0]
+        return first.inputs if isinstance(first, RankOneRows) else first.values
 
     def mean_eigenvalues(self) -> list[float]:
         """Return each block's `trace(H̄)/size`."""
         traces = [
-            sum(float(batch[number].squares().sum(dtype=torch.float64)) for batch in self._batches)
+            sum(float(own[number].squares().sum(dtype=torch.float64)) for own in self._parts)
             for number in range(len(self.blocks))
         ]
         return [trace / self.num_examples / block.numel for trace, block in zip(traces, self.blocks, strict=True)]
@@ -154,8 +214,8 @@ class PseudoRows:
         By Sherman and Morrison each term is `(v - g ⟨g, v⟩ / (λ + ‖g‖²)) / λ`. Source: Kwon et al. 2024, equation 5.
         """
         total = [part / rate for part, rate in zip(parts, damping, strict=True)]
-        for batch in self._batches:
-            for number, kept in enumerate(batch):
+        for own in self._parts:
+            for number, kept in enumerate(own):
                 rate = damping[number]
                 weights = kept.inner(parts[number]) / (rate + kept.squares()).unsqueeze(-1)
                 total[number] -= kept.combined(weights) / (rate * self.num_examples)
@@ -188,20 +248,26 @@ class KeptRows:
         return rows
 
 
-def _counted(batches: Sequence[Sequence[Kept]]) -> int:
-    """Return how many examples some batches have."""
-    firsts = (batch[0] for batch in batches)
-    return sum(kept.inputs.shape[1] if isinstance(kept, _RankOne) else len(kept.values) for kept in firsts)
+def _inner(own: Sequence[Kept], parts: Sequence[Tensor]) -> Tensor:
+    products = [kept.inner(part) for kept, part in zip(own, parts, strict=True)]
+    return torch.stack(products).sum(0)
 
 
-def _joined(batches: Sequence[Sequence[Kept]]) -> list[Kept]:
-    return [type(parts[0]).joined(parts) for parts in zip(*batches, strict=True)]
+def _bytes(parts: Sequence[Sequence[Kept]]) -> int:
+    return sum(tensor.nbytes for own in parts for kept in own for tensor in vars(kept).values())
 
 
-def _kept(parts: Sequence[LayerGradient], turn: Rotation) -> Kept:
-    block = parts[0].block
-    smaller = block.d_in + len(parts) * block.d_out < len(parts) * block.d_in * block.d_out
-    if parts[0].rank_one and block.inputs_fixed and smaller:
-        outputs = torch.stack([turn.output_factor(part)[:, :, 0] for part in parts], 1)  # (n, draws, groups, d_out)
-        return _RankOne(turn.input_factor(parts[0])[:, :, 0].transpose(0, 1), outputs.permute(2, 0, 1, 3).contiguous())
-    return _Whole(torch.stack([turn.of(part) for part in parts], 1))
+def _gathered(batches: Iterable[list[Kept]]) -> Iterator[list[Kept]]:
+    """Yield the rows of as many batches together as are multiplied at once."""
+    waiting: list[list[Kept]] = []
+    for kept in batches:
+        waiting.append(kept)
+        if sum(len(own[0]) for own in waiting) >= _ROWS_AT_ONCE or _bytes(waiting) >= _BYTES_AT_ONCE:
+            yield _joined(waiting)
+            waiting = []
+    if waiting:
+        yield _joined(waiting)
+
+
+def _joined(parts: Sequence[Sequence[Kept]]) -> list[Kept]:
+    return [type(same[0]).joined(same) for same in zip(*parts, strict=True)]

@@ -1,6 +1,6 @@
 """From specs and files to loaded checkpoints with a method on each; shared by fitting and answering."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
@@ -17,7 +17,9 @@ from attribution_core.curvature.fisher import Fisher, Observed, observe
 from attribution_core.curvature.group import Group
 from attribution_core.curvature.iterative import ConjugateGradient, DataInf, GaussNewton, Lissa
 from attribution_core.curvature.products import HessianProducts
+from attribution_core.curvature.row_factor import RowFactor
 from attribution_core.curvature.rows import KeptRows, PseudoRows
+from attribution_core.curvature.selection import Frame, Selection
 from attribution_core.data.batch import Batch
 from attribution_core.data.collate import ExampleSource
 from attribution_core.data.reader import DatasetReader
@@ -25,7 +27,6 @@ from attribution_core.data.tokenizers import load_tokenizer
 from attribution_core.errors import FingerprintMismatchError, InvalidInputError
 from attribution_core.features.factors import numbers_kept
 from attribution_core.fit_spec import FitSpec
-from attribution_core.gradients import Rotation
 from attribution_core.method_spec import (
     ArnoldiMethod,
     CgMethod,
@@ -254,12 +255,8 @@ class FitContext:
         spec, blocks = self.spec.method, self.checkpoint(number).capture.blocks
         match spec:
             case GaussNewtonMethod():
-                factors = EkfacFactors.from_arrays(blocks, fitted, self.device)
-                make = partial(
-                    self._pseudo_rows, number, Fisher.of(spec), spec.curvature_examples, factors.basis.rotations
-                )
-                rows = partial(self._pseudo_gradients.get, number, make)
-                return GaussNewton(rows, factors, spec.iterations, spec.tolerance, spec.shrinkage)
+                make = partial(self._own_rows, number, fitted)
+                return self._gauss_newton(spec, number, fitted, partial(self._pseudo_gradients.get, number, make))
             case EkfacMethod() | KfacMethod() | DiagonalMethod():
                 return EkfacFactors.from_arrays(blocks, fitted, self.device)
             case DataInfMethod():
@@ -309,15 +306,48 @@ class FitContext:
         """Bytes of training gradients in memory, from the first solve on."""
         return self._pseudo_gradients.nbytes
 
-    def _pseudo_rows(
-        self, number: int, fisher: Fisher, examples: int | None, rotations: Sequence[Rotation] | None = None
-    ) -> PseudoRows:
+    def _gauss_newton(
+        self, spec: GaussNewtonMethod, number: int, fitted: Arrays, rows: Callable[[], PseudoRows]
+    ) -> GaussNewton:
+        factors = EkfacFactors.from_arrays(self.checkpoint(number).capture.blocks, fitted, self.device)
+        factor = RowFactor.from_arrays(fitted, self.device)
+        return GaussNewton(rows, factors, spec.iterations, spec.tolerance, spec.shrinkage, factor)
+
+    def factorised(self, number: int, fitted: Arrays) -> dict[str, np.ndarray]:
+        """Return what a fit of `gauss_newton` keeps of a checkpoint's pseudo-gradients: their factorisation, if there is one, and which they are.
+
+        Args:
+            number: the checkpoint's.
+            fitted: its EK-FAC factors.
+        """
+        spec = self.spec.method
+        assert isinstance(spec, GaussNewtonMethod)
+        rows = self._own_rows(number, fitted)
+        factor = self._gauss_newton(spec, number, fitted, lambda: rows).factorised(self.default_damping or 0.0)
+        return {} if factor is None else rows.selection.arrays() | factor.arrays()
+
+    def _frame(self, number: int, fitted: Arrays) -> Frame:
+        spec = self.spec.method
+        assert isinstance(spec, GaussNewtonMethod)
+        factors = EkfacFactors.from_arrays(self.checkpoint(number).capture.blocks, fitted, self.device)
+        return Frame.of(factors, spec.negligible)
+
+    def _own_rows(self, number: int, fitted: Arrays) -> PseudoRows:
+        """Return the pseudo-gradients of which a fit stored a factorisation; without one, those that it would choose."""
+        spec, frame = self.spec.method, self._frame(number, fitted)
+        assert isinstance(spec, GaussNewtonMethod)
+        if "rows.examples" not in fitted:
+            return self._pseudo_rows(number, Fisher.of(spec), spec.curvature_examples, frame)
+        selection = Selection.from_arrays(fitted)
+        return PseudoRows(self._draws(number, Fisher.of(spec), selection.used), frame=frame, selection=selection)
+
+    def _pseudo_rows(self, number: int, fisher: Fisher, examples: int | None, frame: Frame | None = None) -> PseudoRows:
         """Return the pseudo-gradients of evenly spread training examples, as many as fit the memory set aside."""
         checkpoint = self.checkpoint(number)
         first = self.source.batch(self.training_rows[:1])
         draws = fisher.draws(checkpoint.run(first), self.task, first)
         rows = self._spread(min(examples or MAX_ROWS, max(1, _CURVATURE_BYTES // PseudoRows([draws]).nbytes)))
-        return PseudoRows(self._draws(number, fisher, rows), rows, rotations)
+        return PseudoRows(self._draws(number, fisher, rows), rows, frame)
 
     def _draws(self, number: int, fisher: Fisher, rows: np.ndarray) -> Iterator[Draws]:
         checkpoint = self.checkpoint(number)

@@ -26,6 +26,7 @@ from attribution_core.gradients import Block
 from attribution_core.memory import release_freed
 from attribution_core.method_spec import (
     ArnoldiMethod,
+    GaussNewtonMethod,
     HessianMethod,
     KfacMethod,
     LograMethod,
@@ -131,7 +132,11 @@ class FitPipeline:
                     solved |= kronecker_eigenvalues(blocks, solved, n)
                 return {name: value for name, value in solved.items() if not name.startswith("spectrum.")}
             case "eigenvalues":
-                return {name: (value / n).astype(np.float32) for name, value in summed_arrays(files).items()}
+                values = {name: (value / n).astype(np.float32) for name, value in summed_arrays(files).items()}
+                if isinstance(method, GaussNewtonMethod):
+                    basis = of_checkpoint(self._reduced("covariance"), number)
+                    values |= self.context.factorised(number, basis | values)
+                return values
             case "hessian":
                 assert isinstance(method, HessianMethod)
                 mean = summed_arrays(files)["hessian"] / n

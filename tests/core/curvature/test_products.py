@@ -102,7 +102,7 @@ def test_products_are_the_matrix_times_the_vector(name: str, gauss_newton: bool)
 def test_kept_rows_multiply_by_the_gauss_newton_matrix(
     name: str, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(curvature_rows, "_EXAMPLES_AT_ONCE", at_once)
+    monkeypatch.setattr(curvature_rows, "_ROWS_AT_ONCE", at_once)
     module, task, batch = case(name)
     capture = GradientCapture(module)
     matrix = dense_hessian(capture, task, batch, gauss_newton=True)

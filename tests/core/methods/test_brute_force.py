@@ -14,7 +14,9 @@ from attribution_core.curvature.ekfac import kronecker_eigenvalues
 from attribution_core.curvature.fisher import Fisher
 from attribution_core.curvature.iterative import ConjugateGradient, DataInf, GaussNewton
 from attribution_core.curvature.products import HessianProducts
+from attribution_core.curvature.row_factor import RowFactor
 from attribution_core.curvature.rows import PseudoRows
+from attribution_core.curvature.selection import Frame
 from attribution_core.curvature.vectors import flattened
 from attribution_core.data.batch import Batch
 from attribution_core.gradients import GradientCapture
@@ -183,15 +185,26 @@ def test_kfac_is_exact_where_the_factors_are_independent() -> None:
     torch.testing.assert_close(given.scores(fitted(given, "kfac")), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("shrinkage", "penalty"), [(0.0, 0.0), (0.7, 0.0), (0.0, 0.2), (0.7, 0.2)])
-def test_gauss_newton_shrunk_towards_ekfac(dense: Dense, shrinkage: float, penalty: float) -> None:
+@pytest.mark.parametrize(
+    ("shrinkage", "penalty", "factorised"),
+    [(0.0, 0.0, False), (0.7, 0.0, False), (0.0, 0.2, False), (0.7, 0.2, False), (0.0, 0.0, True), (0.7, 0.0, True)],
+)
+def test_gauss_newton_shrunk_towards_ekfac(dense: Dense, shrinkage: float, penalty: float, factorised: bool) -> None:
     matrix, factors = fisher_matrix(dense), fitted(dense, "ekfac")
     basis = torch.block_diag(*rotated(dense, factors))
     ekfac = basis @ torch.diag((basis.T @ matrix @ basis).diagonal()) @ basis.T
     mixed = (1 - shrinkage) * matrix + shrinkage * ekfac
     inverse = torch.linalg.inv(mixed + torch.diag(dense.rates(matrix) + penalty))
-    rows = PseudoRows(dense.drawn(dense.fisher), rotations=factors.basis.rotations)
-    curvature = GaussNewton(lambda: rows, factors, 500, 1e-10, shrinkage).penalised(penalty)
+    # Of an example's draws at least one tells nothing that the others do not: rows are then fewer than parameters.
+    rows = PseudoRows(dense.drawn(dense.fisher), frame=Frame.of(factors, 1e-9 if factorised else 0.0))
+    iterations = 0 if factorised else 500
+    curvature = GaussNewton(lambda: rows, factors, iterations, 1e-10, shrinkage)
+    if factorised:
+        factor = curvature.factorised(DAMPING)
+        stored = RowFactor.from_arrays(factor.arrays() if factor else {})
+        curvature = GaussNewton(lambda: rows, factors, iterations, 1e-10, shrinkage, stored)
+    elif penalty:
+        curvature = curvature.penalised(penalty)
     torch.testing.assert_close(dense.scores(curvature), dense.expected(inverse), rtol=1e-5, atol=1e-6)
 
 

@@ -33,6 +33,7 @@ NEWTON: dict[str, dict[str, Any]] = {
         "projection": SMALL,
         "damping": 0.1,
         "shrinkage": 0,
+        "negligible": 0,
         "iterations": 200,
         "tolerance": 1e-7,
     },

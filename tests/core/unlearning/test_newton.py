@@ -67,7 +67,7 @@ def test_the_step_is_the_formula(regression: Problem, curvature: str, damping: f
 def test_the_step_is_solved_with_the_shrunk_gauss_newton_matrix(
     shrinkage: float, curvature: str, damping: float, l2: float, tmp_path: Path
 ) -> None:
-    index = {"type": "gauss_newton", "shrinkage": shrinkage, "iterations": 200, "tolerance": 1e-6}
+    index = {"type": "gauss_newton", "shrinkage": shrinkage, "negligible": 0, "iterations": 200, "tolerance": 1e-6}
     problem = logistic(tmp_path, method=index)
     method = {"type": "newton", "curvature": curvature, "damping": damping, "l2": l2}
     found = parameters(unlearned(problem, method))
@@ -77,7 +77,7 @@ def test_the_step_is_solved_with_the_shrunk_gauss_newton_matrix(
 
 def test_a_step_with_the_whole_matrix_is_the_exact_methods_step(tmp_path: Path) -> None:
     """Of a regression at its optimum the Gauss-Newton matrix is the Hessian, so nothing is left to approximate."""
-    index = {"type": "gauss_newton", "shrinkage": 0.0, "iterations": 200, "tolerance": 1e-6}
+    index = {"type": "gauss_newton", "shrinkage": 0.0, "negligible": 0, "iterations": 200, "tolerance": 1e-6}
     problem = logistic(tmp_path, method=index)
     start, goal = refit(problem, np.empty(0, np.int64)), refit(problem, SOURCE)
     solved = parameters(unlearned(problem, {"type": "newton", "l2": L2, "damping": 0.0}))
@@ -104,7 +104,7 @@ def gradients_of(network: Network, weights: dict[str, torch.Tensor], problem: Pr
 @pytest.mark.parametrize("curvature", ["rest", "all"])
 def test_a_networks_step_is_that_of_the_explicit_matrix(curvature: str, tmp_path: Path) -> None:
     """`Σ_i J_iᵀ (diag p - p pᵀ) J_i` over all layers at once, with each layer's λ and the penalty of what stays."""
-    index = {"type": "gauss_newton", "shrinkage": 0.0, "iterations": 500, "tolerance": 1e-7}
+    index = {"type": "gauss_newton", "shrinkage": 0.0, "negligible": 0, "iterations": 500, "tolerance": 1e-7}
     problem, damping, l2 = trained(tmp_path, 1, method=index), 0.1, 5e-3
     method = {"type": "newton", "curvature": curvature, "damping": damping, "l2": l2}
     found = unlearned(problem, method)

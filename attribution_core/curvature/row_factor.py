@@ -1,0 +1,78 @@
+"""A diagonal plus few rows, solved in the space of the rows by one factorisation that all vectors share.
+
+`(D + w GᵀG/n)⁻¹ v = D⁻¹ v - s D⁻¹ Gᵀ (1 + s G D⁻¹ Gᵀ)⁻¹ G D⁻¹ v` with `s = w/n`: two products with the rows G for each vector.
+
+Source: Woodbury 1950.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attribution_core.curvature.block_rows import without_tiny
+from attribution_core.curvature.rows import PseudoRows
+
+# The factorisation has half of this many rows squared: 32 MiB.
+MAX_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class RowFactor:
+    """The Cholesky factor of `1 + s G D⁻¹ Gᵀ`.
+
+    Attributes:
+        lower: (rows, rows).
+        share: s.
+        damping: with which D was made.
+    """
+
+    lower: Tensor
+    share: float
+    damping: float
+
+    @classmethod
+    def of(cls, rows: PseudoRows, diagonal: Sequence[Tensor], weight: float, damping: float) -> "RowFactor | None":
+        """Return the factor; None where there are too many rows, more than parameters, or too little damping for the precision of numbers.
+
+        Args:
+            rows: G.
+            diagonal: D, (groups, d_out, d_in) per block.
+            weight: w.
+            damping: with which D was made.
+        """
+        most = min(MAX_ROWS, sum(part.numel() for part in diagonal))
+        if not 0 < len(rows) <= most or not all(bool((part > 0).all()) for part in diagonal):
+            return None
+        share = weight / rows.num_examples
+        matrix = rows.gram(diagonal).double().mul_(share)
+        matrix.diagonal().add_(1)
+        lower, failed = torch.linalg.cholesky_ex(matrix)
+        return None if failed else cls(lower.to(rows.dtype), share, damping)
+
+    def solve(self, rows: PseudoRows, vectors: Sequence[Tensor], diagonal: Sequence[Tensor]) -> list[Tensor]:
+        """Return the inverse times `v`, (vectors, groups, d_out, d_in) per block."""
+        divided = [without_tiny(part / divisor) for part, divisor in zip(vectors, diagonal, strict=True)]
+        weights = torch.cholesky_solve(rows.inner(divided), self.lower)
+        moved = rows.combined(weights * self.share)
+        return [part - other / divisor for part, other, divisor in zip(divided, moved, diagonal, strict=True)]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return it by name, its lower half alone."""
+        half = self.lower[tuple(torch.tril_indices(*self.lower.shape))]
+        return {"rows.lower": half.cpu().numpy(), "rows.scale": np.array([self.share, self.damping])}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], device: str = "cpu") -> "RowFactor | None":
+        """Return it from stored arrays, None if they have none."""
+        half = arrays.get("rows.lower")
+        if half is None:
+            return None
+        size = (int((8 * len(half) + 1) ** 0.5) - 1) // 2
+        values = torch.from_numpy(half)
+        lower = values.new_zeros(size, size)
+        lower[tuple(torch.tril_indices(size, size))] = values
+        share, damping = arrays["rows.scale"].tolist()
+        return cls(lower.to(device), share, damping)
