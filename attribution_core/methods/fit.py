@@ -6,6 +6,7 @@ reduction over its shards in order. `assemble` lays the results out as the artif
 
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from attribution_core.curvature.ekfac import Draws, kronecker_eigenvalues
 from attribution_core.curvature.iterative import product_over
 from attribution_core.curvature.solvers import arnoldi, mean_eigenvalue
 from attribution_core.data.batch import Batch
+from attribution_core.errors import InvalidInputError
 from attribution_core.fit_spec import FitSpec, FitSummary
 from attribution_core.gradients import Block
 from attribution_core.memory import release_freed
@@ -55,6 +57,17 @@ Segment = tuple[int, int]
 _MATRIX_SHARDS = 8
 
 
+@contextmanager
+def _of_method() -> Iterator[None]:
+    """Say of a damping that is wrong that it is the method's: a fit has no other."""
+    try:
+        yield
+    except InvalidInputError as error:
+        if error.pointer == "/damping":
+            error.pointer = "/method/damping"
+        raise
+
+
 class FitPipeline:
     """Runs the parts of one fit.
 
@@ -78,6 +91,7 @@ class FitPipeline:
         """Return the stages in order."""
         return [Stage(name, self._shards(name)) for name in self.spec.method.stages]
 
+    @_of_method()
     def run_shard(self, stage: str, ordinal: int, progress: Progress) -> Arrays:
         """Compute one shard of a stage; progress counts examples.
 
@@ -109,6 +123,7 @@ class FitPipeline:
             case _:
                 return self._features(shard, progress)
 
+    @_of_method()
     def reduce(self, stage: str, shard_files: Sequence[Path]) -> Arrays:
         """Combine a stage's shard files, given in order of their ordinals, into `<checkpoint>.<name>` arrays.
 
@@ -148,6 +163,7 @@ class FitPipeline:
             case _:
                 return self._feature_kernel(number, files)
 
+    @_of_method()
     def assemble(self, into: Path, feature_files: Sequence[Path], progress: Progress) -> FitSummary:
         """Lay out the artifact in an empty folder from the reduced stages and the `features` shards in order."""
         write_arrays(into / FACTORS_FILE, self._fitted(self.spec.method.stages))

@@ -273,6 +273,14 @@ def test_no_damping_where_the_curvature_is_singular_is_refused(problem: Problem,
     assert np.isfinite(scores(index, problem, 1e-3)).all()
 
 
+@pytest.mark.parametrize("kind", ["explicit", "arnoldi"])
+def test_a_fit_whose_own_damping_is_too_small_names_its_methods(problem: Problem, kind: str) -> None:
+    """The Hessian of a network that was trained briefly has negative eigenvalues."""
+    with pytest.raises(SingularCurvatureError, match="larger damping") as caught:
+        problem.fit("indefinite", method={"type": kind, "damping": 1e-3})
+    assert caught.value.pointer == "/method/damping"
+
+
 def test_an_ensemble_is_the_mean_of_its_members(ensemble: Problem) -> None:
     method = {"type": "ekfac", "projection": SMALL}
     together = scores(ensemble.fit("together", method=method), ensemble)
