@@ -217,6 +217,7 @@ class ExplicitMethod(HessianMethod):
     """Influence functions with the whole curvature matrix, for models of at most 4,096 attributed parameters."""
 
     reference: ClassVar[str] = "Koh & Liang 2017, Understanding Black-box Predictions via Influence Functions"
+    estimators: ClassVar[tuple[GroupEstimator, ...]] = ("additive", "newton")
     type: Literal["explicit"]
 
     @property

@@ -43,6 +43,10 @@ class Curvature(ABC):
         """
         raise InvalidInputError("this curvature has no part for a group: use the additive estimator", "/estimator")
 
+    def products_without(self, count: int) -> int:
+        """Return how many products of one example with one vector `without` takes of so many examples; 0 where it differentiates each once."""
+        return 0
+
     def penalised(self, penalty: float) -> "Curvature":
         """Return `H̄ + penalty`, with the λ of `H̄`.
 

@@ -43,6 +43,10 @@ def refusing_inputs() -> Iterator[None]:
         raise InvalidInputError(f"the model cannot be run on these examples: {reason}") from error
 
 
+# Products of one example with one vector that the curvature of a group may take while a question waits: some seconds.
+MAX_GROUP_PRODUCTS = 2_000_000
+
+
 class CheckedCapture(GradientCapture):
     """A capture whose forward pass refuses inputs that the model cannot take."""
 
@@ -277,6 +281,13 @@ class GradientMethod(FeatureMethod):
 
     def newton_effect(self, queries: Batch, group: Group, damping: float) -> Tensor:
         """Return `∇mᵀ (H - H_F)⁻¹ Σ_F φ`, (queries,)."""
+        products = self.curvature.products_without(len(group.rows))
+        if products > MAX_GROUP_PRODUCTS:
+            raise InvalidInputError(
+                f"the curvature of {len(group.rows):,} examples takes {products:,} products of one example, more than {MAX_GROUP_PRODUCTS:,}: "
+                "use additive",
+                "/estimator",
+            )
         query = self.encode_query(queries)
         left = self.curvature.without(group)
         solved = [gradient / group.num_examples for gradient in left.solve_factored(query.measured, damping)]

@@ -263,7 +263,9 @@ class FitContext:
                 empirical = Fisher("empirical", 1, 0)
                 make = partial(self._pseudo_rows, number, empirical, spec.curvature_examples)
                 return DataInf(partial(self._pseudo_gradients.get, number, make))
-            case ExplicitMethod() | ArnoldiMethod():
+            case ExplicitMethod():
+                return Spectral.from_arrays(blocks, fitted, self.device, self.products(number))
+            case ArnoldiMethod():
                 return Spectral.from_arrays(blocks, fitted, self.device)
             case CgMethod():
                 used = self._spread(spec.curvature_examples)

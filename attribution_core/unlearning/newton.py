@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from attribution_core.curvature import Curvature
 from attribution_core.errors import InvalidInputError
 from attribution_core.gradients.parameters import ParameterLayout
-from attribution_core.method_spec import ExactMethod, FisherMethod
+from attribution_core.method_spec import ExactMethod, ExplicitMethod, FisherMethod
 from attribution_core.methods.base import Checkpoint, GradientMethod
 from attribution_core.methods.exact import Exact
 from attribution_core.methods.loaded import LoadedIndex
@@ -92,7 +92,7 @@ class NewtonUnlearner(Unlearner):
     def _damping(self) -> float:
         """Return the damping asked for, else the index's own, else what steps were measured with."""
         method = self.subject.index.spec.method
-        assert isinstance(method, FisherMethod)
+        assert isinstance(method, FisherMethod | ExplicitMethod)
         named = (self.spec.damping, method.damping)
         return next((damping for damping in named if damping is not None), _DAMPING)
 
@@ -110,12 +110,14 @@ class NewtonUnlearner(Unlearner):
         return total
 
     def _curvature(self, whole: Curvature, number: int) -> Curvature:
-        """Return what is left of the curvature, over n, with the penalty of what is left."""
+        """Return what is left of the curvature, over n, with the penalty of what is left; an explicit one may have its own already."""
         n, forget = self.subject.num_examples, self.subject.forget
+        method = self.subject.index.spec.method
+        own = method.l2 if isinstance(method, ExplicitMethod) else 0.0
         if self.spec.curvature == "all":
-            return whole.penalised(self.l2)
+            return whole.penalised(self.l2 - own)
         group = self.subject.context.group(number, forget, np.ones(len(forget)))
-        return whole.without(group).penalised(self.l2 * (n - len(forget)) / n)
+        return whole.without(group).penalised(self.l2 * (n - len(forget)) / n - own)
 
     def _searched(self, number: int, step: _Step) -> float:
         checkpoint, scale = self.subject.context.checkpoint(number), self.spec.scale

@@ -12,6 +12,7 @@ from attribution_core.fit_spec import DatasetRef, FitSpec
 from attribution_core.method_spec import (
     Damping,
     ExactMethod,
+    ExplicitMethod,
     FisherMethod,
     GasMethod,
     GradCosMethod,
@@ -26,7 +27,7 @@ _L2 = "Strength of the penalty `l2/2 ‖θ‖²` that was added to the mean loss
 
 
 class Newton(Spec):
-    """One Newton step on the examples that stay, under the index's curvature; takes an index of ekfac, kfac, diagonal or gauss_newton.
+    """One Newton step on the examples that stay, under the index's curvature; takes an index of ekfac, kfac, diagonal, gauss_newton or explicit.
 
     `θ' = θ + t (n(H̄ + λ) - H_F + (n - |F|) l2)⁻¹ (Σ_F ∇ℓ_i + |F| l2 θ)`, with H_F the forget set's share of the curvature.
     """
@@ -270,9 +271,9 @@ class UnlearnSpec(Spec):
                 f"{pointer}/type",
             )
         match method:
-            case Newton() if not isinstance(fitted, FisherMethod):
+            case Newton() if not isinstance(fitted, FisherMethod | ExplicitMethod):
                 raise InvalidInputError(
-                    f"newton takes the curvature of an index of ekfac, kfac, diagonal or gauss_newton, not {fitted.type}",
+                    f"newton takes the curvature of an index of ekfac, kfac, diagonal, gauss_newton or explicit, not {fitted.type}",
                     f"{pointer}/type",
                 )
             case ExactNewton() if self.fit.architecture.name not in ExactMethod.architectures:

@@ -16,6 +16,7 @@ RECIPE: dict[str, Any] = {
     "batch_size": 50,
 }
 PROTOCOL = {"alpha": 0.5, "subsets": 32, "seeds": 1}
+EXPLICIT = {"type": "explicit", "curvature": "gauss_newton", "damping": 0.1}
 
 
 @pytest.fixture(scope="module")
@@ -227,17 +228,21 @@ def test_checkpoints_are_unlearned_and_compared_with_retraining(trained: Loaded)
     assert again.json()["errors"][0]["pointer"] == "/run"
 
 
-def test_an_index_that_auto_chose_is_unlearned_from_and_compared_with_retraining(trained: Loaded) -> None:
-    service = trained.service
-    fit = {"name": "by-default", "model": "retrained", "dataset": "digits", "method": {"type": "auto"}}
+@pytest.mark.parametrize(("asked", "layers"), [({"type": "auto"}, None), (EXPLICIT, ["output"])])
+def test_an_index_that_auto_may_choose_is_unlearned_from_and_compared_with_retraining(
+    trained: Loaded, asked: dict[str, Any], layers: list[str] | None
+) -> None:
+    service, name = trained.service, f"by-{asked['type']}"
+    fit = {"name": name, "model": "retrained", "dataset": "digits", "method": asked, "layers": layers}
     assert service.finished(service.post("/v1/indexes", fit, 202))["state"] == "succeeded"
-    index = service.get("/v1/indexes/by-default")
-    assert (index["method"]["type"], index["choice"]["asked"]["type"]) == ("gauss_newton", "auto")
+    index = service.get(f"/v1/indexes/{name}")
+    if asked["type"] == "auto":
+        assert (index["method"]["type"], index["choice"]["asked"]["type"]) == ("gauss_newton", "auto")
     fours = {"where": {"field": "target", "op": "eq", "value": 4}}
-    body = {"forget": fours, "run": "by-default", "check": {"oracles": 4, "test": {"dataset": "test"}}}
-    job = service.finished(service.post("/v1/indexes/by-default/unlearned-checkpoints", body, 202))
+    body = {"forget": fours, "run": name, "check": {"oracles": 4, "test": {"dataset": "test"}}}
+    job = service.finished(service.post(f"/v1/indexes/{name}/unlearned-checkpoints", body, 202))
     assert job["state"] == "succeeded", job["error"]
-    (found,) = service.get("/v1/indexes/by-default/unlearned-checkpoints")["items"]
+    (found,) = service.get(f"/v1/indexes/{name}/unlearned-checkpoints")["items"]
     nothing, newton = (one["sets"] for one in found["comparison"]["results"][:2])
     assert newton["forget"]["distance"] < nothing["forget"]["distance"]
     assert abs(newton["forget"]["loss_gap"]) < abs(nothing["forget"]["loss_gap"])

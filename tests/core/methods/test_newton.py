@@ -12,7 +12,7 @@ from attribution_core.curvature.vectors import flattened
 from attribution_core.data.batch import Batch
 from attribution_core.errors import InvalidInputError, SingularCurvatureError
 from attribution_core.method_spec import METHODS, ProjectionSpec
-from attribution_core.methods import woodbury
+from attribution_core.methods import base, woodbury
 from attribution_core.methods.loaded import LoadedIndex
 from attribution_core.methods.trak import Trak
 from attribution_core.projection import build_projection
@@ -99,6 +99,36 @@ def test_a_group_of_all_known_curvature_is_refused(problem: Problem) -> None:
     index = problem.fit("gn", method={**NEWTON["gauss_newton"], "curvature_examples": 1})
     with pytest.raises(InvalidInputError, match="every example"):
         newton(index, problem, np.arange(30))
+
+
+@pytest.mark.parametrize("damping", [0.1, 2.0])
+def test_explicit_gauss_newton_without_a_group_is_the_dense_solve(problem: Problem, damping: float) -> None:
+    index = problem.fit("whole", method={"type": "explicit", "curvature": "gauss_newton", "l2": 0.01})
+    module, draws = problem.modules()[0], draws_of(index, np.arange(60))
+    matrices = torch.einsum("ncp,ncq->npq", draws, draws) / 60
+    whole = matrices.sum(0) + 0.01 * torch.eye(57).double()
+    damped = whole - matrices[GROUP].sum(0) + damping * whole.trace() / 57 * torch.eye(57).double()
+    effect = torch.linalg.solve(damped, negative_loss(problem, module)[GROUP].sum(0)) / 60
+    expected = measured(problem, module, "margin") @ effect
+    assert relative_error(newton(index, problem, GROUP, damping=damping)[:, 0], expected) < 1e-4
+
+
+def test_what_is_left_of_a_hessian_may_be_no_curvature(problem: Problem) -> None:
+    index = problem.fit("hessian", method={"type": "explicit", "damping": 2.0})
+    assert np.isfinite(newton(index, problem, GROUP)).all()
+    with pytest.raises(SingularCurvatureError, match="larger damping") as caught:
+        newton(index, problem, GROUP, damping=1e-6)
+    assert caught.value.pointer == "/damping"
+
+
+def test_a_group_whose_own_matrix_would_take_too_long_is_refused(
+    problem: Problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = problem.fit("whole", method={"type": "explicit", "curvature": "gauss_newton"})
+    monkeypatch.setattr(base, "MAX_GROUP_PRODUCTS", 57 * len(GROUP) - 1)
+    with pytest.raises(InvalidInputError, match="use additive") as caught:
+        newton(index, problem, GROUP)
+    assert caught.value.pointer == "/estimator"
 
 
 @pytest.mark.parametrize("curvature", ["gauss_newton", "fisher"])

@@ -75,9 +75,16 @@ def test_the_step_is_solved_with_the_shrunk_gauss_newton_matrix(
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
 
 
-def test_a_step_with_the_whole_matrix_is_the_exact_methods_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "index",
+    [
+        {"type": "gauss_newton", "shrinkage": 0.0, "negligible": 0, "iterations": 200, "tolerance": 1e-6},
+        {"type": "explicit", "curvature": "gauss_newton", "damping": 1.0},
+        {"type": "explicit", "curvature": "hessian", "l2": L2},
+    ],
+)
+def test_a_step_with_the_whole_matrix_is_the_exact_methods_step(index: dict[str, Any], tmp_path: Path) -> None:
     """Of a regression at its optimum the Gauss-Newton matrix is the Hessian, so nothing is left to approximate."""
-    index = {"type": "gauss_newton", "shrinkage": 0.0, "negligible": 0, "iterations": 200, "tolerance": 1e-6}
     problem = logistic(tmp_path, method=index)
     start, goal = refit(problem, np.empty(0, np.int64)), refit(problem, SOURCE)
     solved = parameters(unlearned(problem, {"type": "newton", "l2": L2, "damping": 0.0}))

@@ -60,7 +60,7 @@ def test_requests_that_cannot_be_done(perceptrons: Problem, chosen: dict[str, An
     [
         ("newton", {"type": "grad_dot"}),
         ("newton", {"type": "trak"}),
-        ("newton", {"type": "explicit", "curvature": "gauss_newton"}),
+        ("newton", {"type": "arnoldi"}),
         ("datamodel_matching", {"type": "grad_cos"}),
     ],
 )
