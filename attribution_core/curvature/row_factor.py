@@ -17,6 +17,8 @@ from attribution_core.curvature.rows import PseudoRows
 
 # The factorisation has half of this many rows squared: 32 MiB.
 MAX_ROWS = 4096
+# Multiplications of the rows' Gram matrix: half a minute.
+MAX_WORK = 2e12
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class RowFactor:
 
     @classmethod
     def of(cls, rows: PseudoRows, diagonal: Sequence[Tensor], weight: float, damping: float) -> "RowFactor | None":
-        """Return the factor; None where there are too many rows, more than parameters, or too little damping for the precision of numbers.
+        """Return the factor; None where that would take too long, rows are more than parameters, or the damping is too little for the precision of numbers.
 
         Args:
             rows: G.
@@ -43,8 +45,10 @@ class RowFactor:
             weight: w.
             damping: with which D was made.
         """
-        most = min(MAX_ROWS, sum(part.numel() for part in diagonal))
-        if not 0 < len(rows) <= most or not all(bool((part > 0).all()) for part in diagonal):
+        size, count = sum(part.numel() for part in diagonal), len(rows)
+        if not 0 < count <= min(MAX_ROWS, size) or count**2 * size > MAX_WORK:
+            return None
+        if not all(bool((part > 0).all()) for part in diagonal):
             return None
         share = weight / rows.num_examples
         matrix = rows.gram(diagonal).double().mul_(share)

@@ -26,7 +26,7 @@ _BYTES_AT_ONCE = 64 << 20
 # Whole gradients formed at once.
 _WHOLE_AT_ONCE = 64
 # Parameters up to which H̄ is formed, if there are as many rows.
-_MOST_PARAMETERS = 4096
+_MOST_PARAMETERS = 2048
 
 
 class PseudoRows:

@@ -133,6 +133,10 @@ def test_a_factorisation_is_made_only_of_few_rows_and_positive_diagonals(monkeyp
     assert curvature.factorised(0.0) is None
     monkeypatch.setattr("attribution_core.curvature.row_factor.MAX_ROWS", len(rows) - 1)
     assert curvature.factorised(0.1) is None
+    monkeypatch.undo()
+    monkeypatch.setattr("attribution_core.curvature.row_factor.MAX_WORK", 1)
+    assert curvature.factorised(0.1) is None
+    monkeypatch.undo()
     many = PseudoRows(drawn("mlp"), frame=Frame.of(few := factors_of(drawn("mlp"))))
     assert len(many) > sum(block.numel for block in many.blocks)
     assert GaussNewton(lambda: many, few, 10, 1e-2, 0.0).factorised(0.1) is None
