@@ -84,7 +84,7 @@ class GaussNewton(Curvature):
     def _solved(self, turned: Sequence[Tensor], damping: float) -> list[Tensor]:
         """Solve in the eigenbasis and return to the parameters' own."""
         blocks, rows = self._factors.basis.blocks, self.rows()
-        diagonal = [part.to(turned[0]) for part in self._diagonal(damping)]
+        diagonal = [part.to(turned[0]) for part in self._diagonal(rows, damping)]
         factor = self._factor
         if factor is not None and factor.damping == damping:
             solve: Product = lambda part: flattened(factor.solve(rows, unflattened(part, blocks), diagonal))  # noqa: E731
@@ -95,12 +95,13 @@ class GaussNewton(Curvature):
 
     def factorised(self, damping: float) -> RowFactor | None:
         """Return the factorisation at a damping, if the rows are few enough for one."""
-        return RowFactor.of(self.rows(), self._diagonal(damping), 1 - self._shrinkage, damping)
+        rows = self.rows()
+        return RowFactor.of(rows, self._diagonal(rows, damping), 1 - self._shrinkage, damping)
 
-    def _diagonal(self, damping: float) -> list[Tensor]:
+    def _diagonal(self, rows: PseudoRows, damping: float) -> list[Tensor]:
         """Return all of `H̄ + λ` that is diagonal: `ρ (K + λ)`, and of the other part the damping and what its rows leave out."""
         factors, share = self._penalised, 1 - self._shrinkage
-        rest = self.rows().left_out(self._factors.eigenvalues)
+        rest = rows.left_out(self._factors.eigenvalues)
         return [
             self._shrinkage * factors.damped(number, damping) + share * (rate + self._penalty + rest[number])
             for number, rate in enumerate(factors.rates(damping))

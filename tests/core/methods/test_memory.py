@@ -1,6 +1,7 @@
 """Memory is set by the batch, and what would not fit is refused before it is computed."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,8 +50,10 @@ def test_training_gradients_that_queries_keep_are_counted(problem: Problem, meth
 
 
 @pytest.mark.parametrize("method", ["gauss_newton", "datainf"])
-def test_training_gradients_of_an_ensemble_are_kept_within_a_bound(ensemble: Problem, method: str) -> None:
-    """What does not fit is made again and changes no score."""
+def test_training_gradients_of_an_ensemble_are_kept_within_a_bound(
+    ensemble: Problem, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What does not fit is made again, once for a call, and changes no score."""
     index = ensemble.fit("bounded", method={"type": method})
     queries, rows = ensemble.queries(), np.arange(index.num_examples)
     expected = index.scores(index.query(queries, None), rows, rescore=True)
@@ -60,3 +63,12 @@ def test_training_gradients_of_an_ensemble_are_kept_within_a_bound(ensemble: Pro
     for _ in range(2):
         assert np.array_equal(index.scores(index.query(queries, None), rows, rescore=True), expected)
         assert 0 < index.context.held_bytes <= everything // 2
+    made, draws = list[int](), index.context._draws
+
+    def noted(number: int, *given: Any) -> Any:
+        made.append(number)
+        return draws(number, *given)
+
+    monkeypatch.setattr(index.context, "_draws", noted)
+    index.query(queries, None)
+    assert made == [number for number in range(len(index.members)) if number not in kept._kept]
