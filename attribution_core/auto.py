@@ -2,7 +2,7 @@
 
 The ladder is exact, then approximate leave-one-out, then the whole curvature matrix, then the Gauss-Newton matrix shrunk towards EK-FAC, then
 EK-FAC. The last two are in the order that was measured (docs/studies/curvature.md): shrunk solves predicted retraining better than EK-FAC on every
-network, but each query takes passes over the training set, whose pseudo-gradients are kept in memory.
+network, but pseudo-gradients of the training set are kept in memory, and where they are too many to factorise each query takes passes over them.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from attribution_core.spec import Spec
 MAX_EXACT_SIDE = 16_384
 MAX_EXPLICIT_PARAMETERS = 2_000
 MAX_EXPLICIT_WORK = 10_000_000
-# Parameters times examples up to which a query's ten passes take seconds at most, and every example's pseudo-gradients fit in memory.
+# Parameters times examples up to which a query's ten passes, if it takes any, last seconds at most, and every example's pseudo-gradients fit in memory.
 MAX_SOLVE_WORK = 200_000_000
 # A chain of dense layers, whose gradients are products of two vectors.
 _PERCEPTRONS = ("mlp", "linear", "logistic")
@@ -119,10 +119,10 @@ def _explicit(asked: AutoMethod, at: Situation) -> tuple[str, MethodSpec | None,
 
 def _gauss_newton(asked: AutoMethod, at: Situation) -> tuple[str, MethodSpec | None, str]:
     if at.num_parameters * at.num_examples > MAX_SOLVE_WORK:
-        reason = f"passes over {at.num_examples:,} examples of {at.num_parameters:,} parameters for every query take too long"
+        reason = f"a query may take passes over {at.num_examples:,} examples of {at.num_parameters:,} parameters, which is too long"
         return "gauss_newton", None, reason
     reason = (
-        "Gauss-Newton solves shrunk towards EK-FAC ranked retrainings better than EK-FAC on every network measured, for about ten passes "
-        "over the training set's pseudo-gradients per query; the size of its predictions needs an evaluation's calibration"
+        "Gauss-Newton solves shrunk towards EK-FAC ranked retrainings better than EK-FAC on every network measured, for a factorisation by "
+        "the fit, or about ten passes over the training set's pseudo-gradients per query; the size of its predictions needs an evaluation's calibration"
     )
     return "gauss_newton", GaussNewtonMethod(type="gauss_newton"), reason

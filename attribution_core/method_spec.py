@@ -147,7 +147,7 @@ class DiagonalMethod(FisherMethod):
 
 
 class GaussNewtonMethod(FisherMethod):
-    """Influence functions with the true Gauss-Newton matrix, solved for each query by conjugate gradients preconditioned with EK-FAC."""
+    """Influence functions with the true Gauss-Newton matrix shrunk towards EK-FAC: what matters of it factorised by the fit, else by iterations."""
 
     extends: ClassVar[bool] = True
     reference: ClassVar[str] = "Teso et al. 2021; Bae et al. 2022; Wang et al. 2025 (ASTRA)"
