@@ -50,7 +50,7 @@ class PseudoRows:
         self._leaves_out = frame is not None and frame.negligible > 0
         chosen: list[Chosen] = []
         self._parts = list(_gathered(self._kept(batches, frame, selection, chosen)))
-        self.selection = selection or Selection.joined(chosen, examples)
+        self.selection = Selection.joined(chosen, examples) if selection is None else selection
         # What each row's products are multiplied with, part by part.
         self._shares: list[Tensor | float] = [1 / self.num_examples] * len(self._parts)
 
