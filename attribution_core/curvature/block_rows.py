@@ -31,18 +31,26 @@ class RankOneRows:
     def __len__(self) -> int:
         return self.outputs.shape[1]
 
+    @property
+    def _has_one_each(self) -> bool:
+        """Whether every example has exactly one row, so that rows and examples are the same."""
+        return self.inputs.shape[1] == self.outputs.shape[1]
+
     def inner(self, matrices: Tensor) -> Tensor:
         """Return inner products with `matrices` (vectors, groups, d_out, d_in) as (rows, vectors)."""
         groups, rows, d_out = self.outputs.shape
         moved = self.inputs @ matrices.transpose(0, 1).flatten(1, 2).mT  # (groups, examples, vectors · d_out)
-        own = moved.index_select(1, self.owners).view(groups, rows, len(matrices), d_out)
+        own = moved if self._has_one_each else moved.index_select(1, self.owners)
+        own = own.view(groups, rows, len(matrices), d_out)
         return (own @ self.outputs.unsqueeze(-1)).squeeze(-1).sum(0)
 
     def combined(self, weights: Tensor) -> Tensor:
         """Return sums of the rows weighted by (rows, vectors), as (vectors, groups, d_out, d_in)."""
         outputs = (weights.unsqueeze(-1) * self.outputs.unsqueeze(2)).flatten(2)  # (groups, rows, vectors · d_out)
-        summed = outputs.new_zeros(*self.inputs.shape[:2], outputs.shape[2]).index_add_(1, self.owners, outputs)
-        total = summed.mT @ self.inputs
+        if not self._has_one_each:
+            summed = outputs.new_zeros(*self.inputs.shape[:2], outputs.shape[2])
+            outputs = summed.index_add_(1, self.owners, outputs)
+        total = outputs.mT @ self.inputs
         return total.view(len(total), weights.shape[1], -1, self.inputs.shape[2]).transpose(0, 1)
 
     def squares(self) -> Tensor:
