@@ -85,7 +85,7 @@ class PseudoRows:
     @property
     def nbytes(self) -> int:
         """Bytes kept, once there were products."""
-        matrix = self._num_parameters**2 * self.dtype.itemsize if self._has_matrix else 0
+        matrix = self._num_parameters**2 * self.dtype.itemsize if self.has_matrix else 0
         return _bytes(self._parts) + matrix
 
     @property
@@ -93,7 +93,8 @@ class PseudoRows:
         return sum(block.numel for block in self.blocks)
 
     @property
-    def _has_matrix(self) -> bool:
+    def has_matrix(self) -> bool:
+        """Whether products are with H̄ itself, as there are fewer parameters than rows."""
         return self._num_parameters <= min(len(self), _MOST_PARAMETERS)
 
     @cached_property
@@ -109,7 +110,7 @@ class PseudoRows:
 
     def product(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """Return `H̄ v` per block, for `v` (vectors, groups, d_out, d_in) per block."""
-        if self._has_matrix:
+        if self.has_matrix:
             return unflattened(flattened(parts) @ self._matrix, self.blocks)
         total = [torch.zeros_like(part) for part in parts]
         for own, share in zip(self._parts, self._shares, strict=True):

@@ -316,7 +316,9 @@ class FitContext:
         return GaussNewton(rows, factors, spec.iterations, spec.tolerance, spec.shrinkage, factor)
 
     def factorised(self, number: int, fitted: Arrays) -> dict[str, np.ndarray]:
-        """Return what a fit of `gauss_newton` keeps of a checkpoint's pseudo-gradients: their factorisation, if there is one, and which they are.
+        """Return what a fit of `gauss_newton` keeps of a checkpoint's pseudo-gradients: which they are, and their factorisation if there is one.
+
+        Nothing of rows that are more than parameters: to list them would take more than the matrix that is formed of them.
 
         Args:
             number: the checkpoint's.
@@ -326,7 +328,9 @@ class FitContext:
         assert isinstance(spec, GaussNewtonMethod)
         rows = self._own_rows(number, fitted)
         factor = self._gauss_newton(spec, number, fitted, lambda: rows).factorised(self.default_damping or 0.0)
-        return {} if factor is None else rows.selection.arrays() | factor.arrays()
+        if rows.has_matrix:
+            return {}
+        return rows.selection.arrays() | ({} if factor is None else factor.arrays())
 
     def _frame(self, number: int, fitted: Arrays) -> Frame:
         spec = self.spec.method
@@ -335,7 +339,7 @@ class FitContext:
         return Frame.of(factors, spec.negligible)
 
     def _own_rows(self, number: int, fitted: Arrays) -> PseudoRows:
-        """Return the pseudo-gradients of which a fit stored a factorisation; without one, those that it would choose."""
+        """Return the pseudo-gradients that a fit chose; where it stored no choice, those that it would choose."""
         spec, frame = self.spec.method, self._frame(number, fitted)
         assert isinstance(spec, GaussNewtonMethod)
         if "rows.examples" not in fitted:

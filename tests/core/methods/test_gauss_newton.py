@@ -48,6 +48,7 @@ def test_a_factorisation_and_iterations_give_the_same_scores(given: Problem, mon
     monkeypatch.setattr(MOST_ROWS, 0)
     iterated = given.fit("iterated", method=EXACTLY)
     assert "0.rows.lower" not in stored(iterated)
+    assert np.array_equal(stored(iterated)["0.rows.owners"], stored(solved)["0.rows.owners"])
     assert relative_error(scores(solved, given), scores(iterated, given)) < 1e-4
     assert relative_error(scores(solved, given, 0.5), scores(iterated, given, 0.5)) < 1e-5
 
@@ -87,6 +88,14 @@ def test_only_examples_with_a_row_are_run_again(given: Problem, monkeypatch: pyt
     monkeypatch.setattr(index.context, "_draws", noted)
     index.query(given.queries(), None)
     assert ran == used.tolist()
+
+
+def test_rows_that_are_more_than_parameters_are_not_listed(given: Problem) -> None:
+    index = given.fit("many", method={**EXACTLY, "negligible": 0})
+    rows = index.members[0].curvature.rows()  # type: ignore[attr-defined]
+    assert (len(rows) > sum(block.numel for block in rows.blocks)) == (
+        not any("rows" in name for name in stored(index))
+    )
 
 
 def test_what_is_left_out_changes_scores_by_little(given: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
