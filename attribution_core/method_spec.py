@@ -170,8 +170,8 @@ class GaussNewtonMethod(FisherMethod):
         default=20,
         ge=1,
         le=1000,
-        description="Conjugate gradient steps at most, where a solve is no exact one: with more than 4,096 pseudo-gradients left, at another damping "
-        "than the default, or without a group.",
+        description="Conjugate gradient steps at most, where no factorisation answers: with more pseudo-gradients left than the fit factorises "
+        "(4,096 at most), at another damping than the index's own, or without a group.",
     )
     tolerance: float = Field(default=1e-2, gt=0, lt=1, description="Relative residual at which such a solve stops.")
     curvature_examples: int | None = Field(

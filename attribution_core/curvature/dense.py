@@ -89,7 +89,9 @@ class Matrix(Curvature):
     """A curvature that is solved once: `H̄` (P, P) itself.
 
     Attributes:
+        matrix: symmetric; it may be indefinite.
         mean: the unit of damping.
+        blocks: how vectors of P numbers are laid out.
     """
 
     matrix: Tensor

@@ -57,7 +57,13 @@ class RowFactor:
         return None if failed else cls(lower.to(rows.dtype), share, damping)
 
     def solve(self, rows: PseudoRows, vectors: Sequence[Tensor], diagonal: Sequence[Tensor]) -> list[Tensor]:
-        """Return the inverse times `v`, (vectors, groups, d_out, d_in) per block."""
+        """Return the inverse times `v`, (vectors, groups, d_out, d_in) per block.
+
+        Args:
+            rows: G, the very rows that the factor is of.
+            vectors: v.
+            diagonal: D, (groups, d_out, d_in) per block.
+        """
         divided = [without_tiny(part / divisor) for part, divisor in zip(vectors, diagonal, strict=True)]
         weights = torch.cholesky_solve(rows.inner(divided), self.lower)
         moved = rows.combined(weights * self.share)

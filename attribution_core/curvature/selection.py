@@ -85,7 +85,9 @@ class Frame:
     never more than that part of the trace.
 
     Attributes:
+        rotations: of every block, to the basis.
         traces: of every block's H̄.
+        negligible: from 0, where all rows are kept, to 1.
     """
 
     rotations: Sequence[Rotation]
