@@ -22,6 +22,7 @@ from app.storage.artifacts import ArtifactStore
 from app.worker.progress import JobProgress
 from attribution_core.data.importer import DatasetProblems
 from attribution_core.errors import AttributionError, Cancelled
+from attribution_core.memory import release_freed
 
 log = structlog.get_logger("headwater.worker")
 OUTAGE = (DBAPIError, InterfaceError, OSError, TimeoutError)
@@ -94,6 +95,7 @@ class Runner:
             with contextlib.suppress(LeaseLost, Cancelled, AttributionError):
                 assert kind.assist is not None
                 await kind.assist(self, Running(job))
+        release_freed()
 
     async def sweep(self) -> None:
         """Wake a worker for every job that nobody holds."""

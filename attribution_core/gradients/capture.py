@@ -48,15 +48,15 @@ class _Use:
 
     Attributes:
         places: the numbers of the blocks that its parameters are in, and which columns of `a` are theirs.
-        versions: of the arguments' tensors, as they were.
+        versions: of the arguments' tensors and of the output, as they were.
         prepare: turns the arguments into what `make` takes.
     """
 
     places: Sequence[tuple[int, Part]]
     make: Make
     arguments: Arguments
-    versions: tuple[int, ...]
     output: Tensor
+    versions: tuple[int, ...]
     prepare: Callable[[Arguments], Arguments]
 
     def factors(self, gradient: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -69,7 +69,8 @@ class _Use:
 
     @property
     def spoiled(self) -> bool:
-        return _versions(self.arguments) != self.versions
+        """Whether the arguments or the output were changed in place since."""
+        return _versions(*self.arguments, self.output) != self.versions
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,6 @@ class Pass:
         gradients = torch.autograd.grad(objective.sum(), outputs, retain_graph=keep, allow_unused=True)
         factors: dict[int, list[tuple[Tensor, Tensor]]] = {number: [] for number in range(len(self.blocks))}
         for use, gradient in zip(self.uses, gradients, strict=True):
-            if use.spoiled:
-                name = self.blocks[use.places[0][0]].name
-                raise UnsupportedLayerError(f"the input of layer {name} is changed in place")
             a, g = use.factors(gradient)
             for number, part in use.places:
                 factors[number].append((a[..., part.start : part.start + part.d_in], g))
@@ -120,6 +118,7 @@ class GradientCapture:
     ) -> None:
         self.module = module
         self.precision = precision
+        self._copies = False  # what follows a layer sees a copy of its output: needed where it works in place
         self._sequence_first = _sequence_first(module)
         self._places: Mapping[tuple[nn.Module, int], list[tuple[int, Part]]]
         self.coverage = self._plan(layers)
@@ -140,11 +139,27 @@ class GradientCapture:
         Raises:
             UnsupportedLayerError: if a layer's use leaves its gradients undefined or examples mixed.
         """
+        if not self._copies:
+            given = _Given(self.module)
+            try:
+                return self._ran(forward, size)
+            except (UnsupportedLayerError, RuntimeError):  # torch has no error of its own for leaves changed in place
+                self._copies = True
+                given.check()
+            finally:
+                given.remove()
+        return self._ran(forward, size)
+
+    def _ran(self, forward: Callable[[nn.Module], Tensor], size: int | None) -> Pass:
         uses: list[_Use] = []
         with self._hooked(uses, size), torch.enable_grad(), self.lowered():
             output = forward(self.module)
         if not uses:
             raise UnsupportedLayerError("the forward pass used none of the attributed layers")
+        for use in uses:
+            if use.spoiled:
+                name = self.blocks[use.places[0][0]].name
+                raise UnsupportedLayerError(f"the input of layer {name} is changed in place")
         return Pass(_full(output), self.blocks, uses)
 
     def output(self, forward: Callable[[nn.Module], Tensor]) -> Tensor:
@@ -181,8 +196,9 @@ class GradientCapture:
             kept = tuple(value.detach() if isinstance(value, Tensor) else value for value in arguments)
             if not output.requires_grad:
                 output = output.detach().requires_grad_()
-            uses.append(_Use(places, make, kept, _versions(kept), output, prepare))
-            return output.clone()  # what follows may work in place
+            uses.append(_Use(places, make, kept, output, _versions(*kept, output), prepare))
+            # Never the leaf itself, on which others' hooks would fail.
+            return output.clone() if self._copies else output.view_as(output)
 
         def hook(module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any], output: Any) -> Tensor:
             rule = self._rules[module]
@@ -190,7 +206,7 @@ class GradientCapture:
                 raise UnsupportedLayerError(
                     f"{type(module).__name__} returns a {type(output).__name__}, not one tensor; leave it out of `layers`"
                 )
-            arguments = _bound(module, positional, named)
+            arguments = _bound(self._signatures[module], module, positional, named)
             turned = module in self._sequence_first and output.dim() > 2
             if turned:
                 arguments, output = tuple(_turned(value) for value in arguments), output.transpose(0, 1)
@@ -227,12 +243,35 @@ class GradientCapture:
         if not covered:
             raise InvalidInputError("no layer of this model can be attributed", "/layers")
         self._rules = {module: rule_for(module) for _, module in covered}
+        self._signatures = {module: inspect.signature(module.forward) for module in self._rules}
         self.blocks, self.placed, self._places = planned(covered)
         total = sum(parameter.numel() for parameter in self.module.parameters())
         return Coverage(round(100 * self.num_parameters / total, 4), tuple(name for name, _ in covered), tuple(skipped))
 
     blocks: list[Block]
     placed: list[Placed]
+
+
+class _Given:
+    """Watches what a module is called with, as a pass can be run once more only if that was not changed in place."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._seen: list[Any] = []
+        self._versions: tuple[int, ...] = ()
+        self.remove = module.register_forward_pre_hook(self._note, with_kwargs=True).remove
+
+    def _note(self, module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+        self._seen += [*positional, *named.values()]
+        self._versions = _versions(*self._seen)
+
+    def check(self) -> None:
+        """Refuse what was changed.
+
+        Raises:
+            UnsupportedLayerError: if it was.
+        """
+        if _versions(*self._seen) != self._versions:
+            raise UnsupportedLayerError("the model changes its own input in place")
 
 
 def _chosen(layers: Sequence[str] | None, named: dict[str, nn.Module]) -> set[str]:
@@ -264,9 +303,11 @@ def _sequence_first(module: nn.Module) -> set[nn.Module]:
     return found
 
 
-def _bound(module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> Arguments:
+def _bound(
+    signature: inspect.Signature, module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]
+) -> Arguments:
     """Return the arguments of a call in the order of the module's forward, with its defaults."""
-    bound = inspect.signature(module.forward).bind(*positional, **named)
+    bound = signature.bind(*positional, **named)
     bound.apply_defaults()
     if bound.kwargs:
         raise UnsupportedLayerError(f"{type(module).__name__} takes arguments by name only; leave it out of `layers`")
@@ -290,8 +331,8 @@ def _full(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16) else value
 
 
-def _versions(arguments: Arguments) -> tuple[int, ...]:
-    return tuple(value._version for value in arguments if isinstance(value, Tensor))
+def _versions(*values: Any) -> tuple[int, ...]:
+    return tuple(value._version for value in values if isinstance(value, Tensor))
 
 
 def _joined(block: Block, factors: list[tuple[Tensor, Tensor]]) -> LayerGradient:

@@ -10,26 +10,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from attribution_core.gradients.rule import Arguments, Factors, LayerRule, Part, weight_and_bias, with_ones
+from attribution_core.gradients.rule import Arguments, Factors, LayerRule, Part, weight_and_bias
 
 
-def _patches(padded: Tensor, kernel: Sequence[int], dilation: Sequence[int], stride: Sequence[int]) -> Tensor:
-    """Return what the kernel sees at each output pixel, (batch, positions, channels, kernel pixels)."""
-    dims, seen = len(kernel), padded
-    if dims == 2:
-        unfolded: Tensor = F.unfold(padded, tuple(kernel), tuple(dilation), 0, tuple(stride))
-        per_pixel: Tensor = unfolded.unflatten(1, (padded.shape[1], -1))
-        return per_pixel.permute(0, 3, 1, 2)
-    for axis in range(dims):
-        window = dilation[axis] * (kernel[axis] - 1) + 1
-        seen = seen.unfold(axis + 2, window, stride[axis])[..., :: dilation[axis]]
-    return seen.flatten(2 + dims).flatten(2, 1 + dims).transpose(1, 2)
+def _windows(padded: Tensor, kernel: Sequence[int], dilation: Sequence[int], stride: Sequence[int]) -> Tensor:
+    """Return what the kernel sees at each output pixel as a view, (batch, channels, *pixels, *kernel)."""
+    for axis, size in enumerate(kernel):
+        padded = padded.unfold(axis + 2, dilation[axis] * (size - 1) + 1, stride[axis])[..., :: dilation[axis]]
+    return padded
 
 
-def _seen(module: _ConvNd, patches: Tensor) -> Tensor:
-    """Return `a`, (batch, groups, positions, d_in)."""
-    batch, positions = patches.shape[:2]
-    return with_ones(patches.reshape(batch, positions, module.groups, -1).transpose(1, 2), module.bias)
+def _seen(module: _ConvNd, windows: Tensor) -> Tensor:
+    """Return `a`, (batch, groups, positions, d_in): one copy, with pixels side by side as they are in the image."""
+    dims, d_in = len(module.kernel_size), windows.shape[1] // module.groups * prod(module.kernel_size)
+    pixels = windows.shape[2 : 2 + dims]
+    columns = d_in if module.bias is None else d_in + 1
+    seen = windows.new_empty(len(windows), module.groups, columns, prod(pixels))
+    kernel_first = windows.permute(0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
+    apart = kernel_first.unflatten(1, (module.groups, -1))
+    seen[:, :, :d_in].view(apart.shape).copy_(apart)
+    seen[:, :, d_in:] = 1  # the bias' input
+    return seen.mT
 
 
 def _outputs(module: _ConvNd, gradients: Tensor) -> Tensor:
@@ -46,7 +47,7 @@ def _conv_prepared(module: _ConvNd, arguments: Arguments) -> Arguments:
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     # The module keeps the padding of both sides of each dimension, last dimension first, for every kind of padding.
     padded = F.pad(arguments[0], module._reversed_padding_repeated_twice, mode=mode)
-    return (_seen(module, _patches(padded, module.kernel_size, module.dilation, module.stride)),)
+    return (_seen(module, _windows(padded, module.kernel_size, module.dilation, module.stride)),)
 
 
 def _conv_parts(module: _ConvNd) -> tuple[Part, ...]:
@@ -68,8 +69,9 @@ def _transpose_factors(module: _ConvTransposeNd, arguments: Arguments, gradients
         after = size + reach - before - apart.shape[axis + 2]  # whatever output padding there was
         padding[:0] = [before, after]
     ones = [1] * len(module.kernel_size)
-    patches = _patches(F.pad(apart, padding), module.kernel_size, module.dilation, ones).flip(-1)
-    return _seen(module, patches), _outputs(module, gradients)
+    windows = _windows(F.pad(apart, padding), module.kernel_size, module.dilation, ones)
+    turned = windows.flip([-1 - axis for axis in range(len(ones))])
+    return _seen(module, turned), _outputs(module, gradients)
 
 
 def _transpose_parts(module: _ConvTransposeNd) -> tuple[Part, ...]:

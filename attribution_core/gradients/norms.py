@@ -1,6 +1,8 @@
 """Rules of normalisation layers: one group per channel, `a = (normalised input, 1)`, so nothing downstream needs to know of them."""
 
 import inspect
+from collections.abc import Callable
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,42 +21,52 @@ def _parts(module: nn.Module) -> tuple[Part, ...]:
     return (Part(channels, 1, tuple(Columns(name, 1) for name in parameters)),)
 
 
-def _factors(module: nn.Module, normalised: Tensor, gradients: Tensor) -> Factors:
-    """From normalised inputs and output gradients, both (batch, positions, channels)."""
-    columns = {"weight": normalised, "bias": torch.ones_like(normalised)}
-    used = [columns[name] for name, _ in module.named_parameters(recurse=False)]
-    # Stacked in front, where that copies whole blocks of memory, and only seen as (batch, channels, positions, 1 or 2).
-    a = torch.stack(used, dim=1).permute(0, 3, 2, 1)
-    return a, gradients.transpose(1, 2).unsqueeze(-1)
+# A view of (batch, …) values as (batch, positions, channels).
+Laid = Callable[[Tensor], Tensor]
 
 
-def _layer_norm(module: nn.Module, arguments: Arguments, gradients: Tensor) -> Factors:
-    inputs, shape = arguments[0], list(module.normalized_shape)  # type: ignore[arg-type]
+def _rule(normalised: Callable[[Any, Tensor], Tensor], laid: Callable[[Any], Laid]) -> LayerRule:
+    """Return the rule of a layer that scales, and may shift, what `normalised` makes of its input."""
+
+    def prepare(module: nn.Module, arguments: Arguments) -> Arguments:
+        values = laid(module)(normalised(module, arguments[0]))
+        columns = {"weight": values, "bias": torch.ones_like(values)}
+        used = [columns[name] for name, _ in module.named_parameters(recurse=False)]
+        # Stacked in front, where that copies whole blocks of memory, and only seen as (batch, channels, positions, 1 or 2).
+        return (torch.stack(used, dim=1).permute(0, 3, 2, 1),)
+
+    def factors(module: nn.Module, prepared: Arguments, gradients: Tensor) -> Factors:
+        return prepared[0], laid(module)(gradients).transpose(1, 2).unsqueeze(-1)
+
+    return LayerRule(_parts, factors, prepare=prepare)
+
+
+def _channels_last(module: nn.Module) -> Laid:
+    return lambda values: values.flatten(2).transpose(1, 2) if values.dim() > 2 else values.unsqueeze(1)
+
+
+def _flattened(module: nn.Module) -> Laid:
+    size = next(module.parameters(recurse=False)).numel()
+    return lambda values: values.reshape(len(values), -1, size)
+
+
+def _layer_norm(module: nn.LayerNorm | nn.RMSNorm, inputs: Tensor) -> Tensor:
     norm = F.layer_norm if isinstance(module, nn.LayerNorm) else F.rms_norm
-    normalised = norm(inputs, shape, eps=module.eps)  # type: ignore[arg-type]
-    size = torch.Size(shape).numel()
-    return _factors(module, normalised.reshape(len(inputs), -1, size), gradients.reshape(len(inputs), -1, size))
+    return norm(inputs, list(module.normalized_shape), eps=module.eps)  # type: ignore[arg-type]
 
 
-def _channels_last(values: Tensor) -> Tensor:
-    return values.flatten(2).transpose(1, 2) if values.dim() > 2 else values.unsqueeze(1)
+def _group_norm(module: nn.GroupNorm, inputs: Tensor) -> Tensor:
+    return F.group_norm(inputs, module.num_groups, eps=module.eps)
 
 
-def _group_norm(module: nn.GroupNorm, arguments: Arguments, gradients: Tensor) -> Factors:
-    normalised = F.group_norm(arguments[0], module.num_groups, eps=module.eps)
-    return _factors(module, _channels_last(normalised), _channels_last(gradients))
+def _batch_norm(module: _BatchNorm, inputs: Tensor) -> Tensor:
+    return F.batch_norm(inputs, module.running_mean, module.running_var, eps=module.eps)
 
 
-def _batch_norm(module: _BatchNorm, arguments: Arguments, gradients: Tensor) -> Factors:
-    normalised = F.batch_norm(arguments[0], module.running_mean, module.running_var, eps=module.eps)
-    return _factors(module, _channels_last(normalised), _channels_last(gradients))
-
-
-def _instance_norm(module: _InstanceNorm, arguments: Arguments, gradients: Tensor) -> Factors:
+def _instance_norm(module: _InstanceNorm, inputs: Tensor) -> Tensor:
     own = module.training or not module.track_running_stats
     mean, variance = (None, None) if own else (module.running_mean, module.running_var)
-    normalised = F.instance_norm(arguments[0], mean, variance, use_input_stats=own, eps=module.eps)
-    return _factors(module, _channels_last(normalised), _channels_last(gradients))
+    return F.instance_norm(inputs, mean, variance, use_input_stats=own, eps=module.eps)
 
 
 def mixes_examples(module: nn.Module) -> bool:
@@ -62,11 +74,8 @@ def mixes_examples(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
 
 
-def _scale(module: nn.Module, arguments: Arguments, gradients: Tensor) -> Factors:
-    normalised = _with(module, arguments[0], 1.0) - _with(module, arguments[0], 0.0)
-    size = normalised.shape[-1]
-    batch = len(normalised)
-    return _factors(module, normalised.reshape(batch, -1, size), gradients.reshape(batch, -1, size))
+def _slope(module: nn.Module, inputs: Tensor) -> Tensor:
+    return _with(module, inputs, 1.0) - _with(module, inputs, 0.0)
 
 
 @torch.no_grad()
@@ -81,7 +90,7 @@ def _with(module: nn.Module, inputs: Tensor, weight: float | Tensor) -> Tensor:
 
 # The layers of transformers that scale a normalised input, `w x̂` (Llama) or `(1 + w) x̂` (Gemma): their output is affine in the weight,
 # so its slope is a difference of two outputs, whatever the class calls its parts.
-SCALE = LayerRule(_parts, _scale)
+SCALE = _rule(_slope, _flattened)
 _scales: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
 
 
@@ -114,9 +123,8 @@ def _is_affine(module: nn.Module) -> bool:
 
 
 NORMS: dict[type[nn.Module], LayerRule] = {
-    nn.LayerNorm: LayerRule(_parts, _layer_norm),
-    nn.RMSNorm: LayerRule(_parts, _layer_norm),
-    nn.GroupNorm: LayerRule(_parts, _group_norm),  # type: ignore[arg-type]
-    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), LayerRule(_parts, _batch_norm)),  # type: ignore[arg-type]
-    **dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), LayerRule(_parts, _instance_norm)),  # type: ignore[arg-type]
+    **dict.fromkeys((nn.LayerNorm, nn.RMSNorm), _rule(_layer_norm, _flattened)),
+    nn.GroupNorm: _rule(_group_norm, _channels_last),
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), _rule(_batch_norm, _channels_last)),
+    **dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), _rule(_instance_norm, _channels_last)),
 }

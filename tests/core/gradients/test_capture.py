@@ -177,6 +177,47 @@ def test_an_input_changed_in_place_is_refused() -> None:
             x.mul_(2)
             return y
 
-    run = GradientCapture(Spoils()).run(lambda network: network(torch.randn(2, 3)))
     with pytest.raises(UnsupportedLayerError, match="in place"):
-        run.gradients(run.output.sum(1))
+        GradientCapture(Spoils()).run(lambda network: network(torch.randn(2, 3)))
+
+
+class Inplace(nn.Module):
+    """Works in place on the outputs of layers: on a leaf of the graph, on one that is not, and by an operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu_()
+        y = self.second(x)
+        y += x
+        return self.third(y.tanh_())
+
+
+def test_outputs_changed_in_place_are_copied() -> None:
+    network = Inplace().double()
+    capture, x = GradientCapture(network), torch.randn(5, 3, dtype=torch.float64)
+    for _ in range(2):  # once to find out, and once knowing
+        run = capture.run(lambda module: module(x))
+        found = run.gradients(run.output.square().sum(1))
+        for example in range(5):
+            network.zero_grad()
+            network(x[example : example + 1]).square().sum().backward()
+            for gradient, layer in zip(found, network.children(), strict=True):
+                weight, bias = (parameter.grad for parameter in layer.parameters())
+                assert weight is not None
+                assert bias is not None
+                whole = torch.cat([weight, bias.unsqueeze(1)], 1)
+                torch.testing.assert_close(gradient.materialise()[example, 0], whole)
+
+
+def test_a_pass_is_not_run_again_on_an_input_changed_in_place() -> None:
+    class Doubles(Inplace):
+        def forward(self, x: Tensor) -> Tensor:
+            x.mul_(2)
+            return super().forward(x)
+
+    x = torch.randn(2, 3)
+    with pytest.raises(UnsupportedLayerError, match="own input"):
+        GradientCapture(Doubles()).run(lambda network: network(x))
