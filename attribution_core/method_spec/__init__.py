@@ -1,0 +1,121 @@
+"""Attribution methods as a caller asks for them; form only, free of torch."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from attribution_core.method_spec.auto import AutoMethod
+from attribution_core.method_spec.bank import (
+    AmeMethod,
+    BankMethodBase,
+    BanzhafMethod,
+    DatamodelsMethod,
+    EmpiricalInfluenceMethod,
+    PosteriorMethod,
+)
+from attribution_core.method_spec.base import (
+    PROJECTION_VERSION,
+    Damping,
+    GradientMethodBase,
+    GroupEstimator,
+    MethodBase,
+    Notion,
+    ProjectionSpec,
+    QueryRows,
+)
+from attribution_core.method_spec.exact import ExactMethod
+from attribution_core.method_spec.features import (
+    GradCosMethod,
+    GradDotMethod,
+    LograMethod,
+    RepresentationMethod,
+    TrakMethod,
+)
+from attribution_core.method_spec.fisher import (
+    DataInfMethod,
+    DiagonalMethod,
+    EkfacMethod,
+    FisherMethod,
+    FisherSampling,
+    GaussNewtonMethod,
+    KfacMethod,
+)
+from attribution_core.method_spec.hessian import ArnoldiMethod, CgMethod, ExplicitMethod, HessianMethod, LissaMethod
+from attribution_core.method_spec.trajectory import GasMethod, MagicMethod, SourceMethod, TracinMethod
+
+__all__ = [
+    "METHODS",
+    "OFFERED",
+    "PROJECTION_VERSION",
+    "AmeMethod",
+    "ArnoldiMethod",
+    "AutoMethod",
+    "BankMethodBase",
+    "BanzhafMethod",
+    "CgMethod",
+    "Damping",
+    "DataInfMethod",
+    "DatamodelsMethod",
+    "DiagonalMethod",
+    "EkfacMethod",
+    "EmpiricalInfluenceMethod",
+    "ExactMethod",
+    "ExplicitMethod",
+    "FisherMethod",
+    "FisherSampling",
+    "GasMethod",
+    "GaussNewtonMethod",
+    "GradCosMethod",
+    "GradDotMethod",
+    "GradientMethodBase",
+    "GroupEstimator",
+    "HessianMethod",
+    "KfacMethod",
+    "LissaMethod",
+    "LograMethod",
+    "MagicMethod",
+    "MethodBase",
+    "MethodSpec",
+    "Notion",
+    "PosteriorMethod",
+    "ProjectionSpec",
+    "QueryRows",
+    "RepresentationMethod",
+    "SourceMethod",
+    "TracinMethod",
+    "TrakMethod",
+]
+
+MethodSpec = Annotated[
+    TrakMethod
+    | EkfacMethod
+    | KfacMethod
+    | DiagonalMethod
+    | GaussNewtonMethod
+    | DataInfMethod
+    | ExplicitMethod
+    | CgMethod
+    | LissaMethod
+    | ArnoldiMethod
+    | LograMethod
+    | GradDotMethod
+    | GradCosMethod
+    | TracinMethod
+    | GasMethod
+    | SourceMethod
+    | MagicMethod
+    | PosteriorMethod
+    | DatamodelsMethod
+    | EmpiricalInfluenceMethod
+    | AmeMethod
+    | BanzhafMethod
+    | RepresentationMethod
+    | ExactMethod,
+    Field(discriminator="type"),
+]
+METHODS: dict[str, type[MethodBase]] = {
+    method.model_fields["type"].annotation.__args__[0]: method
+    for method in MethodSpec.__origin__.__args__  # type: ignore[attr-defined]
+}
+# What an index can be asked for; `auto` becomes one of the others before anything is fitted.
+OFFERED: dict[str, type[MethodBase]] = {**METHODS, "auto": AutoMethod}

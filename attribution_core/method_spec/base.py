@@ -1,0 +1,71 @@
+"""What every method says of itself, and what several ask for."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from attribution_core.spec import Seed, Spec
+
+# Part of every fingerprint: stored features depend on how projections are generated.
+PROJECTION_VERSION = 1
+Notion = Literal["predictive", "corroborative", "game_theoretic"]
+GroupEstimator = Literal["additive", "newton"]
+Damping = Annotated[float, Field(ge=0, le=1e12)]
+LAYER_DAMPING = "Default damping, as a multiple of each layer's mean eigenvalue."
+
+
+class ProjectionSpec(Spec):
+    """A seeded random projection of gradients."""
+
+    type: Literal["sjlt", "rademacher", "gaussian", "factored"] = Field(
+        default="sjlt",
+        description="`factored` projects each layer's input and output gradient apart, so that no gradient is ever formed.",
+    )
+    dim: int = Field(default=1024, ge=8, le=65_536, description="Numbers kept per example and checkpoint.")
+    seed: Seed = 0
+
+
+class MethodBase(Spec):
+    """What every method says about itself."""
+
+    notion: ClassVar[Notion] = "predictive"
+    needs: ClassVar[tuple[str, ...]] = ("checkpoints",)
+    query_cost: ClassVar[Literal["inline", "job"]] = "inline"
+    extends: ClassVar[bool] = False  # whether a fitted index can take more rows with its factors kept
+    exact_rows: ClassVar[bool] = False  # whether stored rows are the method's own definition, so nothing is re-scored
+    reference: ClassVar[str] = ""
+    # How the effect of a group of training examples can be told: as the sum of their scores, or with the curvature they leave.
+    estimators: ClassVar[tuple[GroupEstimator, ...]] = ("additive",)
+    checkpoint_needs: ClassVar[tuple[str, ...]] = ()
+    # Whether it tells how each training example influences itself: not where that takes a pass over the training set for each.
+    self_influence: ClassVar[bool] = True
+    # What an index of it holds: a row per training example, a score per training example and named query, or what it learnt from a bank.
+    keeps: ClassVar[Literal["features", "scores", "bank"]] = "features"
+
+    @property
+    def damped(self) -> bool:
+        """Whether its scores depend on a damping that a query may name."""
+        return "damping" in type(self).model_fields
+
+    @property
+    def follows_training(self) -> bool:
+        """Whether checkpoints are moments of trainings rather than an ensemble."""
+        return bool(self.checkpoint_needs)
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Passes over the training set that a fit takes, in order."""
+        return ("features",)
+
+
+class GradientMethodBase(MethodBase):
+    """A method whose scores are inner products of gradients."""
+
+    projection: ProjectionSpec = ProjectionSpec()
+
+
+class QueryRows(Spec):
+    """Rows of a data set that an index is to answer for."""
+
+    dataset: str = Field(min_length=1, max_length=128, description="Id or name.")
+    rows: list[Annotated[int, Field(ge=0)]] = Field(min_length=1, max_length=4096)

@@ -1,0 +1,79 @@
+"""Inner products of rows that the index keeps: projected or whole gradients, and representations."""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from attribution_core.method_spec.base import (
+    LAYER_DAMPING,
+    Damping,
+    GradientMethodBase,
+    GroupEstimator,
+    MethodBase,
+    Notion,
+    ProjectionSpec,
+)
+
+
+class LograMethod(GradientMethodBase):
+    """Influence functions in a space where each layer's input and output gradient were projected apart, with that space's Fisher matrix."""
+
+    extends: ClassVar[bool] = True
+    exact_rows: ClassVar[bool] = True
+    reference: ClassVar[str] = "Choe et al. 2024, What is Your Data Worth to GPT?"
+    estimators: ClassVar[tuple[GroupEstimator, ...]] = ("additive", "newton")
+    type: Literal["logra"]
+    projection: ProjectionSpec = ProjectionSpec(type="factored")
+    damping: Damping = Field(default=0.3, description=LAYER_DAMPING)
+
+
+class TrakMethod(GradientMethodBase):
+    """TRAK: the linearised model's one-step update, in a random projection, averaged over checkpoints."""
+
+    extends: ClassVar[bool] = True
+    exact_rows: ClassVar[bool] = True
+    reference: ClassVar[str] = "Park et al. 2023, TRAK: Attributing Model Behavior at Scale"
+    estimators: ClassVar[tuple[GroupEstimator, ...]] = ("additive", "newton")
+    type: Literal["trak"]
+    damping: Damping = Field(default=3.0, description="Default damping, as a multiple of the mean eigenvalue.")
+    curvature: Literal["gradient", "gauss_newton", "fisher"] = Field(
+        default="gauss_newton",
+        description="`gradient`: the published kernel, whose scores have an arbitrary scale. `gauss_newton`: each row "
+        "weighted by p(1-p), which puts scores in units of the measurement. `fisher`: the Gauss-Newton matrix of all "
+        "classes (or sampled tokens), projected.",
+    )
+    soft_threshold: float | None = Field(
+        default=None, ge=0, le=1e12, description="Shrink scores towards 0 by this much, as published; off by default."
+    )
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Passes over the training set that a fit takes, in order."""
+        return ("kernel", "features") if self.curvature == "fisher" else ("features",)
+
+
+class GradDotMethod(GradientMethodBase):
+    """Inner product of the query's and the training example's gradients (one-checkpoint TracIn, identity curvature)."""
+
+    extends: ClassVar[bool] = True
+    reference: ClassVar[str] = "Pruthi et al. 2020, Estimating Training Data Influence by Tracing Gradient Descent"
+    type: Literal["grad_dot"]
+
+
+class GradCosMethod(GradientMethodBase):
+    """Cosine of the query's and the training example's gradients."""
+
+    extends: ClassVar[bool] = True
+    reference: ClassVar[str] = "Hammoudeh & Lowd 2022, Identifying a Training-Set Attack's Target"
+    type: Literal["grad_cos"]
+
+
+class RepresentationMethod(MethodBase):
+    """Similarity of penultimate representations: evidence, not causation."""
+
+    notion: ClassVar[Notion] = "corroborative"
+    extends: ClassVar[bool] = True
+    exact_rows: ClassVar[bool] = True
+    reference: ClassVar[str] = "Hanawa et al. 2021, Evaluation of Similarity-based Explanations"
+    type: Literal["representation"]
+    similarity: Literal["cosine", "dot"] = "cosine"

@@ -1,0 +1,143 @@
+"""Influence functions with the model's Fisher matrix, or the data's."""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from attribution_core.method_spec.base import LAYER_DAMPING, Damping, GradientMethodBase, GroupEstimator
+from attribution_core.spec import Seed
+
+# Default dampings: from the least that keeps rounding small to that of the largest ratio which was measured.
+MIN_DEFAULT_DAMPING = 0.001
+MOST_PARAMETERS_PER_TARGET = 32
+
+
+class FisherSampling(GradientMethodBase):
+    """A method whose curvature is the model's Fisher matrix."""
+
+    fisher: Literal["auto", "exact", "sampled", "empirical"] = Field(
+        default="auto",
+        description="Labels enumerated, sampled from the model, or the data's; auto enumerates up to 32 classes.",
+    )
+    samples: int = Field(default=1, ge=1, le=64, description="Labels sampled per example.")
+    seed: Seed = 0
+
+
+class FisherMethod(FisherSampling):
+    """A method that inverts the Fisher matrix."""
+
+    estimators: ClassVar[tuple[GroupEstimator, ...]] = ("additive", "newton")
+    # The default damping where the data say as little of each parameter as on the benchmark's convolutional networks, and less.
+    max_default: ClassVar[float] = 1.0
+    damping: Damping | None = Field(
+        default=None,
+        description="Default damping, as a multiple of each layer's mean eigenvalue. If null, it follows how well the data determine "
+        "the curvature: it grows with the square of attributed parameters per training target (example, or predicted token), up to a bound.",
+    )
+
+    def damping_for(self, parameters_per_target: float) -> float:
+        """Return the default damping, which where none is named grows with how little the data say of each parameter.
+
+        The law and its constants are measured: docs/studies/curvature.md.
+        """
+        if self.damping is not None:
+            return self.damping
+        scarcity = min(parameters_per_target / MOST_PARAMETERS_PER_TARGET, 1.0)
+        return max(MIN_DEFAULT_DAMPING, self.max_default * scarcity**2)
+
+
+class EkfacMethod(FisherMethod):
+    """Influence functions with eigenvalue-corrected Kronecker-factored curvature (true Fisher)."""
+
+    extends: ClassVar[bool] = True
+    reference: ClassVar[str] = (
+        "George et al. 2018; Grosse et al. 2023, Studying LLM Generalization with Influence Functions"
+    )
+    type: Literal["ekfac"]
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Passes over the training set that a fit takes, in order."""
+        return ("covariance", "eigenvalues", "features")
+
+
+class KfacMethod(FisherMethod):
+    """Influence functions with Kronecker-factored curvature, without the eigenvalue correction."""
+
+    extends: ClassVar[bool] = True
+    reference: ClassVar[str] = (
+        "Martens & Grosse 2015, Optimizing Neural Networks with Kronecker-factored Approximate Curvature"
+    )
+    type: Literal["kfac"]
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Passes over the training set that a fit takes, in order."""
+        return ("covariance", "features")
+
+
+class DiagonalMethod(FisherMethod):
+    """Influence functions with the Fisher matrix's diagonal."""
+
+    extends: ClassVar[bool] = True
+    reference: ClassVar[str] = "Becker & LeCun 1988; Kirkpatrick et al. 2017"
+    type: Literal["diagonal"]
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Passes over the training set that a fit takes, in order."""
+        return ("eigenvalues", "features")
+
+
+class GaussNewtonMethod(FisherMethod):
+    """Influence functions with the true Gauss-Newton matrix shrunk towards EK-FAC: what matters of it factorised by the fit, else by iterations."""
+
+    extends: ClassVar[bool] = True
+    reference: ClassVar[str] = "Teso et al. 2021; Bae et al. 2022; Wang et al. 2025 (ASTRA)"
+    type: Literal["gauss_newton"]
+    max_default: ClassVar[float] = 10.0
+    shrinkage: float = Field(
+        default=0.8,
+        ge=0,
+        le=1,
+        description="Weight ρ of EK-FAC in the curvature `(1 - ρ) Gauss-Newton + ρ EK-FAC` that is solved; 0 is the Gauss-Newton matrix itself.",
+    )
+    negligible: float = Field(
+        default=0.3,
+        ge=0,
+        le=1,
+        description="Of pseudo-gradients with less than this times the average part of the curvature's trace only the diagonal is kept: an example "
+        "that the model is sure of has hardly any curvature. Never more than that part of the trace is left out.",
+    )
+    iterations: int = Field(
+        default=20,
+        ge=1,
+        le=1000,
+        description="Conjugate gradient steps at most, where no factorisation answers: with more pseudo-gradients left than the fit factorises "
+        "(4,096 at most), at another damping than the index's own, or without a group.",
+    )
+    tolerance: float = Field(default=1e-2, gt=0, lt=1, description="Relative residual at which such a solve stops.")
+    curvature_examples: int | None = Field(
+        default=None,
+        ge=1,
+        description="Training examples whose curvature is used, evenly spread; as many as fit 1 GiB by default.",
+    )
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Passes over the training set that a fit takes, in order."""
+        return ("covariance", "eigenvalues", "features")
+
+
+class DataInfMethod(GradientMethodBase):
+    """Influence functions with each layer's empirical Fisher, the inverse of a mean replaced by the mean of inverses."""
+
+    self_influence: ClassVar[bool] = False
+    reference: ClassVar[str] = "Kwon et al. 2024, DataInf"
+    type: Literal["datainf"]
+    damping: Damping = Field(default=0.1, description=LAYER_DAMPING)
+    curvature_examples: int | None = Field(
+        default=None,
+        ge=1,
+        description="Training examples whose curvature is used, evenly spread; as many as fit 1 GiB by default.",
+    )
