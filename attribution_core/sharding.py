@@ -60,8 +60,8 @@ class Pipeline(Protocol):
     def run_shard(self, stage: str, ordinal: int, progress: Progress) -> dict[str, np.ndarray]:
         """Compute one shard; progress counts its units."""
 
-    def reduce(self, stage: str, shard_files: Sequence[Path]) -> dict[str, np.ndarray]:
-        """Combine a stage's shard files, given in order of their ordinals."""
+    def reduce(self, stage: str, shard_files: Sequence[Path], progress: Progress) -> dict[str, np.ndarray]:
+        """Combine a stage's shard files, given in order of their ordinals; progress counts nothing, but can stop it."""
 
 
 def shard_ranges(total: int, size: int) -> list[tuple[int, int]]:

@@ -98,7 +98,7 @@ def run(spec: UnlearnSpec, folder: Path) -> tuple[dict[str, Any], dict[str, list
             began = time.process_time()
             write_arrays(path, pipeline.run_shard(stage.name, shard.ordinal, NoProgress()))
             seconds[stage.name].append(time.process_time() - began)
-        write_arrays(folder / f"{stage.name}.safetensors", pipeline.reduce(stage.name, files))
+        write_arrays(folder / f"{stage.name}.safetensors", pipeline.reduce(stage.name, files, NoProgress()))
     _, evaluation = pipeline.conclude(files, folder / "out")
     assert evaluation is not None
     return evaluation, seconds

@@ -126,7 +126,7 @@ def _computed_shard(pipeline: Pipeline, work: Path, number: int, shard: Shard, r
     stage = pipeline.stages()[number]
     if shard.ordinal == REDUCTION:
         path = work / f"{stage.name}.safetensors"
-        write_arrays(path, pipeline.reduce(stage.name, shard_files(work, stage)))
+        write_arrays(path, pipeline.reduce(stage.name, shard_files(work, stage), running.progress))
     else:
         path = _shard_path(work, stage.name, shard.ordinal)
         write_arrays(path, pipeline.run_shard(stage.name, shard.ordinal, running.progress))

@@ -62,7 +62,7 @@ class VerificationPipeline:
         """Retrain one group."""
         return train_runs(self.trainer, self._groups[ordinal].runs, self.semantics, progress)
 
-    def reduce(self, stage: str, shard_files: Sequence[Path]) -> Arrays:
+    def reduce(self, stage: str, shard_files: Sequence[Path], progress: Progress) -> Arrays:
         """Return nothing: every group stands for itself."""
         return {}
 

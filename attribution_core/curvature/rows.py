@@ -18,6 +18,7 @@ from attribution_core.curvature.selection import Chosen, Frame, Selection, every
 from attribution_core.curvature.vectors import flattened, unflattened
 from attribution_core.errors import InvalidInputError
 from attribution_core.gradients import Block, Rotation
+from attribution_core.progress import NoProgress, Progress, watched
 
 Kept = RankOneRows | WholeRows
 # Rows multiplied at once: with few, products would wait for the memory that their results are added up in; joining many takes memory itself.
@@ -37,6 +38,7 @@ class PseudoRows:
         examples: the examples' row numbers, ascending; counted from 0 by default.
         frame: which rows are kept, in what basis; by default every draw as it is.
         selection: which rows were chosen before; the batches are then of the examples that it uses.
+        progress: asked between batches, and between blocks of rows in all that takes long, whether the work should stop.
     """
 
     def __init__(
@@ -45,7 +47,9 @@ class PseudoRows:
         examples: np.ndarray | None = None,
         frame: Frame | None = None,
         selection: Selection | None = None,
+        progress: Progress | None = None,
     ) -> None:
+        self._progress = progress or NoProgress()
         self.blocks: list[Block] = []
         self._leaves_out = frame is not None and frame.negligible > 0
         chosen: list[Chosen] = []
@@ -58,7 +62,7 @@ class PseudoRows:
         self, batches: Iterable[Draws], frame: Frame | None, selection: Selection | None, chosen: list[Chosen]
     ) -> Iterator[list[Kept]]:
         """Yield a batch's rows per block, and note which they are."""
-        for draws in batches:
+        for draws in watched(batches, self._progress):
             drawn = [Drawn.of([draw[number] for draw in draws]) for number in range(len(draws[0]))]
             self.blocks = [part.block for part in drawn]
             if selection is not None:
@@ -142,7 +146,7 @@ class PseudoRows:
             for _, whole in self._whole(own):
                 rows, column = slice(start, start + len(whole[0])), 0
                 divided = [without_tiny(part / divisor) for part, divisor in zip(whole, divisors, strict=True)]
-                for other in self._parts[: number + 1]:
+                for other in watched(self._parts[: number + 1], self._progress):
                     products[rows, column : column + len(other[0])] = _inner(other, divided).T
                     column += len(other[0])
                 start = rows.stop
@@ -164,7 +168,7 @@ class PseudoRows:
     def diagonals(self) -> list[Tensor]:
         """`diag(H̄)` of the rows kept, (groups, d_out, d_in) per block."""
         total = [torch.zeros(block.shape, dtype=self._like.dtype, device=self._like.device) for block in self.blocks]
-        for own, weights in zip(self._parts, self._weights(), strict=True):
+        for own, weights in zip(watched(self._parts, self._progress), self._weights(), strict=True):
             for number, kept in enumerate(own):
                 total[number] += kept.diagonal(weights)
         return total

@@ -99,7 +99,7 @@ class EvaluationPipeline:
             return train_group(self.trainer, self.spec.banks[piece.bank].protocol, piece.group, progress)
         return train_runs(self.trainer, piece.runs, "resample", progress)
 
-    def reduce(self, stage: str, shard_files: Sequence[Path]) -> Arrays:
+    def reduce(self, stage: str, shard_files: Sequence[Path], progress: Progress) -> Arrays:
         """Return nothing: every group stands for itself."""
         return {}
 

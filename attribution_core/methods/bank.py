@@ -118,7 +118,7 @@ class BankPipeline:
             return read_arrays(self.spec.bank[ordinal])
         return train_group(self.trainer, self.method.bank, ordinal, progress)
 
-    def reduce(self, stage: str, shard_files: Sequence[Path]) -> Arrays:
+    def reduce(self, stage: str, shard_files: Sequence[Path], progress: Progress) -> Arrays:
         """Return nothing: every group stands for itself."""
         return {}
 

@@ -58,6 +58,7 @@ from attribution_core.methods.logra import Logra
 from attribution_core.methods.representation import Representation
 from attribution_core.methods.source import Source, Unrolled
 from attribution_core.methods.trak import Trak
+from attribution_core.progress import Progress
 from attribution_core.projection import FactoredProjection, Projection, build_projection
 from attribution_core.spec import DatasetSpec
 from attribution_core.tasks import build_task
@@ -315,7 +316,7 @@ class FitContext:
         factor = RowFactor.from_arrays(fitted, self.device)
         return GaussNewton(rows, factors, spec.iterations, spec.tolerance, spec.shrinkage, factor)
 
-    def factorised(self, number: int, fitted: Arrays) -> dict[str, np.ndarray]:
+    def factorised(self, number: int, fitted: Arrays, progress: Progress) -> dict[str, np.ndarray]:
         """Return what a fit of `gauss_newton` keeps of a checkpoint's pseudo-gradients: which they are, and their factorisation if there is one.
 
         Nothing of rows that are more than parameters: to list them would take more than the matrix that is formed of them.
@@ -323,10 +324,14 @@ class FitContext:
         Args:
             number: the checkpoint's.
             fitted: its EK-FAC factors.
+            progress: asked between batches and between blocks of rows whether the work should stop.
+
+        Raises:
+            Cancelled: if it should.
         """
         spec = self.spec.method
         assert isinstance(spec, GaussNewtonMethod)
-        rows = self._own_rows(number, fitted)
+        rows = self._own_rows(number, fitted, progress)
         factor = self._gauss_newton(spec, number, fitted, lambda: rows).factorised(self.default_damping or 0.0)
         if rows.has_matrix:
             return {}
@@ -338,22 +343,29 @@ class FitContext:
         factors = EkfacFactors.from_arrays(self.checkpoint(number).capture.blocks, fitted, self.device)
         return Frame.of(factors, spec.negligible)
 
-    def _own_rows(self, number: int, fitted: Arrays) -> PseudoRows:
+    def _own_rows(self, number: int, fitted: Arrays, progress: Progress | None = None) -> PseudoRows:
         """Return the pseudo-gradients that a fit chose; where it stored no choice, those that it would choose."""
         spec, frame = self.spec.method, self._frame(number, fitted)
         assert isinstance(spec, GaussNewtonMethod)
         if "rows.examples" not in fitted:
-            return self._pseudo_rows(number, Fisher.of(spec), spec.curvature_examples, frame)
+            return self._pseudo_rows(number, Fisher.of(spec), spec.curvature_examples, frame, progress)
         selection = Selection.from_arrays(fitted)
         return PseudoRows(self._draws(number, Fisher.of(spec), selection.used), frame=frame, selection=selection)
 
-    def _pseudo_rows(self, number: int, fisher: Fisher, examples: int | None, frame: Frame | None = None) -> PseudoRows:
+    def _pseudo_rows(
+        self,
+        number: int,
+        fisher: Fisher,
+        examples: int | None,
+        frame: Frame | None = None,
+        progress: Progress | None = None,
+    ) -> PseudoRows:
         """Return the pseudo-gradients of evenly spread training examples, as many as fit the memory set aside."""
         checkpoint = self.checkpoint(number)
         first = self.source.batch(self.training_rows[:1])
         draws = fisher.draws(checkpoint.run(first), self.task, first)
         rows = self._spread(min(examples or MAX_ROWS, max(1, _CURVATURE_BYTES // PseudoRows([draws]).nbytes)))
-        return PseudoRows(self._draws(number, fisher, rows), rows, frame)
+        return PseudoRows(self._draws(number, fisher, rows), rows, frame, progress=progress)
 
     def _draws(self, number: int, fisher: Fisher, rows: np.ndarray) -> Iterator[Draws]:
         checkpoint = self.checkpoint(number)

@@ -6,7 +6,7 @@ features. Scores are shares of the larger training set. The result equals a fit 
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,7 @@ from attribution_core.methods.kept import KeptGradients
 from attribution_core.methods.layout import write_features, write_search
 from attribution_core.methods.loaded import LoadedIndex
 from attribution_core.methods.logra import Logra
-from attribution_core.progress import Progress
+from attribution_core.progress import Progress, watched
 from attribution_core.sharding import Shard, Stage
 
 _HALVES = (0, 1)
@@ -91,7 +91,7 @@ class ExtensionPipeline(FitPipeline):
             for half in _HALVES
         )
 
-    def _reduction(self, stage: str, group: tuple[int, ...], files: Sequence[Path]) -> Arrays:
+    def _reduction(self, stage: str, group: tuple[int, ...], files: Sequence[Path], progress: Progress) -> Arrays:
         """Return the sums by which drift is told as `<half>.<name>`, of the first stage; the other needs no reduction."""
         (number,) = group  # nothing that shares a curvature is extended
         if stage != self.stages()[0].name:
@@ -101,14 +101,17 @@ class ExtensionPipeline(FitPipeline):
         for half in _HALVES:
             count = sum(len(range(s.start + half, s.stop, 2)) for s in shards if s.checkpoint == number)
             if stage == "features":
-                sums = self._row_moments(number, files, half)
+                sums = self._row_moments(number, watched(files, progress), half)
+            elif count:
+                summed = summed_arrays(watched(files[half::2], progress))
+                sums = self._moments(stage, number, summed, progress)
             else:
-                sums = self._moments(stage, number, summed_arrays(files[half::2])) if count else {}
+                sums = {}
             found |= {f"{half}.{name}": value for name, value in sums.items()}
             found[f"{half}.count"] = np.array([float(count)])
         return found
 
-    def _moments(self, stage: str, number: int, sums: Arrays) -> Arrays:
+    def _moments(self, stage: str, number: int, sums: Arrays, progress: Progress) -> Arrays:
         """Return a stage's sums along the kept eigenvectors."""
         factors = of_checkpoint(self._factors, number)
         match stage:
@@ -116,13 +119,14 @@ class ExtensionPipeline(FitPipeline):
                 moments, counts = dict(sums), {}
                 if "positions" in moments:
                     counts["positions"] = moments.pop("positions")
-                return counts | {f"spectrum.{name}": _along(value, factors[name]) for name, value in moments.items()}
+                along = watched(moments.items(), progress)
+                return counts | {f"spectrum.{name}": _along(value, factors[name]) for name, value in along}
             case "kernel":
                 return {"values": _along(sums["kernel"], factors["vectors"])}
             case _:
                 return sums
 
-    def _row_moments(self, number: int, files: Sequence[Path], half: int) -> Arrays:
+    def _row_moments(self, number: int, files: Iterable[Path], half: int) -> Arrays:
         """Return the sums of squared rows along the kept eigenvectors, for methods whose factors are made from rows."""
         method, factors = self.spec.method, of_checkpoint(self._factors, number)
         found: Arrays = {}

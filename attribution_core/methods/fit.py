@@ -5,7 +5,7 @@ reduction over its shards in order. `assemble` lays the results out as the artif
 """
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -48,7 +48,7 @@ from attribution_core.methods.magic import MagicPipeline
 from attribution_core.methods.opening import opened_priors
 from attribution_core.methods.recall import measured_recall, recall_rows
 from attribution_core.methods.trak import Trak
-from attribution_core.progress import Progress
+from attribution_core.progress import Progress, watched
 from attribution_core.sharding import Shard, Stage, shard_ranges
 
 Arrays = dict[str, np.ndarray]
@@ -124,44 +124,52 @@ class FitPipeline:
                 return self._features(shard, progress)
 
     @_of_method()
-    def reduce(self, stage: str, shard_files: Sequence[Path]) -> Arrays:
+    def reduce(self, stage: str, shard_files: Sequence[Path], progress: Progress) -> Arrays:
         """Combine a stage's shard files, given in order of their ordinals, into `<checkpoint>.<name>` arrays.
 
-        Checkpoints that share a curvature have it under the first one's number.
+        Checkpoints that share a curvature have it under the first one's number. Progress counts nothing: it is asked between layers, files
+        and blocks of rows whether the work should stop.
+
+        Raises:
+            InvalidInputError: if the data does not fit the model.
+            Cancelled: if the work should stop.
         """
         size = len(shard_files) // len(self.spec.checkpoints)
         reduced: Arrays = {}
         for group in self.spec.curvature_groups():
             files = [path for number in group for path in shard_files[number * size : (number + 1) * size]]
-            found = self._reduction(stage, group, files)
+            found = self._reduction(stage, group, files, progress)
             reduced |= {f"{group[0]}.{name}": value for name, value in found.items()}
         return reduced
 
-    def _reduction(self, stage: str, group: tuple[int, ...], files: Sequence[Path]) -> Arrays:
+    def _reduction(self, stage: str, group: tuple[int, ...], files: Sequence[Path], progress: Progress) -> Arrays:
         n, number, method = self.spec.num_training * len(group), group[0], self.spec.method
+        watched_files = watched(files, progress)
         match stage:
             case "covariance":
-                solved = Eigenbasis.solve(summed_arrays(files))
+                solved: Arrays = {}
+                for name, value in watched(summed_arrays(watched_files).items(), progress):
+                    solved |= Eigenbasis.solve({name: value})
                 if isinstance(method, KfacMethod):
                     blocks = self.context.checkpoint(number).capture.blocks
                     solved |= kronecker_eigenvalues(blocks, solved, n)
                 return {name: value for name, value in solved.items() if not name.startswith("spectrum.")}
             case "eigenvalues":
-                values = {name: (value / n).astype(np.float32) for name, value in summed_arrays(files).items()}
+                values = {name: (value / n).astype(np.float32) for name, value in summed_arrays(watched_files).items()}
                 if isinstance(method, GaussNewtonMethod):
                     basis = of_checkpoint(self._reduced("covariance"), number)
-                    values |= self.context.factorised(number, basis | values)
+                    values |= self.context.factorised(number, basis | values, progress)
                 return values
             case "hessian":
                 assert isinstance(method, HessianMethod)
-                mean = summed_arrays(files)["hessian"] / n
+                mean = summed_arrays(watched_files)["hessian"] / n
                 return spectrum(mean + method.l2 * np.eye(len(mean)))
             case "krylov":
                 return read_arrays(files[0])
             case "kernel":
-                return trak.eigen(summed_arrays(files)["kernel"])
+                return trak.eigen(summed_arrays(watched_files)["kernel"])
             case _:
-                return self._feature_kernel(number, files)
+                return self._feature_kernel(number, watched_files, progress)
 
     @_of_method()
     def assemble(self, into: Path, feature_files: Sequence[Path], progress: Progress) -> FitSummary:
@@ -300,14 +308,14 @@ class FitPipeline:
         placed[self.rows[shard.start : shard.stop] - first] = joined
         return placed
 
-    def _feature_kernel(self, number: int, files: Sequence[Path]) -> Arrays:
+    def _feature_kernel(self, number: int, files: Iterable[Path], progress: Progress) -> Arrays:
         method, shards = self.spec.method, (read_arrays(path) for path in files)
         if isinstance(method, TrakMethod) and method.curvature != "fisher":
             return trak.kernel_of(shards, weighted=trak.weighs_rows(method, self.spec.task))
         if isinstance(method, LograMethod):
             member = self.context.method(number, {})
             assert isinstance(member, Logra)
-            return fisher_of(shards, member.projection, self.spec.num_training)
+            return fisher_of(shards, member.projection, self.spec.num_training, progress)
         return {}
 
 
@@ -336,14 +344,14 @@ def run(pipeline: AnyPipeline, into: Path, progress: Progress) -> FitSummary:
         files = [work / stage.name / f"{shard.ordinal:05d}.safetensors" for shard in stage.shards]
         for shard, path in zip(stage.shards, files, strict=True):
             write_arrays(path, pipeline.run_shard(stage.name, shard.ordinal, progress))
-        write_arrays(work / f"{stage.name}.safetensors", pipeline.reduce(stage.name, files))
+        write_arrays(work / f"{stage.name}.safetensors", pipeline.reduce(stage.name, files, progress))
     into.mkdir(parents=True, exist_ok=True)
     summary = pipeline.assemble(into, files, progress)
     shutil.rmtree(work)
     return summary
 
 
-def summed_arrays(files: Sequence[Path]) -> Arrays:
+def summed_arrays(files: Iterable[Path]) -> Arrays:
     """Return the sums over files of arrays of the same name."""
     total: Arrays = {}
     for path in files:

@@ -17,6 +17,7 @@ from attribution_core.data.batch import Batch
 from attribution_core.errors import SingularCurvatureError
 from attribution_core.methods import woodbury
 from attribution_core.methods.base import Arrays, Checkpoint, FeatureMethod, QuerySide, TrainRows
+from attribution_core.progress import Progress, watched
 from attribution_core.projection import FactoredProjection
 
 
@@ -66,15 +67,21 @@ class Logra(FeatureMethod):
         return torch.from_numpy(effect).to(query)
 
 
-def fisher_of(shards: Iterable[Arrays], projection: FactoredProjection, count: int) -> dict[str, np.ndarray]:
-    """Return each layer's eigenvalues `values.N` and eigenvectors `vectors.N` of `mean φφᵀ` over `count` training examples."""
+def fisher_of(
+    shards: Iterable[Arrays], projection: FactoredProjection, count: int, progress: Progress
+) -> dict[str, np.ndarray]:
+    """Return each layer's eigenvalues `values.N` and eigenvectors `vectors.N` of `mean φφᵀ` over `count` training examples.
+
+    Raises:
+        Cancelled: if the work should stop; progress is asked before each layer.
+    """
     totals: list[np.ndarray | float] = [0.0] * len(projection.slices)
     for shard in shards:
         rows = shard["rows"].astype(np.float64)
         for number, part in enumerate(projection.slices):
             totals[number] = totals[number] + rows[:, part].T @ rows[:, part]
     found: dict[str, np.ndarray] = {}
-    for number, total in enumerate(totals):
+    for number, total in enumerate(watched(totals, progress)):
         values, vectors = np.linalg.eigh(np.asarray(total) / count)
         found[f"values.{number}"] = values.clip(min=0).astype(np.float32)
         found[f"vectors.{number}"] = vectors.astype(np.float32)

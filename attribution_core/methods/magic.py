@@ -22,7 +22,7 @@ from attribution_core.fit_spec import FitSpec, FitSummary
 from attribution_core.method_spec import MagicMethod
 from attribution_core.methods.context import FitContext
 from attribution_core.methods.dense import DenseScores, query_keys
-from attribution_core.progress import Progress
+from attribution_core.progress import Progress, watched
 from attribution_core.sharding import Stage, shard_ranges
 from attribution_core.training.optimizers import Tensors
 from attribution_core.training.replay import Moment, Recording, Replay, metasmoothness
@@ -90,9 +90,9 @@ class MagicPipeline:
             case _:
                 return {"scores": self._scores(part, progress).cpu().numpy()}
 
-    def reduce(self, stage: str, shard_files: Sequence[Path]) -> Arrays:
+    def reduce(self, stage: str, shard_files: Sequence[Path], progress: Progress) -> Arrays:
         """Combine a stage's shard files, given in order of their ordinals."""
-        shards = [read_arrays(path) for path in shard_files]
+        shards = [read_arrays(path) for path in watched(shard_files, progress)]
         if stage == "recording":
             return shards[0]
         return {name: np.concatenate([shard[name] for shard in shards if name in shard]) for name in shards[0]}

@@ -87,7 +87,7 @@ class TrainingPipeline:
             "learning_rates": np.array([rates[step][1] for step in steps], np.float64),
         }
 
-    def reduce(self, stage: str, shard_files: Sequence[Path]) -> Arrays:
+    def reduce(self, stage: str, shard_files: Sequence[Path], progress: Progress) -> Arrays:
         """Return nothing: every group stands for itself."""
         return {}
 

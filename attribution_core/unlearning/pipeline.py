@@ -18,7 +18,7 @@ from attribution_core.checkpoints import load_model, save_checkpoint
 from attribution_core.data.batch import Batch
 from attribution_core.data.collate import ExampleSource
 from attribution_core.errors import AttributionError, InvalidInputError
-from attribution_core.progress import Progress
+from attribution_core.progress import Progress, watched
 from attribution_core.sharding import Stage, shard_ranges
 from attribution_core.training.bank import WEIGHTS
 from attribution_core.training.trainer import Run, Trainer
@@ -113,28 +113,31 @@ class UnlearnPipeline:
         weights = {WEIGHTS + name: value.detach().float().cpu().numpy() for name, value in found.parameters.items()}
         return weights | {_REPORT + name: np.array([value]) for name, value in found.report.items()}
 
-    def reduce(self, stage: str, shard_files: Sequence[Path]) -> Arrays:
+    def reduce(self, stage: str, shard_files: Sequence[Path], progress: Progress) -> Arrays:
         """Measure a stage's models, in arrays `<who>.<set>.<what>` (models, examples), `who` being `oracles`, `nothing` or a method's number.
 
         Diverged models are left out. Without a comparison there is nothing to measure.
 
         Raises:
             AttributionError: if fewer than two oracles are left.
+            Cancelled: if the work should stop.
         """
         if not self.spec.oracles:
             return {"models": np.array([len(shard_files)])}
         if stage == "oracles":
-            oracles = [module for path in shard_files for module in self._oracle_modules(read_arrays(path))]
+            oracles = [
+                module for path in watched(shard_files, progress) for module in self._oracle_modules(read_arrays(path))
+            ]
             if len(oracles) < 2:
                 raise AttributionError("the retrainings without the forget set diverged: nothing to compare with")
-            return self._measured("oracles", oracles)
+            return self._measured("oracles", oracles, progress)
         original = [self.subject.context.checkpoint(number).module for number in self.checkpoints]
-        reduced = self._measured(_NOTHING, original)
+        reduced = self._measured(_NOTHING, original, progress)
         size = len(self.checkpoints)
         for number in range(len(self.unlearners)):
             files = shard_files[number * size : (number + 1) * size]
-            modules = [self._module(place, read_arrays(path)) for place, path in enumerate(files)]
-            reduced |= self._measured(str(number), [module for module in modules if _finite(module)])
+            modules = [self._module(place, read_arrays(path)) for place, path in enumerate(watched(files, progress))]
+            reduced |= self._measured(str(number), [module for module in modules if _finite(module)], progress)
         return reduced
 
     def conclude(self, files: Sequence[Path], folder: Path) -> tuple[list[NewCheckpoint], dict[str, Any] | None]:
@@ -199,11 +202,12 @@ class UnlearnPipeline:
             module.get_parameter(name).copy_(torch.from_numpy(value))
         return module
 
-    def _measured(self, who: str, modules: Sequence[nn.Module]) -> Arrays:
+    def _measured(self, who: str, modules: Sequence[nn.Module], progress: Progress) -> Arrays:
         """Return arrays `<who>.<set>.<what>`, none if there are no modules."""
         found: Arrays = {}
         for name in self._sets if modules else []:
-            each = [measured(module, self.subject.context.task, self._batches(name)) for module in modules]
+            task = self.subject.context.task
+            each = [measured(module, task, watched(self._batches(name), progress)) for module in modules]
             for what in each[0]:
                 found[f"{who}.{name}.{what}"] = np.stack([one[what] for one in each])
         return found
@@ -287,7 +291,7 @@ def unlearn(
         for shard, path in zip(stage.shards, files, strict=True):
             if not path.exists():
                 write_arrays(path, pipeline.run_shard(stage.name, shard.ordinal, progress))
-        write_arrays(work / f"{stage.name}.safetensors", pipeline.reduce(stage.name, files))
+        write_arrays(work / f"{stage.name}.safetensors", pipeline.reduce(stage.name, files, progress))
     return pipeline.conclude(files, into)
 
 

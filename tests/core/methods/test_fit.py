@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from attribution_core.arrays import write_arrays
+from attribution_core.curvature import rows as curvature_rows
 from attribution_core.curvature.ekfac import Draws
 from attribution_core.curvature.fisher import Fisher
 from attribution_core.data.batch import Batch
@@ -18,7 +20,7 @@ from attribution_core.fit_spec import FitSpec
 from attribution_core.gradients import Pass
 from attribution_core.methods import kept
 from attribution_core.methods.context import FitContext
-from attribution_core.methods.fit import FitPipeline, FitSummary, build_pipeline, fit
+from attribution_core.methods.fit import AnyPipeline, FitPipeline, FitSummary, build_pipeline, fit
 from attribution_core.methods.loaded import LoadedIndex
 from attribution_core.progress import NoProgress
 from attribution_core.tasks import Task
@@ -51,6 +53,18 @@ class Stopping:
             raise Cancelled("asked to stop")
 
 
+class Interrupting:
+    """Progress that stops a reduction at one of its reports, which count nothing; never by default."""
+
+    def __init__(self, at: int = -1) -> None:
+        self.at, self.reports = at, 0
+
+    def advance(self, done: int) -> None:
+        self.reports += done == 0
+        if self.reports == self.at:
+            raise Cancelled("asked to stop")
+
+
 def run(spec: FitSpec, work: Path, into: Path, seed: int | None = None) -> FitSummary:
     """Fit with a fresh pipeline for every shard, in an order shuffled by `seed`."""
     stages = build_pipeline(spec, work).stages()
@@ -60,7 +74,9 @@ def run(spec: FitSpec, work: Path, into: Path, seed: int | None = None) -> FitSu
         order = np.arange(len(files)) if seed is None else np.random.default_rng(seed).permutation(len(files))
         for ordinal in order:
             write_arrays(files[ordinal], build_pipeline(spec, work).run_shard(stage.name, int(ordinal), NoProgress()))
-        write_arrays(work / f"{stage.name}.safetensors", build_pipeline(spec, work).reduce(stage.name, files))
+        write_arrays(
+            work / f"{stage.name}.safetensors", build_pipeline(spec, work).reduce(stage.name, files, NoProgress())
+        )
     return build_pipeline(spec, work).assemble(into, files, NoProgress())
 
 
@@ -105,7 +121,7 @@ for shard in pipeline.stages()[0].shards[1::2]:
             check=True,
             cwd=Path(__file__).parents[3],
         )
-        write_arrays(work / f"{stage.name}.safetensors", pipeline.reduce(stage.name, files))
+        write_arrays(work / f"{stage.name}.safetensors", pipeline.reduce(stage.name, files, NoProgress()))
     pipeline.assemble(tmp_path / "two", files, NoProgress())
     run(spec, tmp_path / "alone", tmp_path / "one")
     assert hashes(tmp_path / "one") == hashes(tmp_path / "two")
@@ -275,6 +291,69 @@ def test_progress_counts_examples_and_can_stop_the_work(problem: Problem, tmp_pa
     with pytest.raises(Cancelled):
         FitPipeline(problem.spec, tmp_path).run_shard("features", 0, progress)
     assert progress.done == 16
+
+
+@pytest.mark.parametrize(
+    ("method", "places"),
+    [
+        ({"type": "ekfac"}, {"covariance": {"summed_arrays", "_reduction"}, "eigenvalues": {"summed_arrays"}}),
+        ({"type": "kfac"}, {"covariance": {"summed_arrays", "_reduction"}}),
+        ({"type": "explicit", "damping": 10.0}, {"hessian": {"summed_arrays"}}),
+        ({"type": "trak", "projection": SMALL}, {"features": {"kernel_of"}}),
+        ({"type": "trak", "projection": SMALL, "curvature": "fisher"}, {"kernel": {"summed_arrays"}}),
+        ({"type": "logra"}, {"features": {"fisher_of"}}),
+        ({"type": "gauss_newton"}, {"eigenvalues": {"summed_arrays", "_kept", "diagonals", "gram"}}),
+    ],
+    ids=["ekfac", "kfac", "explicit", "trak", "trak fisher", "logra", "gauss_newton"],
+)
+def test_a_reduction_stops_between_any_two_of_its_parts(
+    tmp_path: Path, method: dict[str, Any], places: dict[str, set[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files, layers, batches whose rows are chosen, blocks of rows that are multiplied; and goes on to the same bytes."""
+    monkeypatch.setattr(curvature_rows, "_ROWS_AT_ONCE", 10)
+    spec, work = images(tmp_path / "images").with_(method=method), tmp_path / "work"
+    run(spec, work, tmp_path / "index")
+    stopped: dict[str, set[str]] = {}
+    pipeline = build_pipeline(spec, work)
+    for stage in pipeline.stages():
+        files = sorted((work / stage.name).iterdir())
+        parts, at = set[str](), 1
+        while (reduced := interrupted(pipeline, stage.name, files, at, parts)) is None:
+            at += 1
+        stopped[stage.name] = parts
+        write_arrays(tmp_path / "again", reduced)
+        assert (tmp_path / "again").read_bytes() == (work / f"{stage.name}.safetensors").read_bytes()
+    assert all(found <= stopped[name] for name, found in places.items())
+
+
+def interrupted(
+    pipeline: AnyPipeline, stage: str, files: list[Path], at: int, parts: set[str]
+) -> dict[str, np.ndarray] | None:
+    """Reduce a stage, but stop at a report; note the functions that were running. None if that report came."""
+    progress = Interrupting(at)
+    try:
+        return pipeline.reduce(stage, files, progress)
+    except Cancelled as stop:
+        assert progress.reports == at
+        parts |= {frame.name for frame in traceback.extract_tb(stop.__traceback__)}
+        return None
+
+
+@pytest.mark.parametrize("method", ["trak", "ekfac", "gauss_newton"])
+def test_a_fit_that_is_cancelled_in_a_reduction_leaves_nothing_half_written(tmp_path: Path, method: str) -> None:
+    problem = images(tmp_path / "images")
+    spec, work = problem.with_(method={"type": method, "projection": SMALL}), tmp_path / "work"
+    run(spec, tmp_path / "whole", tmp_path / "expected")
+    fit(spec, work, tmp_path / "counted", counting := Interrupting())
+    for at in (1, counting.reports // 2, counting.reports):
+        progress = Interrupting(at)
+        with pytest.raises(Cancelled):
+            fit(spec, work, tmp_path / "index", progress)
+        assert progress.reports == at
+        assert not (tmp_path / "index").exists()
+        assert hashes(work).items() < hashes(tmp_path / "whole").items()
+    fit(spec, work, tmp_path / "index", NoProgress())
+    assert hashes(tmp_path / "index") == hashes(tmp_path / "counted") == hashes(tmp_path / "expected")
 
 
 def test_summary_describes_the_artifact(problem: Problem, tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_work_that_stopped_goes_on_to_the_same_bytes(perceptrons: Problem, folde
             write_arrays(files[shard.ordinal], pipeline.run_shard(stage.name, shard.ordinal, NoProgress()))
             original = folder / "work" / stage.name / files[shard.ordinal].name
             assert files[shard.ordinal].read_bytes() == original.read_bytes()
-        write_arrays(tmp_path / f"{stage.name}.safetensors", pipeline.reduce(stage.name, files))
+        write_arrays(tmp_path / f"{stage.name}.safetensors", pipeline.reduce(stage.name, files, NoProgress()))
     checkpoints, evaluation = UnlearnPipeline(spec, tmp_path).conclude(files, tmp_path / "out")
     first, expected = compared(perceptrons, folder)
     assert evaluation == expected
@@ -140,16 +140,16 @@ def test_diverged_oracles_are_left_out_and_counted(perceptrons: Problem, folder:
         arrays["diverged"][:3] = path != files[0]
         write_arrays(tmp_path / path.name, arrays)
         spoiled.append(tmp_path / path.name)
-    write_arrays(tmp_path / "oracles.safetensors", pipeline.reduce("oracles", spoiled))
+    write_arrays(tmp_path / "oracles.safetensors", pipeline.reduce("oracles", spoiled, NoProgress()))
     shards = sorted((folder / "work" / "unlearn").iterdir())[:3]
-    write_arrays(tmp_path / "unlearn.safetensors", pipeline.reduce("unlearn", shards))
+    write_arrays(tmp_path / "unlearn.safetensors", pipeline.reduce("unlearn", shards, NoProgress()))
     _, evaluation = pipeline.conclude(shards, tmp_path / "out")
     assert evaluation is not None
     assert evaluation["oracles"]["diverged"] == ORACLES - 3
     for path in spoiled:
         write_arrays(path, {**read_arrays(path), "diverged": np.ones(len(read_arrays(path)["diverged"]), np.uint8)})
     with pytest.raises(AttributionError, match="diverged"):
-        pipeline.reduce("oracles", spoiled)
+        pipeline.reduce("oracles", spoiled, NoProgress())
 
 
 def test_work_can_be_stopped(perceptrons: Problem, tmp_path: Path) -> None:
