@@ -8,7 +8,7 @@ Sources: Martens & Grosse 2015 (K-FAC), George et al. 2018 (eigenvalue correctio
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 import torch
@@ -27,8 +27,39 @@ MAX_ROTATED_DIM = 4096
 _FEW = 2
 
 Arrays = dict[str, np.ndarray]
-# Pseudo-gradients of one batch: per drawn (or enumerated) label, one entry per block.
-Draws = Sequence[Sequence[LayerGradient]]
+
+
+@dataclass(frozen=True)
+class Draws(Sequence[Sequence[LayerGradient]]):
+    """Pseudo-gradients `g` of one batch, whose `Σ g gᵀ` is its Fisher matrix.
+
+    Attributes:
+        parts: per drawn or enumerated label, those of all examples; or sets of those that matter. One entry per block.
+        inputs: in the second case the input factors of all examples, where no objective changes them (`Pass.inputs`).
+    """
+
+    parts: Sequence[Sequence[LayerGradient]] = ()
+    inputs: Sequence[LayerGradient | None] | None = None
+
+    @overload
+    def __getitem__(self, place: int) -> Sequence[LayerGradient]: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[Sequence[LayerGradient]]: ...
+    def __getitem__(self, place: int | slice) -> Sequence[LayerGradient] | Sequence[Sequence[LayerGradient]]:
+        return self.parts[place]
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    @property
+    def aligned(self) -> bool:
+        """Whether every part has all examples."""
+        return self.inputs is None
+
+    def compact(self) -> "Draws":
+        """Return the same with whole gradients where these are smaller than their factors, and without the inputs."""
+        parts = [[gradient.compact() for gradient in part] for part in self.parts]
+        return Draws(parts, None if self.aligned else ())
 
 
 def _rotates_inputs(block: Block) -> bool:
@@ -56,17 +87,20 @@ class CovarianceSums:
         self.positions = np.zeros(len(self.blocks)) if count_positions else None
 
     def add(self, draws: Draws) -> None:
-        """Add a batch; what all draws share is added once."""
+        """Add a batch; the inputs that all draws share are added once."""
         for number, block in enumerate(self.blocks):
             parts = [draw[number] for draw in draws]
+            shared = parts[0] if draws.inputs is None else draws.inputs[number]
             inputs, outputs = self.inputs[number], self.outputs[number]
             if self.positions is not None:
-                self.positions[number] += float(parts[0].inputs.any(-1).sum()) / block.groups
-            for part in parts[:1] if block.inputs_fixed else parts:
-                if inputs is not None:
+                assert shared is not None
+                self.positions[number] += float(shared.inputs.any(-1).sum()) / block.groups
+            if inputs is not None:
+                for part in [shared] if block.inputs_fixed else parts:
+                    assert part is not None
                     inputs.add_(_second_moment(part.inputs))
-            for part in parts[:1] if block.outputs_fixed else parts:
-                if outputs is not None:
+            if outputs is not None:
+                for part in parts:
                     outputs.add_(_second_moment(part.dense_outputs()))
 
     def arrays(self) -> Arrays:
@@ -120,10 +154,13 @@ class EigenvalueSums:
         """Add a batch; positions are summed inside an example before squaring."""
         for number, rotation in enumerate(self.basis.rotations):
             parts = [draw[number] for draw in draws]
-            if parts[0].rank_one and parts[0].block.inputs_fixed:
+            if draws.aligned and parts[0].rank_one and parts[0].block.inputs_fixed:
                 self.values[number] += _rank_one_squares(rotation, parts).double().cpu()
                 continue
             for part in parts:
+                if part.rank_one:
+                    self.values[number] += _rank_one_squares(rotation, [part]).double().cpu()
+                    continue
                 for _, rotated in part.materialised(rotation):
                     self.values[number] += rotated.square().sum(0).double().cpu()
 

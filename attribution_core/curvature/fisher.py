@@ -1,9 +1,10 @@
 """What one forward pass over training examples gives: gradients of the measurement and the loss, and draws of the Fisher matrix."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from attribution_core.curvature.ekfac import Draws
@@ -13,6 +14,10 @@ from attribution_core.method_spec import FisherSampling
 from attribution_core.tasks import FisherKind, Task
 
 MAX_ENUMERATED_LABELS = 32
+# Of the trace of the outputs' Fisher matrix, what the directions that are not drawn have at most.
+LEFT_OUT = 0.01
+
+Run = Callable[[Batch], Pass]
 
 
 @dataclass(frozen=True)
@@ -20,30 +25,81 @@ class Fisher:
     """How pseudo-gradients `g` with `Σ g gᵀ` = the model's Fisher matrix are drawn.
 
     Attributes:
-        kind: labels enumerated, sampled or the data's own; `auto` enumerates where labels are few.
+        kind: labels enumerated, sampled or the data's own; `auto` enumerates where labels are few, or takes directions that matter.
         samples: labels drawn per example.
+        least: squared length from which a direction of an example's outputs (`Task.directions`) matters; 0 enumerates labels.
     """
 
     kind: str
     samples: int
     seed: int
+    least: float = 0.0
 
     @classmethod
     def of(cls, method: FisherSampling) -> "Fisher":
         """Return what a method asks for."""
         return cls(method.fisher, method.samples, method.seed)
 
-    def draws(self, run: Pass, task: Task, batch: Batch) -> Draws:
-        """Return the pseudo-gradients of a batch per label, with padded positions' inputs set to zero."""
-        kind: FisherKind = self._kind(task.exact_labels(run.output))
+    def shortened(self, task: Task, outputs: Tensor) -> "Fisher":
+        """Return the same with only the directions that matter, as told from some examples' outputs, where these are fewer than labels.
+
+        Source: docs/decisions/0016-directions-that-matter.md.
+        """
+        directions = self._directions(task, outputs)
+        if directions is None:
+            return self
+        lengths = _lengths(directions).flatten().sort(descending=True).values
+        left = lengths.sum() - lengths.cumsum(0)
+        kept = int((left > LEFT_OUT * lengths.sum()).sum()) + 1
+        if kept >= len(outputs) * directions.shape[2] / 2:  # as dear as labels, which need no second pass
+            return self
+        # Between two lengths, so that no rounding decides whether a direction matters.
+        return replace(self, least=float((lengths[kept - 1] + lengths[kept]) / 2))
+
+    def draws(self, run: Pass, task: Task, batch: Batch, again: Run | None = None) -> Draws:
+        """Return the pseudo-gradients of a batch, with padded positions' inputs set to zero.
+
+        Args:
+            run: the model's pass over the batch.
+            task: of the model.
+            batch: the examples.
+            again: runs the model on some of the examples; without it labels are enumerated.
+        """
+        directions = self._directions(task, run.output) if self.least and again is not None else None
+        if directions is not None and again is not None:
+            return self._along(directions, run, batch, again)
+        kind = self._kind(task.exact_labels(run.output))
         losses = task.pseudo_losses(run.output, batch, kind, self.seed, self.samples)
-        return [_without_padding(run.gradients(loss, keep=True), batch) for loss in losses]
+        return Draws([_without_padding(run.gradients(loss, keep=True), batch) for loss in losses])
+
+    def _along(self, directions: Tensor, run: Pass, batch: Batch, again: Run) -> Draws:
+        """Return the pseudo-gradients along the directions that matter, which few examples have, by running only these once more."""
+        owners, places = (_lengths(directions) > self.least).nonzero(as_tuple=True)
+        parts = []
+        for few in torch.arange(len(owners), device=owners.device).split(len(batch)) if len(owners) else ():
+            examples = batch[owners[few]]
+            ran = again(examples)
+            along = (ran.output * directions[owners[few], places[few]]).sum(1)
+            parts.append(_without_padding(ran.gradients(along), examples))
+        return Draws(parts, _masked(run.inputs(), batch))
+
+    def chooses(self, task: Task, outputs: Tensor) -> bool:
+        """Return whether labels are enumerated, or fewer directions taken, as is better."""
+        return self.kind == "auto" and self._kind(task.exact_labels(outputs)) == "exact"
+
+    def _directions(self, task: Task, outputs: Tensor) -> Tensor | None:
+        return task.directions(outputs) if self.chooses(task, outputs) else None
 
     def _kind(self, labels: int | None) -> FisherKind:
         match self.kind:
             case "exact" | "sampled" | "empirical" as kind:
                 return kind
         return "exact" if labels is not None and labels <= MAX_ENUMERATED_LABELS else "sampled"
+
+
+def _lengths(directions: Tensor) -> Tensor:
+    """Return the squared lengths of (batch, count, outputs)."""
+    return directions.square().sum(2)
 
 
 @dataclass(frozen=True)
@@ -62,7 +118,7 @@ class Observed:
     measured: Sequence[LayerGradient]
     losses: Sequence[LayerGradient] | None
     slope: Tensor | None = None
-    draws: Draws = ()
+    draws: Draws = field(default_factory=Draws)
 
     @property
     def direction(self) -> Sequence[LayerGradient]:
@@ -82,7 +138,7 @@ class Observed:
     def compact(self) -> "Observed":
         """Return the same with whole gradients where these are smaller than their factors."""
         losses = None if self.losses is None else compact(self.losses)
-        return Observed(self.batch, compact(self.measured), losses, self.slope, [compact(draw) for draw in self.draws])
+        return Observed(self.batch, compact(self.measured), losses, self.slope, self.draws.compact())
 
     def __len__(self) -> int:
         return len(self.batch)
@@ -103,9 +159,11 @@ class Observed:
             yield from draw
 
 
-def observe(run: Pass, task: Task, batch: Batch, measurement: str, fisher: Fisher | None) -> Observed:
+def observe(
+    run: Pass, task: Task, batch: Batch, measurement: str, fisher: Fisher | None, again: Run | None = None
+) -> Observed:
     """Differentiate one forward pass; a measurement that decides the loss needs one backward pass for both."""
-    draws = [] if fisher is None else fisher.draws(run, task, batch)
+    draws = Draws() if fisher is None else fisher.draws(run, task, batch, again)
     slope = task.slope(run.output, batch, measurement)
     measured = run.gradients(task.measure(run.output, batch, measurement), keep=slope is None)
     if slope is None:
@@ -123,17 +181,25 @@ def scaled(gradients: Sequence[LayerGradient], weights: Tensor) -> list[LayerGra
     return [gradient.scaled(weights) for gradient in gradients]
 
 
-def _without_padding(gradients: list[LayerGradient], batch: Batch) -> list[LayerGradient]:
-    """Set the inputs of padded positions to zero; their output gradients are zero already, but `A` does not look at those.
+def _without_padding(gradients: Sequence[LayerGradient], batch: Batch) -> list[LayerGradient]:
+    """Set the inputs of padded positions to zero; their output gradients are zero already, but `A` does not look at those."""
+    return [gradient for gradient in _masked(gradients, batch) if gradient is not None]
+
+
+def _masked(gradients: Sequence[LayerGradient | None], batch: Batch) -> list[LayerGradient | None]:
+    """Set the inputs of padded positions to zero.
 
     A weight used several times has the positions of one use after those of the other.
     """
     if batch.mask is None or bool(batch.mask.all()):
-        return gradients
+        return list(gradients)
     tokens = batch.mask.shape[1]
     masked = []
     for gradient in gradients:
-        uses, rest = divmod(gradient.inputs.shape[2], tokens)
-        real = batch.mask.repeat(1, uses)[:, None, :, None]
-        masked.append(gradient if rest or not uses else replace(gradient, inputs=gradient.inputs * real))
+        uses, rest = divmod(0 if gradient is None else gradient.inputs.shape[2], tokens)
+        if gradient is None or rest or not uses:
+            masked.append(gradient)
+        else:
+            real = batch.mask.repeat(1, uses)[:, None, :, None]
+            masked.append(replace(gradient, inputs=gradient.inputs * real))
     return masked

@@ -60,7 +60,7 @@ class _Use:
     prepare: Callable[[Arguments], Arguments]
 
     def factors(self, gradient: Tensor | None) -> tuple[Tensor, Tensor]:
-        given = torch.zeros_like(self.output) if gradient is None else gradient
+        given = self.output.new_zeros(()).expand_as(self.output) if gradient is None else gradient
         return self.make(self._prepared, _full(given))
 
     @cached_property
@@ -89,13 +89,26 @@ class Pass:
             keep: keep the graph for another objective.
         """
         outputs = [use.output for use in self.uses]
-        gradients = torch.autograd.grad(objective.sum(), outputs, retain_graph=keep, allow_unused=True)
-        factors: dict[int, list[tuple[Tensor, Tensor]]] = {number: [] for number in range(len(self.blocks))}
+        return self._gradients(
+            torch.autograd.grad(objective.sum(), outputs, retain_graph=keep, allow_unused=True), self.blocks
+        )
+
+    def inputs(self) -> list[LayerGradient | None]:
+        """Return the gradients of nothing, which have the input factors that every objective has; None for blocks without."""
+        fixed = [block for block in self.blocks if block.inputs_fixed]
+        found = {gradient.block.name: gradient for gradient in self._gradients([None] * len(self.uses), fixed)}
+        return [found.get(block.name) for block in self.blocks]
+
+    def _gradients(self, gradients: Sequence[Tensor | None], blocks: Sequence[Block]) -> list[LayerGradient]:
+        """Return the gradients of some blocks from those of all uses' outputs."""
+        factors: dict[str, list[tuple[Tensor, Tensor]]] = {block.name: [] for block in blocks}
         for use, gradient in zip(self.uses, gradients, strict=True):
-            a, g = use.factors(gradient)
-            for number, part in use.places:
-                factors[number].append((a[..., part.start : part.start + part.d_in], g))
-        return [_joined(block, factors[number]) for number, block in enumerate(self.blocks)]
+            places = [(self.blocks[number].name, part) for number, part in use.places]
+            if not factors.keys().isdisjoint(name for name, _ in places):
+                a, g = use.factors(gradient)
+                for name, part in places:
+                    factors[name].append((a[..., part.start : part.start + part.d_in], g))
+        return [_joined(block, factors[block.name]) for block in blocks]
 
 
 class GradientCapture:

@@ -17,7 +17,8 @@ class FisherSampling(GradientMethodBase):
 
     fisher: Literal["auto", "exact", "sampled", "empirical"] = Field(
         default="auto",
-        description="Labels enumerated, sampled from the model, or the data's; auto enumerates up to 32 classes.",
+        description="Labels enumerated, sampled from the model, or the data's. auto enumerates up to 32 classes, or takes fewer directions of "
+        "the outputs where these have 99 % of their Fisher matrix, and samples of more classes.",
     )
     samples: int = Field(default=1, ge=1, le=64, description="Labels sampled per example.")
     seed: Seed = 0

@@ -225,7 +225,9 @@ class GradientMethod(FeatureMethod):
 
     def observe(self, batch: Batch, fisher: Fisher | None = None) -> Observed:
         """Run and differentiate a batch of training examples."""
-        return observe(self.checkpoint.run(batch), self.checkpoint.task, batch, self.checkpoint.measurement, fisher)
+        checkpoint = self.checkpoint
+        run = checkpoint.run(batch)
+        return observe(run, checkpoint.task, batch, checkpoint.measurement, fisher, checkpoint.run)
 
     def encode_observed(self, observed: Observed) -> TrainRows:
         """Return projected `φ_i`, and `τ_i(z_i)`, not a number where that would take a pass over the training set for each."""

@@ -79,6 +79,8 @@ MAX_GRADIENT_BYTES = 8 << 30
 RECALL_QUERIES = 16
 _GRADIENTS_HELD = 3 * RECALL_QUERIES
 _PROBED = 8
+# Examples on which it is judged which directions of the outputs matter.
+_JUDGED = 256
 # Examples of which targets are counted.
 _COUNTED = 64
 _LOWERED = {"float32": None, "bfloat16": torch.bfloat16}
@@ -118,6 +120,7 @@ class FitContext:
         self.training_rows = np.setdiff1d(np.arange(spec.dataset.num_examples), np.asarray(spec.left_out, np.int64))
         self._checkpoints: dict[int, Checkpoint] = {}
         self._probes: dict[int, Observed] = {}
+        self._fishers: dict[int, Fisher] = {}
         self._output_bytes: dict[int, int] = {}
         # Shared by all that solve on training gradients: a fit, and the index by which it measures recall.
         self._pseudo_gradients = KeptRows(_CURVATURE_BYTES)
@@ -370,11 +373,11 @@ class FitContext:
     def _draws(self, number: int, fisher: Fisher, rows: np.ndarray) -> Iterator[Draws]:
         checkpoint = self.checkpoint(number)
         for batch in self.batches(number, rows):
-            yield fisher.draws(checkpoint.run(batch), self.task, batch)
+            yield fisher.draws(checkpoint.run(batch), self.task, batch, checkpoint.run)
 
     def group(self, number: int, rows: np.ndarray, weights: np.ndarray) -> Group:
         """Return training examples that leave together, as one checkpoint sees them."""
-        fisher = self.fisher or Fisher("auto", 1, 0)
+        fisher = self.fisher_of(number)
         batches, draws = partial(self.batches, number, rows), partial(self._draws, number, fisher, rows)
         return Group(rows, self.spec.num_training, weights, batches, draws)
 
@@ -395,9 +398,21 @@ class FitContext:
         probe = self._probe(number).compact()
         return probe.nbytes // len(probe)
 
+    def fisher_of(self, number: int) -> Fisher:
+        """Return how a checkpoint's pseudo-gradients are drawn, as told from its outputs on some training examples."""
+        if number not in self._fishers:
+            fisher, checkpoint = self.fisher or Fisher("auto", 1, 0), self.checkpoint(number)
+            one = checkpoint.output(self.source.batch(self.training_rows[:1]))
+            # K-FAC counts positions, which not every layer's inputs tell.
+            if fisher.chooses(self.task, one) and not isinstance(self.spec.method, KfacMethod):
+                judged = self.batches(number, self._spread(_JUDGED))
+                fisher = fisher.shortened(self.task, torch.cat([checkpoint.output(batch) for batch in judged]))
+            self._fishers[number] = fisher
+        return self._fishers[number]
+
     @property
     def fisher(self) -> Fisher | None:
-        """How the method draws pseudo-gradients, if it does."""
+        """How the method draws pseudo-gradients, if it does, before any checkpoint was seen."""
         method = self.spec.method
         if isinstance(method, FisherSampling):
             return Fisher.of(method)

@@ -237,11 +237,10 @@ class FitPipeline:
 
     def _draws(self, stage: str, shard: Shard, progress: Progress) -> Iterator[Draws]:
         """Yield a shard's pseudo-gradients."""
-        assert self.context.fisher is not None
-        batches = partial(self._counted, shard, progress)
+        fisher, batches = self.context.fisher_of(shard.checkpoint), partial(self._counted, shard, progress)
         if stage == "covariance":
-            return self._kept.first_draws(shard, batches, self.context.fisher)
-        return self._kept.later_draws(shard, batches, self.context.fisher, progress.advance)
+            return self._kept.first_draws(shard, batches, fisher)
+        return self._kept.later_draws(shard, batches, fisher, progress.advance)
 
     def _reduced(self, stage: str) -> Arrays:
         if stage not in self._reductions:
@@ -275,9 +274,8 @@ class FitPipeline:
         }
 
     def _kernel_sum(self, shard: Shard, progress: Progress) -> Arrays:
-        method, fisher = self.context.method(shard.checkpoint, {}), self.context.fisher
+        method, fisher = self.context.method(shard.checkpoint, {}), self.context.fisher_of(shard.checkpoint)
         assert isinstance(method, Trak)
-        assert fisher is not None
         return {
             "kernel": sum((method.fisher_sum(batch, fisher) for batch in self._counted(shard, progress)), np.zeros(()))
         }

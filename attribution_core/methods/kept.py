@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 from attribution_core.curvature import Identity
 from attribution_core.curvature.ekfac import Draws
-from attribution_core.curvature.fisher import Fisher, Observed, compact
+from attribution_core.curvature.fisher import Fisher, Observed
 from attribution_core.data.batch import Batch
 from attribution_core.methods.base import GradientMethod
 from attribution_core.methods.context import FitContext
@@ -40,7 +40,7 @@ class KeptGradients:
         for batch in batches(0):
             keeps = keeps and self._fits(shard, batch)
             if not keeps:
-                yield fisher.draws(checkpoint.run(batch), checkpoint.task, batch)
+                yield fisher.draws(checkpoint.run(batch), checkpoint.task, batch, checkpoint.run)
                 continue
             observed = observer.observe(batch, fisher)
             yield observed.draws
@@ -56,7 +56,7 @@ class KeptGradients:
             yield observed.draws
             advance(len(observed))
         for batch in batches(sum(map(len, kept))):
-            yield [compact(draw) for draw in fisher.draws(checkpoint.run(batch), checkpoint.task, batch)]
+            yield fisher.draws(checkpoint.run(batch), checkpoint.task, batch, checkpoint.run).compact()
 
     def released(self, shard: Shard) -> Iterator[Observed]:
         """Yield what was kept of a shard, and forget it on the way."""

@@ -113,17 +113,15 @@ class Trak(FeatureMethod):
         return isinstance(self.checkpoint.task, Regression)
 
     def _projected_draws(self, draws: Draws) -> np.ndarray:
-        found: np.ndarray = (
-            torch.cat([self.projection.project_gradients(draw) for draw in draws]).double().cpu().numpy()
-        )
-        return found
+        projected = [self.projection.project_gradients(draw).double().cpu().numpy() for draw in draws]
+        return np.concatenate(projected) if projected else np.zeros((0, self.dim))
 
     def _projected(self, run: Pass, objective: Tensor, *, keep: bool = False) -> Tensor:
         return self.projection.project_gradients(run.gradients(objective, keep=keep))
 
     def fisher_sum(self, batch: Batch, fisher: Fisher) -> np.ndarray:
         """Return `Σ P g gᵀ Pᵀ` over a batch's pseudo-gradients, (k, k) float64."""
-        draws = fisher.draws(self.checkpoint.run(batch), self.checkpoint.task, batch)
+        draws = fisher.draws(self.checkpoint.run(batch), self.checkpoint.task, batch, self.checkpoint.run)
         rows = self._projected_draws(draws)
         return np.asarray(rows.T @ rows)
 

@@ -75,6 +75,13 @@ class Task(ABC):
             InvalidInputError: if the output's shape or a target is impossible.
         """
 
+    def directions(self, output: Tensor) -> Tensor | None:
+        """Return vectors `b`, (batch, count, outputs), with `Σ b bᵀ` = each example's Fisher matrix by its output, the long ones few.
+
+        None where no choice of vectors is shorter than the labels' own.
+        """
+        return None
+
     def exact_labels(self, output: Tensor) -> int | None:
         """Return how many labels `exact` would enumerate, None if it cannot."""
         return None

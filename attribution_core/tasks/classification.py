@@ -74,6 +74,23 @@ class Classification(Task):
                 labels = sampled_labels(probabilities, uniforms(seed, draw, batch.rows, 1)[:, 0])
                 yield -log_probabilities.gather(1, labels.unsqueeze(1)).squeeze(1) / samples**0.5
 
+    def directions(self, output: Tensor) -> Tensor:
+        """Return the columns of a pivoted Cholesky factor of `diag(p) - p pᵀ`, (batch, classes - 1, classes).
+
+        A confident model's first column has nearly all of the trace; eigenvectors would have little more and cost a decomposition each.
+        """
+        p = output.detach().double().softmax(1)
+        left = p - p.square()  # the diagonal of what the columns so far do not explain
+        columns = p.new_zeros(len(p), p.shape[1] - 1, p.shape[1])
+        for number in range(p.shape[1] - 1):
+            pivot = left.argmax(1, keepdim=True)
+            explained = columns * columns.gather(2, pivot.unsqueeze(1).expand(-1, columns.shape[1], 1))
+            column = (-p).scatter_add(1, pivot, torch.ones_like(p)) * p.gather(1, pivot) - explained.sum(1)
+            height = left.gather(1, pivot)
+            columns[:, number] = torch.where(height > 0, column / height.clamp(min=torch.finfo(p.dtype).tiny).sqrt(), 0)
+            left = (left - columns[:, number].square()).clamp(min=0).scatter(1, pivot, 0)
+        return columns.to(output.dtype)
+
     def describe(self, output: Tensor, batch: Batch, measurement: str) -> list[dict[str, Any]]:
         """Return the measurement, the most probable class and its probability."""
         values = self.measure(output, batch, measurement).tolist()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from attribution_core.curvature import CovarianceSums, Eigenbasis, EigenvalueSums, EkfacFactors
+from attribution_core.curvature.ekfac import Draws
 from attribution_core.errors import SingularCurvatureError
 from attribution_core.gradients import GradientCapture, Rotation
 
@@ -41,12 +42,12 @@ def fitted(name: str, chunks: int = 1) -> tuple[GradientCapture, EkfacFactors]:
     covariance = CovarianceSums(capture.blocks)
     for chunk in inputs.chunk(chunks):
         run = capture.run(lambda module, chunk=chunk: module(chunk))
-        covariance.add([run.gradients(loss, keep=True) for loss in pseudo_losses(run.output)])
+        covariance.add(Draws([run.gradients(loss, keep=True) for loss in pseudo_losses(run.output)]))
     vectors = {k: torch.from_numpy(v).double().numpy() for k, v in Eigenbasis.solve(covariance.arrays()).items()}
     eigenvalues = EigenvalueSums(Eigenbasis(capture.blocks, vectors))
     for chunk in inputs.chunk(chunks):
         run = capture.run(lambda module, chunk=chunk: module(chunk))
-        eigenvalues.add([run.gradients(loss, keep=True) for loss in pseudo_losses(run.output)])
+        eigenvalues.add(Draws([run.gradients(loss, keep=True) for loss in pseudo_losses(run.output)]))
     sums = {name: value / len(inputs) for name, value in eigenvalues.arrays().items()}
     return capture, EkfacFactors.from_arrays(capture.blocks, {**vectors, **sums})
 
@@ -107,13 +108,13 @@ def test_exact_where_the_factors_are_independent() -> None:
     run = capture.run(lambda module: module(inputs))
     covariance, fisher = CovarianceSums(capture.blocks), torch.zeros(6, 6, dtype=torch.float64)
     draws = [run.gradients(run.output @ gradient, keep=True) for gradient in gradients]
-    covariance.add(draws)
+    covariance.add(Draws(draws))
     for draw in draws:
         rows = draw[0].materialise().flatten(1)
         fisher += rows.T @ rows / 6
     basis = Eigenbasis(capture.blocks, Eigenbasis.solve(covariance.arrays()))
     eigenvalues = EigenvalueSums(basis)
-    eigenvalues.add(draws)
+    eigenvalues.add(Draws(draws))
     factors = EkfacFactors(basis, [eigenvalues.values[0] / 6])
     vector = torch.randn(1, 1, 2, 3, dtype=torch.float64)
     damped = fisher + 0.1 * factors.eigenvalues[0].mean() * torch.eye(6, dtype=torch.float64)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from attribution_core.architectures.build import build
-from attribution_core.curvature.ekfac import CovarianceSums, Eigenbasis, EigenvalueSums, EkfacFactors
+from attribution_core.curvature.ekfac import CovarianceSums, Draws, Eigenbasis, EigenvalueSums, EkfacFactors
 from attribution_core.gradients import Block, GradientCapture, LayerGradient, Rotation, factors
 from attribution_core.method_spec import ProjectionSpec
 from attribution_core.projection import build_projection
@@ -129,10 +129,10 @@ def test_layers_without_positions_are_never_materialised(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(LayerGradient, "materialise", forbidden)
     covariances = CovarianceSums(capture.blocks)
-    covariances.add([gradients])
+    covariances.add(Draws([gradients]))
     basis = Eigenbasis(capture.blocks, Eigenbasis.solve(covariances.arrays()))
     eigenvalues = EigenvalueSums(basis)
-    eigenvalues.add([gradients])
+    eigenvalues.add(Draws([gradients]))
     factors = EkfacFactors(basis, [value.float() for value in eigenvalues.values])
     assert bool((factors.quadratic(gradients, 0.1) > 0).all())
     assert all(part.inner(matrix).isfinite().all() for part, matrix in zip(gradients, matrices, strict=True))

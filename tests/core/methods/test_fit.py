@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from attribution_core.arrays import write_arrays
 from attribution_core.curvature import rows as curvature_rows
@@ -140,9 +141,9 @@ def test_what_one_pass_keeps_for_the_next_changes_no_byte(
     everything = FitContext(spec).kept_bytes(0) * len(ALL) * len(spec.checkpoints)
     real, passes, drawn = Fisher.draws, [], {}
 
-    def draws(fisher: Fisher, run: Pass, task: Task, batch: Batch) -> Draws:
+    def draws(fisher: Fisher, run: Pass, task: Task, batch: Batch, *again: Any) -> Draws:
         passes.append(len(batch))
-        return real(fisher, run, task, batch)
+        return real(fisher, run, task, batch, *again)
 
     monkeypatch.setattr(Fisher, "draws", draws)
     for name, budget in (("none", 0), ("kept", int(share * everything))):
@@ -153,6 +154,36 @@ def test_what_one_pass_keeps_for_the_next_changes_no_byte(
     spared, examples = drawn["none"] - drawn["kept"], len(ALL) * len(spec.checkpoints)
     assert spared == examples if share > 1 else 0 < spared < examples
     assert hashes(tmp_path / "none") == hashes(tmp_path / "kept")
+
+
+def sure(folder: Path) -> Problem:
+    """Images, and a network that is sure of most: its last layer's weights are enlarged."""
+    given = images(folder)
+    (reference,) = given.spec.checkpoints
+    weights = load_file(reference.path)
+    head = max(name for name, value in weights.items() if value.dim() == 2)
+    save_file(weights | {head: 4 * weights[head]}, reference.path)
+    changed = reference.model_copy(update={"sha256": sha256_file(reference.path)})
+    return Problem(folder, given.with_(checkpoints=[changed]), given.inputs, given.targets)
+
+
+def test_directions_that_matter_are_few_and_the_same_however_a_fit_is_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = sure(tmp_path)
+    method = {"type": "ekfac", "damping": 0.1}
+    assert FitContext(given.with_(method=method)).fisher_of(0).least > 0
+    labels = given.fit("labels", method=method | {"fisher": "exact"})
+    reference = given.fit("reference", method=method)
+    expected = reference.scores(reference.query(given.queries(), None), ALL, rescore=False)
+    of_labels = labels.scores(labels.query(given.queries(), None), ALL, rescore=False)
+    assert 0 < relative_error(expected, of_labels) < 0.1
+    for budget in (0, kept.KEPT_BYTES):
+        monkeypatch.setattr(kept, "KEPT_BYTES", budget)
+        for shard_size, batch_size in ((60, 60), (7, 3), (1, 1)):
+            index = given.fit("other", method=method, shard_size=shard_size, batch_size=batch_size)
+            found = index.scores(index.query(given.queries(), None), ALL, rescore=False)
+            assert relative_error(found, expected) < 1e-4  # labels do no better on weights as large as these
 
 
 def test_a_shard_that_is_run_again_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -42,6 +42,22 @@ def test_exact_classification_is_the_analytic_fisher(scale: float) -> None:
     assert task.exact_labels(logits) == 4
 
 
+@pytest.mark.parametrize("classes", [2, 3, 10, 32])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 10.0, 1000.0])
+def test_directions_are_a_factor_of_the_analytic_fisher(classes: int, scale: float) -> None:
+    task = build_task(ClassificationTask())
+    logits = scale * torch.randn(20, classes, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    p = logits.softmax(1)
+    wanted = p.diag_embed() - p.unsqueeze(2) * p.unsqueeze(1)
+    directions = task.directions(logits)
+    assert directions is not None
+    assert directions.shape == (20, classes - 1, classes)
+    torch.testing.assert_close(directions.mT @ directions, wanted, rtol=0, atol=1e-12)
+    first = directions[:, 0].square().sum(1)
+    assert bool((first <= torch.linalg.eigvalsh(wanted)[:, -1] + 1e-12).all())
+    assert bool((first >= directions.square().sum(2).max(1).values / 2).all())  # the long ones come first, about
+
+
 def test_exact_fisher_of_parameters_is_the_gauss_newton_matrix() -> None:
     """Through a model: Σ g gᵀ by the weights of a linear model equals x xᵀ ⊗ (diag(p) - p pᵀ)."""
     task = build_task(ClassificationTask())
