@@ -30,7 +30,8 @@ class IndexCreate(Spec):
     dataset: Reference = Field(description="The training set; id or name.")
     checkpoints: Literal["final", "all"] | Annotated[list[Reference], Field(min_length=1, max_length=256)] = Field(
         default="final",
-        description="Scores are averaged over them, or follow each run through them; ignored by methods that train by the recipe.",
+        description="Scores are averaged over them, or follow each run through them; ignored by methods that train by the recipe. `final` and "
+        "`all` are of those uploaded and trained; unlearned ones are named by their ids.",
     )
     method: Annotated[MethodSpec | AutoMethod, Field(discriminator="type")]
     measurement: str | None = Field(

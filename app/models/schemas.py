@@ -1,13 +1,14 @@
 """Models and checkpoints as clients send and see them."""
 
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from attribution_core.spec import ArchitectureSpec, Name, Spec, TaskSpec, TokenizerSpec
 from attribution_core.training.recipe import Recipe
 
+CheckpointSource = Literal["uploaded", "trained", "unlearned"]
 MODEL_EXAMPLE: dict[str, Any] = {
     "name": "digit-cnn",
     "architecture": {"name": "cnn", "arguments": {"input_shape": [1, 28, 28], "channels": [8, 16], "num_classes": 10}},
@@ -72,6 +73,9 @@ class CheckpointOut(BaseModel):
     sha256: str
     bytes: int
     dtype: str
+    source: CheckpointSource = Field(
+        description="`uploaded`, `trained` from the recipe, or `unlearned`: made from another one without a forget set."
+    )
     created_at: datetime
 
 

@@ -13,7 +13,7 @@ from app.db.tables import Checkpoint, Model
 from app.engine.client import EngineClient
 from app.errors import Conflict, FieldProblem, InUse, InvalidRequest, NameTaken, NotFound
 from app.models import repository
-from app.models.schemas import ArchitectureOut, CheckpointMeta, CheckpointOut, ModelCreate, ModelOut
+from app.models.schemas import ArchitectureOut, CheckpointMeta, CheckpointOut, CheckpointSource, ModelCreate, ModelOut
 from app.settings import Settings
 from app.storage.artifacts import ArtifactStore
 from app.storage.roots import resolve
@@ -115,13 +115,18 @@ async def add_checkpoint(
     """
     checkpoint_id = new_id("ckpt")
     summary = await asyncio.to_thread(check_weights, file, model.parameters)
-    checkpoint = await register_checkpoint(session, model.id, meta, checkpoint_id, summary)
+    checkpoint = await register_checkpoint(session, model.id, meta, checkpoint_id, summary, "uploaded")
     await asyncio.to_thread(publish_checkpoint, artifacts, checkpoint_id, file)
     return checkpoint
 
 
 async def register_checkpoint(
-    session: AsyncSession, model_id: str, meta: CheckpointMeta, checkpoint_id: str, summary: WeightsSummary
+    session: AsyncSession,
+    model_id: str,
+    meta: CheckpointMeta,
+    checkpoint_id: str,
+    summary: WeightsSummary,
+    source: CheckpointSource,
 ) -> Checkpoint:
     """Add the row of a checkpoint whose weights were checked.
 
@@ -136,6 +141,7 @@ async def register_checkpoint(
         bytes=summary.bytes,
         dtype=summary.dtype,
         artifact=_artifact_of(checkpoint_id),
+        source=source,
     )
     session.add(checkpoint)
     try:
@@ -204,12 +210,15 @@ async def find_checkpoint(session: AsyncSession, model: Model, checkpoint_id: st
 async def chosen_checkpoints(session: AsyncSession, model: Model, choice: str | Sequence[str]) -> list[Checkpoint]:
     """Return the checkpoints that `final`, `all` or a list of ids names, by run and step.
 
+    What was unlearned is no training of the model: `final` and `all` leave it out, its id takes it.
+
     Raises:
         InvalidRequest: if that is none, or an id is not one of the model's.
     """
     every = list(await repository.checkpoints(session, model.id))
     if isinstance(choice, str):
-        chosen = [checkpoint for checkpoint in every if choice == "all" or checkpoint.final]
+        own = [checkpoint for checkpoint in every if checkpoint.source != "unlearned"]
+        chosen = [checkpoint for checkpoint in own if choice == "all" or checkpoint.final]
         if not chosen:
             raise InvalidRequest(f"Model {model.name!r} has no such checkpoints yet.", pointer="/checkpoints")
         return chosen

@@ -210,7 +210,7 @@ async def finish_training(
         for seed in request.seeds
     }
     for meta, checkpoint_id, summary in trained:
-        await models.register_checkpoint(session, replay.model_id, meta, checkpoint_id, summary)
+        await models.register_checkpoint(session, replay.model_id, meta, checkpoint_id, summary, "trained")
         runs[meta.seed or 0].checkpoints.append(checkpoint_id)
     replay.status, replay.error = "succeeded", None
     replay.result = {"runs": [run.model_dump() for run in runs.values()]}
@@ -245,7 +245,7 @@ async def finish_unlearning(
     """
     replay = await find(session, "unlearning", replay_id, lock=True)
     for meta, checkpoint_id, summary, _ in made:
-        await models.register_checkpoint(session, replay.model_id, meta, checkpoint_id, summary)
+        await models.register_checkpoint(session, replay.model_id, meta, checkpoint_id, summary, "unlearned")
     replay.status, replay.error = "succeeded", None
     shown = [{"checkpoint": checkpoint_id, **facts} for _, checkpoint_id, _, facts in made]
     replay.result = {"checkpoints": shown, "comparison": comparison}

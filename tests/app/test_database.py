@@ -70,6 +70,39 @@ def test_migrations_go_up_down_and_up_and_match_the_tables(server: DatabaseSetti
 
 
 @pytest.mark.tcp
+def test_checkpoints_get_the_source_that_replays_tell(server: DatabaseSettings) -> None:
+    settings = scratch(server)
+    config = alembic_config(settings)
+    upgrade(settings)
+    command.downgrade(config, "0003")
+    results = {
+        "trn_1": ("training", '{"runs": [{"checkpoints": ["ckpt_1"]}]}'),
+        "unl_1": ("unlearning", '{"checkpoints": [{"checkpoint": "ckpt_2"}]}'),
+        "eval_1": ("evaluation", '{"lds": 0.5}'),
+    }
+    with psycopg.connect(database_url(settings).set(drivername="postgresql").render_as_string(False)) as connection:
+        connection.execute(
+            "INSERT INTO model (id, name, architecture, task, parameters, num_parameters) VALUES ('mdl_1', 'm', '{}', '{}', '{}', 1)"
+        )
+        for number in range(3):
+            connection.execute(
+                "INSERT INTO checkpoint (id, model_id, run, step, final, sha256, bytes, dtype, artifact) "
+                "VALUES (%s, 'mdl_1', 'r', %s, true, '', 1, '', '')",
+                (f"ckpt_{number}", number),
+            )
+        for replay, (kind, result) in results.items():
+            connection.execute(
+                "INSERT INTO replay (id, kind, model_id, request, left_out, status, result) VALUES (%s, %s, 'mdl_1', '{}', '[]', 'succeeded', %s)",
+                (replay, kind, result),
+            )
+    command.upgrade(config, "head")
+    with psycopg.connect(database_url(settings).set(drivername="postgresql").render_as_string(False)) as connection:
+        found = connection.execute("SELECT source FROM checkpoint ORDER BY id").fetchall()
+        connection.execute("DELETE FROM model")
+    assert [source for (source,) in found] == ["uploaded", "trained", "unlearned"]
+
+
+@pytest.mark.tcp
 def test_a_wrong_password_is_refused(server: DatabaseSettings) -> None:
     wrong = server.model_copy(update={"password_file": None})
 

@@ -220,6 +220,20 @@ def test_checkpoints_are_unlearned_and_compared_with_retraining(trained: Loaded)
     made = [service.get(f"/v1/models/retrained/checkpoints/{entry['checkpoint']}") for entry in found["checkpoints"]]
     assert {entry["run"] for entry in made} == {"unlearned-seed-0", "unlearned-seed-1"}
     assert not any(entry["final"] for entry in made), "a later index of the final checkpoints must not take them"
+    assert {entry["source"] for entry in made} == {"unlearned"}
+    every = {
+        "name": "every",
+        "model": "retrained",
+        "dataset": "digits",
+        "checkpoints": "all",
+        "method": {"type": "grad_dot"},
+    }
+    service.finished(service.post("/v1/indexes", every, 202))
+    taken = [
+        service.get(f"/v1/models/retrained/checkpoints/{one}")
+        for one in service.get("/v1/indexes/every")["checkpoints"]
+    ]
+    assert {entry["source"] for entry in taken} == {"trained"}, "`all` is of trainings of the model"
     nothing, newton, ascent = found["comparison"]["results"]
     assert [entry["role"] for entry in (nothing, newton, ascent)] == ["nothing", "method", "baseline"]
     assert set(newton["sets"]) == {"forget", "retain", "test"}

@@ -25,7 +25,7 @@ class Model(Created, Base):
 
 
 class Checkpoint(Created, Base):
-    """Weights of a model at a step of a run."""
+    """Weights of a model at a step of a run; `source` says whether they were uploaded, trained or unlearned."""
 
     __tablename__ = "checkpoint"
     __table_args__ = (UniqueConstraint("model_id", "run", "step"),)
@@ -42,3 +42,4 @@ class Checkpoint(Created, Base):
     bytes: Mapped[int]
     dtype: Mapped[str]
     artifact: Mapped[str]
+    source: Mapped[str]
