@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.datasets import repository
 from app.datasets.previews import Preview, preview_of
 from app.datasets.schemas import Column, DatasetOut, DeletionOut, ExampleOut, VersionCreate
+from app.db.failures import is_duplicate
 from app.db.ids import new_id
 from app.db.tables import Dataset, Job
 from app.errors import Gone, InUse, InvalidRequest, NameTaken, NotFound, NotReady
@@ -97,7 +98,9 @@ async def _submitted(
     session.add(dataset)
     try:
         await session.flush()
-    except IntegrityError:
+    except IntegrityError as error:
+        if not is_duplicate(error):
+            raise
         raise NameTaken(f"There is a data set {spec.name!r} already.", pointer="/name") from None
     job = await jobs.submit(session, "import", "dataset", dataset.id, unit="rows")
     dataset.job_id = job.id

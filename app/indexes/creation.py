@@ -7,6 +7,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.banks import service as banks
 from app.datasets import service as datasets
+from app.db.failures import is_duplicate
 from app.db.ids import new_id
 from app.db.tables import Dataset, Index, IndexGeneration, IndexPrior, Job, Model
 from app.errors import InvalidRequest, NameTaken
@@ -93,7 +94,9 @@ async def create(session: AsyncSession, request: IndexCreate, resources: Resourc
     session.add(index)
     try:
         await session.flush()
-    except IntegrityError:
+    except IntegrityError as error:
+        if not is_duplicate(error):
+            raise
         raise NameTaken(f"There is an index {request.name!r} already.", pointer="/name") from None
     unit, total = _work(spec)
     job = await jobs.submit(session, "fit", "index", index.id, unit=unit, total=total)

@@ -8,6 +8,7 @@ from typing import Any
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from app.db.failures import is_duplicate
 from app.db.ids import new_id
 from app.db.tables import Checkpoint, Model
 from app.engine.client import EngineClient
@@ -146,7 +147,9 @@ async def register_checkpoint(
     session.add(checkpoint)
     try:
         await session.flush()
-    except IntegrityError:
+    except IntegrityError as error:
+        if not is_duplicate(error):
+            raise
         raise Conflict(
             f"The model has a checkpoint of run {meta.run!r} at step {meta.step}.", pointer="/meta"
         ) from None

@@ -4,12 +4,14 @@ import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 
+from app.db.failures import is_outage
 from app.errors import (
     BadRequest,
+    Conflict,
     CorruptArtifact,
     DatabaseUnavailable,
     FieldProblem,
@@ -27,7 +29,6 @@ from attribution_core.errors import AttributionError, CorruptArtifactError
 from attribution_core.pointers import pointer_to
 
 log = structlog.get_logger("headwater.api")
-_OUTAGE = ("08", "53", "57")  # SQLSTATE classes: connection, resources, operator intervention (shutdown, timeouts)
 _BY_STATUS: dict[int, type[Problem]] = {
     400: BadRequest,
     404: NotFound,
@@ -70,10 +71,17 @@ def install(app: FastAPI) -> None:
             return answer(request, CorruptArtifact(str(error)))
         return answer(request, InvalidRequest(str(error), pointer=error.pointer))
 
+    @app.exception_handler(IntegrityError)
+    async def of_race(request: Request, error: IntegrityError) -> JSONResponse:
+        # Services tell what they foresee; what is left are two requests about the same things at the same time.
+        return answer(
+            request, Conflict("Something that this refers to was made or deleted at the same time; try again.")
+        )
+
     @app.exception_handler(DBAPIError)
     @app.exception_handler(PoolTimeout)
     async def of_database(request: Request, error: Exception) -> JSONResponse:
-        if _is_outage(error):
+        if is_outage(error):
             return answer(request, DatabaseUnavailable("The database does not answer; try again soon."))
         log.error("database error", error=type(error).__name__)
         return answer(request, InternalError("Something failed in the service; its log has the details."))
@@ -82,14 +90,6 @@ def install(app: FastAPI) -> None:
     async def of_anything(request: Request, error: Exception) -> JSONResponse:
         log.error("unhandled error", exc_info=error)
         return answer(request, InternalError("Something failed in the service; its log has the details."))
-
-
-def _is_outage(error: Exception) -> bool:
-    if isinstance(error, PoolTimeout | OperationalError | InterfaceError):
-        return True
-    return isinstance(error, DBAPIError) and (
-        error.connection_invalidated or (getattr(error.orig, "sqlstate", None) or "").startswith(_OUTAGE)
-    )
 
 
 def _field_problems(error: RequestValidationError) -> list[FieldProblem]:

@@ -8,12 +8,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 
 import structlog
-from sqlalchemy.exc import DBAPIError, InterfaceError
+from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from app.db.failures import is_outage
 from app.db.session import SessionMaker
 from app.db.tables import Job, Shard
-from app.errors import Problem
+from app.errors import NotFound, Problem
 from app.jobs import repository
 from app.jobs.queue import Queue
 from app.jobs.service import CANCELLED, RESOURCES, problem, record
@@ -120,11 +121,7 @@ class Runner:
             await asyncio.shield(self._release(running))
             raise
         except OUTAGE as error:
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO):
-                await self._ended(running, "failed", _error_of(error))
-            else:
-                log.warning("database lost; the job goes on later", job=job.id, error=str(error)[:200])
-                await self._release(running)
+            await self._interrupted(running, error)
         except (AttributionError, Problem) as error:
             # What the caller can mend is told to the caller; the log does not repeat what may be their data.
             log.info("job refused", job=job.id, kind=type(error).__name__)
@@ -200,6 +197,18 @@ class Runner:
             action()
         log.info("job succeeded", job=job.id)
 
+    async def _interrupted(self, running: Running, error: Exception) -> None:
+        """Give back a job whose database was lost; what would fail again (a full disk, rows that cannot be) ends it."""
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO)
+        refused = isinstance(error, DBAPIError) and not is_outage(error)
+        if refused:
+            log.error("job failed in the database", job=running.job.id, error=type(error).__name__)
+        if full or refused:
+            await self._ended(running, "failed", _error_of(error))
+        else:
+            log.warning("database lost; the job goes on later", job=running.job.id, error=str(error)[:200])
+            await self._release(running)
+
     async def _cancelled(self, running: Running) -> None:
         """End a cancelled job; one whose lease was lost goes on with whoever has it, or comes next."""
         async with self.sessions() as session:
@@ -216,7 +225,8 @@ class Runner:
         job = running.job
         async with self.sessions.begin() as session:
             if await repository.finish_job(session, job.id, job.attempt, state, error):
-                await RESOURCES[job.kind].fail(session, job.resource_id, told or error or {})
+                with contextlib.suppress(NotFound):  # it may be gone; its job still ends
+                    await RESOURCES[job.kind].fail(session, job.resource_id, told or error or {})
                 await self._record_end(session, job.id)
         log.info("job ended", job=job.id, state=state)
 
@@ -272,6 +282,14 @@ def _error_of(error: BaseException) -> dict[str, object]:
             return problem("invalid-request", "Invalid request", str(error), pointers)
         case Problem():
             return problem(error.slug, error.title, error.detail)
+        case IntegrityError():
+            return problem("conflict", "Conflict", "Something that the job needs was deleted meanwhile.") | {
+                "status": 409
+            }
+        case DBAPIError():
+            return problem(
+                "internal", "Internal error", "The database refused the result; the log has the details."
+            ) | {"status": 500}
         case MemoryError():
             return problem("out-of-memory", "Out of memory", "The worker ran out of memory.")
         case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):

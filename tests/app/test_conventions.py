@@ -7,7 +7,11 @@ from typing import Any
 
 import httpx2 as httpx
 import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from sqlalchemy.exc import IntegrityError
 
+from app.web.problems import install
 from tests.conftest import MLP, Loaded
 
 QUERY = {"queries": [{"dataset": "test", "rows": [0]}]}
@@ -290,3 +294,15 @@ def test_logs_hold_no_bodies_and_no_secrets(loaded: Loaded) -> None:
     assert secret not in log
     assert "secret-in-a-body" not in log
     assert "route=/v1/models" in log
+
+
+def test_a_race_that_no_service_foresaw_is_a_conflict() -> None:
+    app = FastAPI()
+    install(app)
+
+    @app.post("/")
+    async def race() -> None:
+        raise IntegrityError("INSERT", {}, Exception("violates a foreign key"))
+
+    answer = TestClient(app, raise_server_exceptions=False).post("/")
+    assert (answer.status_code, answer.json()["type"]) == (409, "/problems/conflict")

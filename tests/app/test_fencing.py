@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import select, text, update
+from sqlalchemy.exc import DataError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
+import app.replay.plans  # noqa: F401, it says what happens to a training whose job ends
 from app.db.embedded import get_server
 from app.db.ids import new_id
 from app.db.session import SessionMaker, create_engine, create_sessionmaker
@@ -15,7 +17,7 @@ from app.db.tables import Job, Shard
 from app.jobs import repository
 from app.settings import DatabaseSettings, Settings
 from app.storage.artifacts import ArtifactStore
-from app.worker.runner import Runner, Running, wake_abandoned
+from app.worker.runner import Effect, Kind, Runner, Running, wake_abandoned
 from tests.conftest import Loaded
 
 
@@ -138,6 +140,30 @@ async def test_a_waiting_job_is_announced_once(sessions: SessionMaker) -> None:
         count = text("SELECT count(*) FROM procrastinate_jobs WHERE args->>'job_id' = :job")
         assert await session.scalar(count, {"job": job.id}) == 1
         await session.rollback()
+
+
+@pytest.mark.parametrize(("kind", "slug"), [(IntegrityError, "conflict"), (DataError, "internal")])
+async def test_a_result_that_the_database_refuses_ends_the_job(
+    sessions: SessionMaker, tmp_path: Path, kind: type[IntegrityError | DataError], slug: str
+) -> None:
+    """Trying again would be refused again, for ever."""
+    job_id = await new_job(sessions)
+    async with sessions.begin() as session:
+        job = await session.get(Job, job_id)
+        assert job is not None
+        job.kind = "training"
+
+    async def work(runner: Runner, running: Running) -> Effect:
+        async def effect(session: AsyncSession) -> None:
+            raise kind("INSERT", {}, Exception("refused"))
+
+        return effect
+
+    await Runner(Settings(), sessions, ArtifactStore(tmp_path), "w", {"training": Kind(work)})._lead(Running(job))
+    async with sessions() as session:
+        ended = await repository.get(session, job_id)
+    assert ended is not None
+    assert (ended.state, (ended.error or {})["type"]) == ("failed", f"/problems/{slug}")
 
 
 async def test_two_workers_never_claim_one_shard(sessions: SessionMaker) -> None:

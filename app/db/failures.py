@@ -1,0 +1,23 @@
+"""What kind of failure the database reports: that it is not there, or that rows do not allow it."""
+
+from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+_OUTAGE = ("08", "53", "57")  # SQLSTATE classes: connection, resources, operator intervention (shutdown, timeouts)
+_DUPLICATE = "23505"
+
+
+def is_outage(error: BaseException) -> bool:
+    """Return whether the same statement may succeed once the database is back."""
+    if isinstance(error, PoolTimeout | OperationalError | InterfaceError):
+        return True
+    return isinstance(error, DBAPIError) and (error.connection_invalidated or _state_of(error).startswith(_OUTAGE))
+
+
+def is_duplicate(error: IntegrityError) -> bool:
+    """Return whether a row is there already; else one that it refers to is not."""
+    return _state_of(error) == _DUPLICATE
+
+
+def _state_of(error: DBAPIError) -> str:
+    return getattr(error.orig, "sqlstate", None) or ""
