@@ -72,6 +72,13 @@ class Fisher:
         losses = task.pseudo_losses(run.output, batch, kind, self.seed, self.samples)
         return Draws([_without_padding(run.gradients(loss, keep=True), batch) for loss in losses])
 
+    def matters(self, task: Task, outputs: Tensor) -> Tensor:
+        """Return which examples have a direction that matters, (batch,)."""
+        directions = self._directions(task, outputs) if self.least else None
+        if directions is None:
+            return torch.ones(len(outputs), dtype=torch.bool, device=outputs.device)
+        return (_lengths(directions) > self.least).any(1)
+
     def _along(self, directions: Tensor, run: Pass, batch: Batch, again: Run) -> Draws:
         """Return the pseudo-gradients along the directions that matter, which few examples have, by running only these once more."""
         owners, places = (_lengths(directions) > self.least).nonzero(as_tuple=True)

@@ -36,6 +36,7 @@ class PseudoRows:
     Args:
         batches: draws of one batch of examples after the other; no more is kept than they hold.
         examples: the examples' row numbers, ascending; counted from 0 by default.
+        drawn: the places among these of the examples in the batches, ascending; all by default. The others have no rows.
         frame: which rows are kept, in what basis; by default every draw as it is.
         selection: which rows were chosen before; the batches are then of the examples that it uses.
         progress: asked between batches, and between blocks of rows in all that takes long, whether the work should stop.
@@ -45,6 +46,7 @@ class PseudoRows:
         self,
         batches: Iterable[Draws],
         examples: np.ndarray | None = None,
+        drawn: np.ndarray | None = None,
         frame: Frame | None = None,
         selection: Selection | None = None,
         progress: Progress | None = None,
@@ -54,7 +56,7 @@ class PseudoRows:
         self._leaves_out = frame is not None and frame.negligible > 0
         chosen: list[Chosen] = []
         self._parts = list(_gathered(self._kept(batches, frame, selection, chosen)))
-        self.selection = Selection.joined(chosen, examples) if selection is None else selection
+        self.selection = Selection.joined(chosen, examples, drawn) if selection is None else selection
         # What each row's products are multiplied with, part by part.
         self._shares: list[Tensor | float] = [1 / self.num_examples] * len(self._parts)
 

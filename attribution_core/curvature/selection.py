@@ -42,12 +42,21 @@ class Selection:
     bases: np.ndarray
 
     @classmethod
-    def joined(cls, chosen: Sequence[Chosen], examples: np.ndarray | None) -> "Selection":
-        """Return what was chosen of consecutive batches; examples are counted from 0 by default."""
+    def joined(
+        cls, chosen: Sequence[Chosen], examples: np.ndarray | None = None, drawn: np.ndarray | None = None
+    ) -> "Selection":
+        """Return what was chosen of consecutive batches.
+
+        Args:
+            chosen: of every batch.
+            examples: all row numbers; counted from 0 by default.
+            drawn: the places among these of the examples in the batches; all by default.
+        """
         ends = np.cumsum([0, *(batch.size for batch in chosen)])
         owners = [batch.owners.cpu().numpy() + start for batch, start in zip(chosen, ends, strict=False)]
         bases = [batch.bases.cpu().numpy() for batch in chosen]
-        return cls(np.arange(ends[-1]) if examples is None else examples, np.concatenate(owners), np.concatenate(bases))
+        places = np.arange(ends[-1]) if drawn is None else drawn
+        return cls(places if examples is None else examples, places[np.concatenate(owners)], np.concatenate(bases))
 
     def __len__(self) -> int:
         return len(self.owners)

@@ -363,12 +363,27 @@ class FitContext:
         frame: Frame | None = None,
         progress: Progress | None = None,
     ) -> PseudoRows:
-        """Return the pseudo-gradients of evenly spread training examples, as many as fit the memory set aside."""
+        """Return the pseudo-gradients of evenly spread training examples, as many as fit the memory set aside.
+
+        Where some rows are left out, examples of whose outputs nothing matters are not even drawn.
+        """
         checkpoint = self.checkpoint(number)
         first = self.source.batch(self.training_rows[:1])
         draws = fisher.draws(checkpoint.run(first), self.task, first)
         rows = self._spread(min(examples or MAX_ROWS, max(1, _CURVATURE_BYTES // PseudoRows([draws]).nbytes)))
-        return PseudoRows(self._draws(number, fisher, rows), rows, frame, progress=progress)
+        if frame is None or frame.negligible == 0:
+            return PseudoRows(self._draws(number, fisher, rows), rows, frame=frame, progress=progress)
+        drawn = self._that_matter(number, rows)
+        return PseudoRows(self._draws(number, fisher, rows[drawn]), rows, drawn, frame, progress=progress)
+
+    def _that_matter(self, number: int, rows: np.ndarray) -> np.ndarray:
+        """Return the places of the training examples whose outputs' curvature matters, or of all if none does, ascending."""
+        fisher, checkpoint = self.fisher_of(number), self.checkpoint(number)
+        if not fisher.least:
+            return np.arange(len(rows))
+        matter = [fisher.matters(self.task, checkpoint.output(batch)) for batch in self.batches(number, rows)]
+        places: np.ndarray = np.flatnonzero(torch.cat(matter).cpu().numpy())
+        return places if len(places) else np.arange(len(rows))
 
     def _draws(self, number: int, fisher: Fisher, rows: np.ndarray) -> Iterator[Draws]:
         checkpoint = self.checkpoint(number)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -50,8 +51,6 @@ class Problem:
         found = []
         for reference in self.spec.checkpoints:
             module = build(self.spec.architecture).double()
-            from safetensors.torch import load_file
-
             module.load_state_dict({name: value.double() for name, value in load_file(reference.path).items()})
             found.append(module)
         return found
@@ -129,6 +128,17 @@ def images(folder: Path) -> Problem:
     inputs = patterns[targets] + torch.randn(N, 1, 12, 12, generator=generator)
     module = _trained(CNN, inputs, targets, F.cross_entropy, 0)
     return problem(folder, inputs, targets, CNN, modules=[module])
+
+
+def sure(folder: Path) -> Problem:
+    """Images, and a network that is sure of most: its last layer's weights are enlarged."""
+    given = images(folder)
+    (reference,) = given.spec.checkpoints
+    weights = load_file(reference.path)
+    head = max(name for name, value in weights.items() if value.dim() == 2)
+    save_file(weights | {head: 4 * weights[head]}, reference.path)
+    changed = reference.model_copy(update={"sha256": sha256_file(reference.path)})
+    return Problem(folder, given.with_(checkpoints=[changed]), given.inputs, given.targets)
 
 
 def regression(folder: Path) -> Problem:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.torch import load_file, save_file
 
 from attribution_core.arrays import write_arrays
 from attribution_core.curvature import rows as curvature_rows
@@ -25,7 +24,7 @@ from attribution_core.methods.fit import AnyPipeline, FitPipeline, FitSummary, b
 from attribution_core.methods.loaded import LoadedIndex
 from attribution_core.progress import NoProgress
 from attribution_core.tasks import Task
-from tests.core.methods.problems import SMALL, Problem, images, relative_error
+from tests.core.methods.problems import SMALL, Problem, images, relative_error, sure
 
 METHODS: dict[str, dict[str, Any]] = {
     "trak": {"type": "trak", "projection": SMALL, "damping": 0.1},
@@ -154,17 +153,6 @@ def test_what_one_pass_keeps_for_the_next_changes_no_byte(
     spared, examples = drawn["none"] - drawn["kept"], len(ALL) * len(spec.checkpoints)
     assert spared == examples if share > 1 else 0 < spared < examples
     assert hashes(tmp_path / "none") == hashes(tmp_path / "kept")
-
-
-def sure(folder: Path) -> Problem:
-    """Images, and a network that is sure of most: its last layer's weights are enlarged."""
-    given = images(folder)
-    (reference,) = given.spec.checkpoints
-    weights = load_file(reference.path)
-    head = max(name for name, value in weights.items() if value.dim() == 2)
-    save_file(weights | {head: 4 * weights[head]}, reference.path)
-    changed = reference.model_copy(update={"sha256": sha256_file(reference.path)})
-    return Problem(folder, given.with_(checkpoints=[changed]), given.inputs, given.targets)
 
 
 def test_directions_that_matter_are_few_and_the_same_however_a_fit_is_cut(

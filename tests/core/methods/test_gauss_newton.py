@@ -1,5 +1,6 @@
 """What a fit of `gauss_newton` stores of its pseudo-gradients, and that answers do not depend on how they are solved or found again."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,9 @@ import torch
 from attribution_core.arrays import read_arrays
 from attribution_core.curvature.rows import PseudoRows
 from attribution_core.methods.artifact import FACTORS_FILE
+from attribution_core.methods.context import FitContext
 from attribution_core.methods.loaded import LoadedIndex
-from tests.core.methods.problems import Problem, classification, images, relative_error
+from tests.core.methods.problems import Problem, classification, images, relative_error, sure
 
 EXACTLY = {
     "type": "gauss_newton",
@@ -88,6 +90,25 @@ def test_only_examples_with_a_row_are_run_again(given: Problem, monkeypatch: pyt
     monkeypatch.setattr(index.context, "_draws", noted)
     index.query(given.queries(), None)
     assert ran == used.tolist()
+
+
+def test_examples_whose_outputs_do_not_matter_have_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are not even drawn, unless every row is to be kept; the rows of the others are those that they have anyway."""
+    given, method = sure(tmp_path), {"type": "gauss_newton", "damping": 0.1}
+    index = given.fit("some", method=method)
+    arrays, places = stored(index), index.context._that_matter(0, np.arange(60))
+    owners = set(arrays["0.rows.owners"].tolist())
+    assert len(arrays["0.rows.examples"]) == 60 > len(places)
+    assert owners <= set(places.tolist())
+    monkeypatch.setattr(FitContext, "_that_matter", lambda *_: pytest.fail("asked"))
+    given.fit("every", method=method | {"negligible": 0})
+    monkeypatch.setattr(FitContext, "_that_matter", lambda self, number, rows: np.arange(len(rows)))
+    everywhere = given.fit("all", method=method)
+    assert owners == set(stored(everywhere)["0.rows.owners"].tolist()) & set(places.tolist())
+    assert relative_error(scores(index, given), scores(everywhere, given)) < 0.1
+    monkeypatch.undo()
+    again = LoadedIndex(index.folder, index.spec.model_copy(update={"batch_size": 5}))
+    assert relative_error(scores(again, given), scores(index, given)) < 1e-5
 
 
 def test_rows_that_are_more_than_parameters_are_not_listed(given: Problem) -> None:
