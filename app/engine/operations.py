@@ -234,7 +234,7 @@ def training_seconds(payload: Json) -> Json:
     spec = TrainSpec.model_validate(payload["train"])
     trainer = Trainer(spec)
     runs = [Run(spec.everything(), seed) for seed in range(min(MODELS_PER_GROUP, trainer.models_at_once()))]
-    steps = len(spec.recipe.learning_rates(spec.num_training))
+    steps = spec.recipe.num_steps(spec.num_training)
     return {"seconds_per_step": trainer.estimate_seconds(runs) / (steps * len(runs))}
 
 

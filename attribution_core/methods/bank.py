@@ -83,7 +83,7 @@ def group_pieces(trainer: Trainer, protocol: Protocol, known: Sequence[int], fir
     """Return a piece for every group of a bank, numbered from `first`; progress counts steps."""
     n, size = trainer.spec.num_training, trainer.network.num_parameters
     kept = round(protocol.alpha * n) if protocol.semantics == "resample" else n
-    steps = len(trainer.recipe.learning_rates(kept)) * protocol.subsets_per_group(size) * protocol.seeds
+    steps = trainer.recipe.num_steps(kept) * protocol.subsets_per_group(size) * protocol.seeds
     return [GroupPiece(first + group, 0 if group in known else steps) for group in range(protocol.num_groups(size))]
 
 

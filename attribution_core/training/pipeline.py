@@ -41,7 +41,7 @@ def run_groups(trainer: Trainer, runs: Sequence[Run], semantics: Semantics, firs
     size = min(MODELS_PER_GROUP, trainer.models_at_once())
     parts = [tuple(runs[start : start + size]) for start in range(0, len(runs), size)]
     return [
-        RunGroup(first + number, part, sum(len(trainer.plan(run, semantics)) for run in part))
+        RunGroup(first + number, part, sum(trainer.num_steps(run, semantics) for run in part))
         for number, part in enumerate(parts)
     ]
 

@@ -5,6 +5,7 @@ of the examples and their augmentation. The loss is the task's, averaged over ea
 """
 
 import math
+from collections.abc import Iterator
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -188,13 +189,17 @@ class Recipe(Spec):
         """Return how many batches a pass over so many examples takes."""
         return examples // self.batch_size if self.drop_last else -(-examples // self.batch_size)
 
+    def num_steps(self, examples: int) -> int:
+        """Return how many steps training on so many examples takes."""
+        return self.epochs * self.steps_per_epoch(examples)
+
     def check_steps(self, examples: int) -> None:
         """Refuse to train on so few examples that they make no batch, or fewer steps than the warm-up has.
 
         Raises:
             InvalidInputError: naming the batch size or the schedule.
         """
-        steps = self.epochs * self.steps_per_epoch(examples)
+        steps = self.num_steps(examples)
         if not steps:
             raise InvalidInputError(f"{examples} examples make no batch of {self.batch_size}", "/recipe/batch_size")
         warmup = self.schedule.warmup_steps if isinstance(self.schedule, _Warmed) else None
@@ -203,8 +208,7 @@ class Recipe(Spec):
                 f"the warm-up of {warmup} steps is longer than the training of {steps}", "/recipe/schedule"
             )
 
-    def learning_rates(self, examples: int) -> list[float]:
-        """Return the learning rate of every step of training on so many examples."""
-        each = self.steps_per_epoch(examples)
-        steps = self.epochs * each
-        return [self.learning_rate * self.schedule.factor(step, steps, each) for step in range(steps)]
+    def learning_rates(self, examples: int) -> Iterator[float]:
+        """Yield the learning rate of every step of training on so many examples; there may be very many."""
+        each, steps = self.steps_per_epoch(examples), self.num_steps(examples)
+        return (self.learning_rate * self.schedule.factor(step, steps, each) for step in range(steps))

@@ -8,7 +8,7 @@ mean that still divides by the whole batch. With nothing left out the two are th
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 
 import numpy as np
 import torch
@@ -112,8 +112,8 @@ class Trainer:
         first = augmented(self.data.batch(np.arange(1)), self.recipe, 0, 0)
         self.data.check(self.network.task, self.network.probe(first))
 
-    def plan(self, run: Run, semantics: Semantics) -> list[Step]:
-        """Return every step of a run; a function of the recipe, the run and the semantics alone.
+    def steps(self, run: Run, semantics: Semantics) -> Iterator[Step]:
+        """Yield every step of a run, one at a time as there may be very many; a function of the recipe, the run and the semantics alone.
 
         Raises:
             InvalidInputError: if the run keeps examples that the spec leaves out, or too few for a single step, or the warm-up never ends.
@@ -121,19 +121,22 @@ class Trainer:
         if run.kept[self.spec.left_out].any():
             raise InvalidInputError("a run keeps examples that are left out of every training")
         own = np.flatnonzero(run.kept) if semantics == "resample" else self.spec.training_rows
-        rates = self._learning_rates(len(own))
-        each = self.recipe.steps_per_epoch(len(own))
-        generator = torch.Generator().manual_seed(run.seed)
-        steps: list[Step] = []
-        for epoch in range(self.recipe.epochs):
-            order = (
-                torch.randperm(len(own), generator=generator).numpy() if self.recipe.shuffle else np.arange(len(own))
-            )
-            for start in range(0, each * self.recipe.batch_size, self.recipe.batch_size):
-                rows = own[order[start : start + self.recipe.batch_size]]
-                weights = run.kept[rows].astype(np.float32)
-                steps.append(Step(len(steps), epoch, rows, weights, rates[len(steps)]))
-        return steps
+        self.recipe.check_steps(len(own))
+        return self._generated(run, own)
+
+    def plan(self, run: Run, semantics: Semantics) -> list[Step]:
+        """Return every step of a run, for those who go through them more than once."""
+        return list(self.steps(run, semantics))
+
+    def num_steps(self, run: Run, semantics: Semantics) -> int:
+        """Return how many steps a run takes.
+
+        Raises:
+            InvalidInputError: if the run keeps too few examples for a single step, or the warm-up never ends.
+        """
+        examples = self._examples(run, semantics)
+        self.recipe.check_steps(examples)
+        return self.recipe.num_steps(examples)
 
     def step_batch(self, run: Run, step: Step) -> Batch:
         """Return the examples of one step as the run sees them, augmented."""
@@ -207,14 +210,20 @@ class Trainer:
         parts = list(self._parts(runs, semantics, budget))
         first = _Part(self, [runs[number] for number in parts[0]], semantics, tuple(parts[0]))
         seconds = first.seconds_per_step(_TIMED_STEPS) / len(parts[0])
-        return seconds * sum(len(part) * self._steps(runs[part[0]], semantics) for part in parts)
+        return seconds * sum(len(part) * self.num_steps(runs[part[0]], semantics) for part in parts)
 
-    def _steps(self, run: Run, semantics: Semantics) -> int:
-        return len(self._learning_rates(self._examples(run, semantics)))
-
-    def _learning_rates(self, examples: int) -> list[float]:
-        self.recipe.check_steps(examples)
-        return self.recipe.learning_rates(examples)
+    def _generated(self, run: Run, own: np.ndarray) -> Iterator[Step]:
+        """Yield the steps over a run's own rows: every epoch in an order of its own."""
+        rates, size = self.recipe.learning_rates(len(own)), self.recipe.batch_size
+        each = self.recipe.steps_per_epoch(len(own))
+        generator = torch.Generator().manual_seed(run.seed)
+        for epoch in range(self.recipe.epochs):
+            order = (
+                torch.randperm(len(own), generator=generator).numpy() if self.recipe.shuffle else np.arange(len(own))
+            )
+            for place in range(each):
+                rows = own[order[place * size : (place + 1) * size]]
+                yield Step(epoch * each + place, epoch, rows, run.kept[rows].astype(np.float32), next(rates))
 
     def _examples(self, run: Run, semantics: Semantics) -> int:
         return int(run.kept.sum()) if semantics == "resample" else self.spec.num_training
@@ -240,7 +249,8 @@ class _Part:
 
     def __init__(self, trainer: Trainer, runs: Sequence[Run], semantics: Semantics, numbers: tuple[int, ...]) -> None:
         self.trainer, self.runs, self.numbers = trainer, runs, numbers
-        self.plans = [trainer.plan(run, semantics) for run in runs]
+        self.total = trainer.num_steps(runs[0], semantics)
+        self.steps = zip(*(trainer.steps(run, semantics) for run in runs), strict=True)
         starts = [trainer.initial(run) for run in runs]
         self.parameters = {name: torch.stack([start[name] for start in starts]) for name in starts[0]}
         self.state = trainer.optimizer.init_state(self.parameters)
@@ -250,11 +260,10 @@ class _Part:
         self, progress: Progress, save: Callable[[Snapshot], None] | None, save_every: int | None
     ) -> tuple[Tensors, np.ndarray]:
         """Take every step; return the parameters and which runs diverged."""
-        total = len(self.plans[0])
-        for steps in zip(*self.plans, strict=True):
+        for steps in self.steps:
             self._step(steps)
             done = steps[0].number + 1
-            if save is not None and (done == total or (save_every and done % save_every == 0)):
+            if save is not None and (done == self.total or (save_every and done % save_every == 0)):
                 save(Snapshot(self.numbers, done, steps[0].epoch + 1, steps[0].learning_rate, self.parameters))
             progress.advance(len(self.runs))
         for value in self.parameters.values():
@@ -263,9 +272,8 @@ class _Part:
 
     def seconds_per_step(self, steps: int) -> float:
         """Return the wall time of a step, after a first one that warms up."""
-        plans = [plan[: steps + 1] for plan in self.plans]
         times = [time.perf_counter()]
-        for taken in zip(*plans, strict=True):
+        for taken in islice(self.steps, steps + 1):
             self._step(taken)
             times.append(time.perf_counter())
         return float(np.median(np.diff(times)[1:] if len(times) > 2 else np.diff(times)))

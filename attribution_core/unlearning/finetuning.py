@@ -51,7 +51,7 @@ class FineTuner(Unlearner):
         parameters = self.original(number)
         state = trainer.optimizer.init_state(parameters)
         last = torch.zeros(())
-        for step in trainer.plan(run, "resample"):
+        for step in trainer.steps(run, "resample"):
             batch = trainer.step_batch(run, step)
 
             def value(parameters: Tensors, batch: Batch = batch) -> tuple[Tensor, Tensor]:

@@ -159,7 +159,7 @@ class UnlearnPipeline:
     def _oracles(self) -> list[Shard]:
         ranges = shard_ranges(self.spec.oracles, _ORACLES_PER_SHARD)
         assert self.spec.train is not None
-        steps = len(self.spec.train.recipe.learning_rates(self._trained_on))
+        steps = self.spec.train.recipe.num_steps(self._trained_on)
         return [Shard(ordinal, (stop - start) * steps, start, stop) for ordinal, (start, stop) in enumerate(ranges)]
 
     @property

@@ -92,14 +92,14 @@ def _warmed(optimizer: Any) -> Any:
     ],
 )
 def test_schedules_are_torchs(schedule: dict[str, Any], make: Any, per_epoch: bool) -> None:
-    found = recipe(schedule=schedule).learning_rates(EACH * 4)
+    found = list(recipe(schedule=schedule).learning_rates(EACH * 4))
     assert found == pytest.approx(_torch_rates(make, per_epoch), abs=1e-12)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
 @pytest.mark.parametrize("kind", ["constant", "cosine", "linear", "one_cycle"])
 def test_the_shortest_trainings_have_rates(kind: str, steps: int) -> None:
-    rates = recipe(schedule={"type": kind}, epochs=steps).learning_rates(4)
+    rates = list(recipe(schedule={"type": kind}, epochs=steps).learning_rates(4))
     assert len(rates) == steps
     assert all(0 <= rate <= 0.3 for rate in rates)
 

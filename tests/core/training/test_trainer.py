@@ -16,6 +16,7 @@ from attribution_core.progress import NoProgress
 from attribution_core.training import data as data_module
 from attribution_core.training import trainer as trainer_module
 from attribution_core.training.augmentation import augmented
+from attribution_core.training.pipeline import TrainingPipeline
 from attribution_core.training.spec import TrainSpec
 from attribution_core.training.trainer import Run, Snapshot, Trainer
 from tests.core.training.problems import N, by_torch, difference, everything, halves, spec_of
@@ -158,6 +159,17 @@ def test_seeds_decide_weights_and_order(folders: dict[str, TrainSpec]) -> None:
     unshuffled = Trainer(changed(folders["mlp"], shuffle=False, drop_last=True)).plan(everything(0), "resample")
     assert [step.rows.tolist() for step in unshuffled[:4]] == [list(range(k, k + 5)) for k in (0, 5, 10, 15)]
     assert len(unshuffled) == 12
+
+
+def test_steps_are_made_when_they_are_taken(folders: dict[str, TrainSpec]) -> None:
+    """An estimate takes a few of them; a list of all would take minutes and gigabytes."""
+    trainer = Trainer(changed(folders["mlp"], epochs=1_000_000, shuffle=False))
+    run = everything(0)
+    assert next(trainer.steps(run, "resample")).number == 0
+    total = 1_000_000 * trainer.recipe.steps_per_epoch(N)
+    assert trainer.num_steps(run, "resample") == total
+    assert trainer.estimate_seconds([run]) > 0
+    assert TrainingPipeline(trainer.spec, [0], None).stages()[0].shards[0].units == total
 
 
 def test_training_draws_nothing_from_the_callers_random_numbers(folders: dict[str, TrainSpec]) -> None:
