@@ -45,7 +45,7 @@ async def add_group(session: AsyncSession, values: dict[str, Any]) -> None:
     await session.execute(insert(BankGroup).values(**values).on_conflict_do_nothing())
 
 
-async def lock_bank(session: AsyncSession, bank_id: str) -> Bank | None:
-    """Return a bank, kept from being deleted until the transaction ends."""
-    query = select(Bank).where(Bank.id == bank_id).with_for_update(read=True)
+async def lock_bank(session: AsyncSession, bank_id: str, *, deleting: bool = False) -> Bank | None:
+    """Return a bank, kept from being deleted until the transaction ends, or from being read by whoever wants it kept."""
+    query = select(Bank).where(Bank.id == bank_id).with_for_update(read=not deleting)
     return (await session.execute(query)).scalar_one_or_none()

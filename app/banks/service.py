@@ -14,6 +14,7 @@ from app.datasets import service as datasets
 from app.db.ids import new_id
 from app.db.tables import Bank, Dataset, Model
 from app.errors import InUse, InvalidRequest, NotFound, RecipeMissing
+from app.jobs import service as jobs
 from app.models import service as models
 from app.settings import Settings
 from app.storage.artifacts import ArtifactStore
@@ -179,9 +180,12 @@ async def delete(session: AsyncSession, bank_id: str, artifacts: ArtifactStore) 
 
     Raises:
         NotFound: if there is none.
-        InUse: if an index is built on it.
+        InUse: if an index is built on it, or a job needs it.
     """
-    found = await find(session, bank_id)
+    found = await repository.lock_bank(session, bank_id, deleting=True)
+    if found is None:
+        raise NotFound(f"There is no bank {bank_id[:64]!r}.")
+    await jobs.refuse_if_needed(session, found)
     folder = folder_of(found)
     await session.delete(found)
     try:

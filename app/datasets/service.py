@@ -145,11 +145,12 @@ async def delete(session: AsyncSession, reference: str, artifacts: ArtifactStore
     """Delete a data set; returns what removes its files once that is committed.
 
     Raises:
-        InUse: if an index was fitted to it, a later version was made from it, or it is still being imported.
+        InUse: if an index was fitted to it, a later version was made from it, a job needs it, or it is still being imported.
     """
     dataset = await find(session, reference, lock=True)
     if dataset.status == "importing":
-        raise InUse("The data set is being imported; cancel its job first.")
+        raise InUse(f"The data set is being imported; cancel its job {dataset.job_id} first.")
+    await jobs.refuse_if_needed(session, dataset)
     await session.delete(dataset)
     try:
         await session.flush()
@@ -274,9 +275,9 @@ async def fail_import(session: AsyncSession, dataset_id: str, error: dict[str, A
     dataset.status, dataset.error = "failed", error
 
 
-async def begin_import(session: AsyncSession, dataset_id: str) -> None:
+async def begin_import(session: AsyncSession, job: Job) -> None:
     """Record that a data set is being imported again."""
-    dataset = await find(session, dataset_id, lock=True)
+    dataset = await find(session, job.resource_id, lock=True)
     dataset.status, dataset.error = "importing", None
 
 

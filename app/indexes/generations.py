@@ -113,15 +113,16 @@ async def finish(
     return [indexes.artifact_name(index.id, number) for number in dropped]
 
 
-async def begin(session: AsyncSession, index_id: str) -> None:
+async def begin(session: AsyncSession, job: Job) -> None:
     """Record that a generation is being made again.
 
     Raises:
-        Conflict: if another one took its place.
+        Conflict: if another one took its place, or an index was built on the one that answers.
     """
-    index = await indexes.find(session, index_id, lock=True)
-    if index.pending is None or (await jobs.find(session, index.pending["job"])).state != "queued":
+    index = await indexes.find(session, job.resource_id, lock=True)
+    if index.pending is None or index.pending["job"] != job.id:
         raise Conflict("A later job made, or makes, this index's next generation.")
+    await _refuse_prior(session, index)
     index.pending = {**index.pending, "status": "building", "error": None}
 
 
@@ -143,9 +144,13 @@ async def _free(session: AsyncSession, reference: str) -> Index:
     index = await indexes.find_ready(session, reference, lock=True)
     if index.pending is not None and index.pending["status"] == "building":
         raise Conflict(f"Generation {index.pending['generation']} of this index is being made already.")
+    await _refuse_prior(session, index)
+    return index
+
+
+async def _refuse_prior(session: AsyncSession, index: Index) -> None:
     if await repository.is_prior(session, index.id):
         raise Conflict("Another index is built on this generation; delete that first.")
-    return index
 
 
 async def _submitted(

@@ -9,7 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.banks import service as banks
 from app.datasets import service as datasets
-from app.db.tables import Checkpoint, Dataset, Index, IndexGeneration, Model
+from app.db.tables import Checkpoint, Dataset, Index, IndexGeneration, Job, Model
 from app.errors import InUse, InvalidRequest, NotFound, NotReady
 from app.indexes import repository
 from app.indexes.schemas import IndexOut, MethodOut
@@ -131,11 +131,13 @@ async def delete(session: AsyncSession, reference: str, artifacts: ArtifactStore
     """Delete an index; returns what removes its files once that is committed.
 
     Raises:
-        InUse: if it or its next generation is being fitted.
+        InUse: if it or its next generation is being fitted, or a job or another index needs it.
     """
     index = await find(session, reference, lock=True)
-    if index.status == "fitting" or (index.pending is not None and index.pending["status"] == "building"):
-        raise InUse("The index is being fitted; cancel its job first.")
+    building = index.pending["job"] if index.pending and index.pending["status"] == "building" else None
+    if index.status == "fitting" or building is not None:
+        raise InUse(f"The index is being fitted; cancel its job {building or index.job_id} first.")
+    await jobs.refuse_if_needed(session, index)
     # A job that was stopped after publishing leaves files that no row names.
     last = max(await repository.generation_numbers(session, index.id))
     names = [artifact_name(index.id, number) for number in range(1, last + 1)]
@@ -237,9 +239,9 @@ async def fail_fit(session: AsyncSession, index_id: str, error: dict[str, Any]) 
     index.status, index.error = "failed", error
 
 
-async def begin_fit(session: AsyncSession, index_id: str) -> None:
+async def begin_fit(session: AsyncSession, job: Job) -> None:
     """Record that an index is being fitted again."""
-    index = await find(session, index_id, lock=True)
+    index = await find(session, job.resource_id, lock=True)
     index.status, index.error = "fitting", None
 
 

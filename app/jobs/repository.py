@@ -30,6 +30,12 @@ async def get(session: AsyncSession, job_id: str, *, lock: bool = False) -> Job 
     return (await session.execute(query.with_for_update() if lock else query)).scalar_one_or_none()
 
 
+async def unfinished(session: AsyncSession, job_ids: Sequence[str]) -> str | None:
+    """Return the first of some jobs that has not ended, None if all have."""
+    query = select(Job.id).where(Job.id.in_(job_ids), Job.state.not_in(TERMINAL)).order_by(Job.id).limit(1)
+    return (await session.execute(query)).scalar_one_or_none()
+
+
 async def page(session: AsyncSession, page_: Page, state: str | None, kind: str | None) -> Sequence[Job]:
     """Return jobs, newest first."""
     query = newest_first(select(Job), Job.id, page_, "jobs")

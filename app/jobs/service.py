@@ -6,9 +6,10 @@ from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from app.db.base import Base
 from app.db.ids import new_id
 from app.db.tables import Job, JobEvent
-from app.errors import Conflict, NotFound
+from app.errors import Conflict, InUse, NotFound
 from app.jobs import repository
 from app.jobs.queue import Queue
 from app.jobs.schemas import TERMINAL, JobKind, JobOut, JobProgress
@@ -20,16 +21,18 @@ class Resource:
     """What a kind of job does to the thing it makes, besides succeeding.
 
     Attributes:
-        begin: called when the job is tried again.
+        begin: called when the job is tried again; refuses where it could not succeed any more.
         fail: called with the problem when the job ends without success.
     """
 
-    begin: Callable[[AsyncSession, str], Awaitable[None]]
+    begin: Callable[[AsyncSession, Job], Awaitable[None]]
     fail: Callable[[AsyncSession, str, dict[str, Any]], Awaitable[None]]
 
 
 # Filled by the domains, which know jobs; jobs do not know them.
 RESOURCES: dict[str, Resource] = {}
+# Each returns the jobs that may need a row of whatever table.
+NEEDING: list[Callable[[AsyncSession, Base], Awaitable[Sequence[str]]]] = []
 
 
 async def submit(
@@ -65,6 +68,18 @@ async def find(session: AsyncSession, job_id: str, *, lock: bool = False) -> Job
     return job
 
 
+async def refuse_if_needed(session: AsyncSession, thing: Base) -> None:
+    """Refuse to delete something while a job that needs it has not ended.
+
+    Raises:
+        InUse: naming the job.
+    """
+    for needing in NEEDING:
+        job_id = await repository.unfinished(session, await needing(session, thing))
+        if job_id is not None:
+            raise InUse(f"Job {job_id} needs it: cancel the job, or wait until it has ended.")
+
+
 async def list_jobs(session: AsyncSession, page: Page, state: str | None, kind: str | None) -> PageOf[JobOut]:
     """Return one page of jobs, newest first."""
     rows, following = cut(await repository.page(session, page, state, kind), page, "jobs")
@@ -96,13 +111,16 @@ async def retry(session: AsyncSession, job_id: str) -> Job:
     """Queue a failed or cancelled job again; finished shards are kept.
 
     Raises:
-        Conflict: if it is in another state.
+        Conflict: if it is in another state, or what it makes or needs was deleted.
     """
     job = await find(session, job_id, lock=True)
     if job.state not in repository.RETRY_STATES:
         raise Conflict(f"Only failed or cancelled jobs can be tried again; this one is {job.state}.")
     await repository.reset_job(session, job_id)
-    await RESOURCES[job.kind].begin(session, job.resource_id)
+    try:
+        await RESOURCES[job.kind].begin(session, job)
+    except NotFound as error:
+        raise Conflict(f"The job cannot be tried again: {error.detail}") from None
     await Queue.wake(session, job_id)
     job = await find(session, job_id)
     await record(session, job)

@@ -47,3 +47,11 @@ async def checkpoints(session: AsyncSession, model_id: str) -> Sequence[Checkpoi
     """Return all of a model's checkpoints, by run and step."""
     query = select(Checkpoint).where(Checkpoint.model_id == model_id).order_by(Checkpoint.run, Checkpoint.step)
     return (await session.execute(query)).scalars().all()
+
+
+async def recipe_starting_from(session: AsyncSession, model_id: str) -> str | None:
+    """Return the name of another model whose recipe starts from a checkpoint of this one, None if there is none."""
+    own = select(Checkpoint.id).where(Checkpoint.model_id == model_id)
+    start = Model.recipe["initialisation"]["checkpoint"].astext
+    query = select(Model.name).where(Model.id != model_id, start.in_(own)).order_by(Model.id).limit(1)
+    return (await session.execute(query)).scalar_one_or_none()

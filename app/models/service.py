@@ -13,6 +13,7 @@ from app.db.ids import new_id
 from app.db.tables import Checkpoint, Model
 from app.engine.client import EngineClient
 from app.errors import Conflict, FieldProblem, InUse, InvalidRequest, NameTaken, NotFound
+from app.jobs import service as jobs
 from app.models import repository
 from app.models.schemas import ArchitectureOut, CheckpointMeta, CheckpointOut, CheckpointSource, ModelCreate, ModelOut
 from app.settings import Settings
@@ -86,9 +87,13 @@ async def delete(session: AsyncSession, reference: str, artifacts: ArtifactStore
     """Delete a model and its checkpoints; returns what removes their files once that is committed.
 
     Raises:
-        InUse: if an index was fitted to it.
+        InUse: if an index was fitted to it, a job needs it, or another model's recipe starts from one of its checkpoints.
     """
     model = await find(session, reference, lock=True)
+    await jobs.refuse_if_needed(session, model)
+    starting = await repository.recipe_starting_from(session, model.id)
+    if starting is not None:
+        raise InUse(f"The recipe of model {starting!r} starts from a checkpoint of this one; delete that model first.")
     names = [checkpoint.artifact for checkpoint in await repository.checkpoints(session, model.id)]
     await session.delete(model)
     try:

@@ -1,13 +1,13 @@
 """What a worker needs to know of a replay, and what it reports."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.banks import service as banks
 from app.datasets import service as datasets
-from app.db.tables import Checkpoint, Dataset, Index, Model, Replay
+from app.db.tables import Checkpoint, Dataset, Index, Job, Model, Replay
 from app.errors import Conflict, InvalidRequest, NotFound
 from app.indexes import service as indexes
 from app.jobs import service as jobs
@@ -271,9 +271,45 @@ async def fail_replay(session: AsyncSession, replay_id: str, error: Json) -> Non
     await _set_status(session, replay_id, "failed", error)
 
 
-async def begin_replay(session: AsyncSession, replay_id: str) -> None:
-    """Record that a replay is tried again."""
-    await _set_status(session, replay_id, "running", None)
+async def begin_replay(session: AsyncSession, job: Job) -> None:
+    """Record that a replay is tried again.
+
+    Raises:
+        NotFound: if it, or something that it needs, was deleted.
+        Conflict: if its index went over to another version of its data set, or its runs were made otherwise.
+    """
+    replay = await find(session, job.kind, job.resource_id, lock=True)
+    if replay.dataset_id is None:
+        raise NotFound("Its data set was deleted.")
+    if replay.index_id is not None:
+        await _subject(session, job.kind, replay.id)
+    for reference in _asked_datasets(replay.request):
+        await datasets.find_ready(session, reference)
+    if replay.kind == "evaluation":
+        index = await indexes.find(session, replay.index_id or "")
+        await rivals(session, index, EvaluationCreate.model_validate(replay.request))
+    if replay.kind == "training":
+        asked = TrainingCreate.model_validate(replay.request)
+        await refuse_runs(session, await models.find(session, replay.model_id), asked.run_names())
+    replay.status, replay.error = "running", None
+
+
+async def refuse_runs(session: AsyncSession, model: Model, names: Iterable[str]) -> None:
+    """Refuse to make runs that a model has checkpoints of.
+
+    Raises:
+        Conflict: naming one.
+    """
+    taken = sorted(set(names) & await models.runs(session, model.id))
+    if taken:
+        raise Conflict(f"Model {model.name!r} has checkpoints of run {taken[0]!r}; name another `run`.", pointer="/run")
+
+
+def _asked_datasets(request: Json) -> set[str]:
+    """Return the data sets that a request names beside the training set."""
+    places = [request.get("queries"), (request.get("check") or {}).get("test")]
+    lists = [place if isinstance(place, list) else [place] for place in places]
+    return {one["dataset"] for place in lists for one in place if one and one.get("dataset")}
 
 
 async def _set_status(session: AsyncSession, replay_id: str, status: str, error: Json | None) -> None:
@@ -283,5 +319,6 @@ async def _set_status(session: AsyncSession, replay_id: str, status: str, error:
             replay.status, replay.error = status, error
 
 
+jobs.NEEDING.append(repository.jobs_needing)
 for _kind in PREFIXES:
     jobs.RESOURCES[_kind] = jobs.Resource(begin_replay, fail_replay)

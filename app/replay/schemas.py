@@ -52,6 +52,10 @@ class TrainingCreate(Spec):
             raise ValueError("a seed is named twice")
         return self
 
+    def run_names(self) -> list[str]:
+        """Return the run of every seed's checkpoints."""
+        return [f"{self.run}-{seed}" for seed in self.seeds]
+
 
 class TrainedRun(BaseModel):
     """What one seed's training gave."""

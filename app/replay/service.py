@@ -11,7 +11,7 @@ from app.banks import service as banks
 from app.datasets import service as datasets
 from app.db.ids import new_id
 from app.db.tables import Dataset, Index, Job, Model, Replay
-from app.errors import Conflict, InvalidRequest, NotFound
+from app.errors import InvalidRequest, NotFound
 from app.indexes import service as indexes
 from app.jobs import service as jobs
 from app.jobs.schemas import JobKind
@@ -42,6 +42,8 @@ from attribution_core.training.spec import TrainSpec
 Json = dict[str, Any]
 Shown = TypeVar("Shown", bound=ReplayOut)
 _SHOWN_ROWS = 1000
+_MAX_SAVED = 1000
+_MAX_SAVED_PARAMETERS = 1 << 30
 
 
 async def create_training(
@@ -58,12 +60,10 @@ async def create_training(
     dataset = await datasets.find_ready(session, request.dataset)
     banks.recipe_of(model)
     indexes.check_fits(model, dataset)
-    names = {f"{request.run}-{seed}" for seed in request.seeds}
-    taken = sorted(names & await models.runs(session, model.id))
-    if taken:
-        raise Conflict(f"Model {model.name!r} has checkpoints of run {taken[0]!r}; name another `run`.", pointer="/run")
+    await plans.refuse_runs(session, model, request.run_names())
     left_out = await datasets.deleted_rows(session, dataset.id)
     spec = await banks.train_spec(session, model, dataset, left_out, resources.settings, resources.artifacts)
+    _check_saved(request, spec, model)
     await banks.check_hours(resources, spec, spec.num_training * len(request.seeds), request.max_hours)
     return await _submitted(session, "training", request.model_dump(mode="json"), model, dataset, left_out, None)
 
@@ -157,9 +157,7 @@ async def create_unlearned(
     model = await models.find(session, index.model_id)
     training = await datasets.find_ready(session, index.dataset_id)
     sources = await models.checkpoints_by_id(session, model.id, index.checkpoint_ids)
-    taken = sorted({f"{request.run}-{source.run}" for source in sources} & await models.runs(session, model.id))
-    if taken:
-        raise Conflict(f"Model {model.name!r} has checkpoints of run {taken[0]!r}; name another `run`.", pointer="/run")
+    await plans.refuse_runs(session, model, (f"{request.run}-{source.run}"[:64] for source in sources))
     left_out = await datasets.deleted_rows(session, training.id)
     if request.check is not None:
         spec = await banks.train_spec(session, model, training, left_out, resources.settings, resources.artifacts)
@@ -312,6 +310,23 @@ async def _submitted(
     await session.flush()
     await session.refresh(replay)
     return replay, job
+
+
+def _check_saved(request: TrainingCreate, spec: TrainSpec, model: Model) -> None:
+    """Refuse to keep more checkpoints than anything could take, or than fit in a worker's memory.
+
+    Raises:
+        InvalidRequest: with their number.
+    """
+    with located("/dataset"):
+        spec.recipe.check_steps(spec.num_training)
+    steps = spec.recipe.num_steps(spec.num_training)
+    count = len(request.seeds) * (1 if request.save_every is None else -(-steps // request.save_every))
+    if count > _MAX_SAVED or (request.save_every is not None and count * model.num_parameters > _MAX_SAVED_PARAMETERS):
+        raise InvalidRequest(
+            f"{count:,} checkpoints of {model.num_parameters:,} parameters are too many: save less often.",
+            pointer="/save_every",
+        )
 
 
 def _of_check(pointer: str | None) -> str | None:

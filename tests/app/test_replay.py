@@ -79,6 +79,18 @@ def test_trajectories_have_their_learning_rates(trained: Loaded) -> None:
     assert path[-1]["sha256"] == same["sha256"], "the same seed trains to the same bits"
 
 
+def test_very_long_trainings_are_judged_at_once(trained: Loaded) -> None:
+    """Of a training of 12 million steps a few are timed, and it is refused before its checkpoints are counted one by one."""
+    service = trained.service
+    endless = {**RECIPE, "epochs": 1_000_000}
+    body = {"name": "endless", "architecture": MLP, "task": {"type": "classification"}, "recipe": endless}
+    service.post("/v1/models", body, 201)
+    for more, pointer in (({}, "/max_hours"), ({"save_every": 1}, "/save_every")):
+        asked = {"dataset": "digits", "max_hours": 0.001, **more}
+        answer = service.http.post("/v1/models/endless/trainings", json=asked)
+        assert (answer.status_code, [entry["pointer"] for entry in answer.json()["errors"]]) == (422, [pointer])
+
+
 def test_a_second_training_of_the_same_runs_is_refused(trained: Loaded) -> None:
     answer = trained.service.http.post("/v1/models/retrained/trainings", json={"dataset": "digits", "seeds": [1]})
     assert answer.status_code == 409
