@@ -16,6 +16,20 @@ NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 ColumnName = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 DatasetFormat = Literal["parquet", "jsonl", "csv", "npz"]
+
+
+def all_different(values: list[Any]) -> list[Any]:
+    """Refuse a list that names something twice.
+
+    Raises:
+        ValueError: saying what.
+    """
+    for place, value in enumerate(values):
+        if value in values[:place]:
+            raise ValueError(f"{str(value)[:80]} is named twice")
+    return values
+
+
 Row = Annotated[int, Field(ge=0, le=2**53)]
 Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
 

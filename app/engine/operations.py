@@ -150,7 +150,8 @@ class Operations:
     def self_influence(self, payload: Json) -> Json:
         """Return one page of training examples by their influence on themselves."""
         index = self._cache.get(payload["artifact"], payload["fit"])
-        scores = index.self_influence()
+        with located("/path/index"):
+            scores = index.self_influence()
         sign = -1 if payload["order"] == "desc" else 1
         present = _present(index, payload["deleted"])
         order = present[np.lexsort((present, sign * scores[present]))]

@@ -236,7 +236,10 @@ async def chosen_checkpoints(session: AsyncSession, model: Model, choice: str | 
         for n, i in enumerate(choice)
         if i not in known
     ]
-    if unknown or len(set(choice)) != len(choice):
+    unknown += [
+        FieldProblem(pointer=f"/checkpoints/{n}", detail="named twice") for n, i in enumerate(choice) if i in choice[:n]
+    ]
+    if unknown:
         raise InvalidRequest(f"`checkpoints` names one twice, or one that model {model.name!r} does not have.", unknown)
     return [checkpoint for checkpoint in every if checkpoint.id in choice]
 

@@ -146,6 +146,29 @@ async def check_predictable(
     return removed
 
 
+async def check_answers(
+    session: AsyncSession, resources: Resources, index: Index, dataset: Dataset, rows: list[int]
+) -> None:
+    """Refuse rows that an index has no answer for: it may know those alone that were named when it was made.
+
+    Raises:
+        InvalidRequest: naming the queries.
+    """
+    if "queries" not in METHODS[index.method["type"]].needs:
+        return
+    fit = await indexes.fit_spec(session, index.id, resources.settings, resources.artifacts)
+    training = await datasets.find_ready(session, index.dataset_id)
+    payload = {
+        "artifact": index.artifact,
+        "fit": fit.model_dump(mode="json", by_alias=True),
+        "deleted": [],
+        "queries": [{**_located(resources.artifacts, dataset, training), "rows": rows}],
+        "damping": None,
+        "subsets": [],
+    }
+    await resources.engine.call("check_predictable", payload)
+
+
 async def unlearning(
     session: AsyncSession, resources: Resources, reference: str, request: UnlearningRequest
 ) -> UnlearningAnswer:
@@ -225,6 +248,9 @@ async def self_influence(
 ) -> PageOf[SelfInfluence]:
     """Return one page of training examples by their influence on themselves."""
     index = await indexes.find_ready(session, reference)
+    method = index.method["type"]
+    if not METHODS[method].self_influence:
+        raise InvalidRequest(f"The method {method} has no self-influence: ask another index.", pointer="/path/index")
     route = f"self-influence:{index.id}:{order}"
     offset = page.number_after(route) or 0
     fit = await indexes.fit_spec(session, index.id, resources.settings, resources.artifacts)

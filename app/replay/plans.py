@@ -67,7 +67,7 @@ async def rivals(session: AsyncSession, index: Index, request: EvaluationCreate)
     Raises:
         InvalidRequest: if one is of another model, data set or measurement, or scores only named queries.
     """
-    rivals = []
+    rivals: list[Index] = []
     for place, reference in enumerate(request.tune.candidates if isinstance(request.tune, TuneSpec) else []):
         rival = await indexes.find_ready(session, reference)
         same = all(getattr(rival, name) == getattr(index, name) for name in ("model_id", "dataset_id", "measurement"))
@@ -75,6 +75,10 @@ async def rivals(session: AsyncSession, index: Index, request: EvaluationCreate)
             raise InvalidRequest(
                 "A candidate scores any query of the same model, data set and measurement.",
                 pointer=f"/tune/candidates/{place}",
+            )
+        if rival.id in {index.id, *(other.id for other in rivals)}:
+            raise InvalidRequest(
+                f"{rival.name!r} is compared already: the index itself always is.", pointer=f"/tune/candidates/{place}"
             )
         rivals.append(rival)
     return rivals

@@ -3,16 +3,16 @@
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from app.queries.schemas import Interval, Queries, QueryOut, Reference, Subset
 from attribution_core.evaluate.spec import LooSpec, RemovalSpec, TuneSpec
 from attribution_core.method_spec import Damping
-from attribution_core.spec import ColumnName, Filter, Row, Seed, Selector, Spec, check_filter_size
+from attribution_core.spec import ColumnName, Filter, Row, Seed, Selector, Spec, all_different, check_filter_size
 from attribution_core.training.spec import Protocol, Semantics
 from attribution_core.unlearning.spec import FineTune, GradientAscent, Newton, UnlearningMethod
 
-Seeds = Annotated[list[Seed], Field(min_length=1, max_length=256)]
+Seeds = Annotated[list[Seed], Field(min_length=1, max_length=256), AfterValidator(all_different)]
 Hours = Annotated[float, Field(gt=0, le=10_000)]
 RunPrefix = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,47}$")]
 
@@ -45,12 +45,6 @@ class TrainingCreate(Spec):
     )
     run: RunPrefix = Field(default="seed", description="Checkpoints get the run `<run>-<seed>`.")
     max_hours: Hours | None = Field(default=None, description="Refuse if it is estimated to take longer.")
-
-    @model_validator(mode="after")
-    def _different_seeds(self) -> Self:
-        if len(set(self.seeds)) != len(self.seeds):
-            raise ValueError("a seed is named twice")
-        return self
 
     def run_names(self) -> list[str]:
         """Return the run of every seed's checkpoints."""
@@ -104,7 +98,7 @@ class EvaluationCreate(Spec):
         default=Protocol(subsets=50, seed=1),
         description="The bank of retrainings; what exists of it is used again. Not the one that the index learnt from, if it did.",
     )
-    deterministic: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
+    deterministic: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], AfterValidator(all_different)] = Field(
         default_factory=list,
         max_length=4,
         description="Shares kept, such as 0.99 and 0.95, for the LDS of one seed: same batches, left-out examples weigh zero.",
@@ -153,12 +147,6 @@ class VerificationCreate(Spec):
     interval: Interval | None = 0.9
     max_hours: Hours | None = None
 
-    @model_validator(mode="after")
-    def _different_seeds(self) -> Self:
-        if len(set(self.seeds)) != len(self.seeds):
-            raise ValueError("a seed is named twice")
-        return self
-
 
 class VerifiedPrediction(BaseModel):
     """One prediction beside what retraining gave; changes are from training on everything with the same seeds."""
@@ -196,7 +184,7 @@ class UnlearningCheck(Spec):
 
     oracles: int = Field(default=8, ge=2, le=256, description="Retrainings without the forget set, one seed each.")
     test: QuerySet | None = Field(default=None, description="Examples that were not trained on, to look at too.")
-    baselines: Annotated[list[UnlearningMethod], Field(max_length=8)] = Field(
+    baselines: Annotated[list[UnlearningMethod], Field(max_length=8), AfterValidator(all_different)] = Field(
         default=[GradientAscent(type="gradient_ascent"), FineTune(type="fine_tune")],
         description="Other methods that are judged beside the one that is asked for; doing nothing always is.",
     )

@@ -85,6 +85,7 @@ async def create_evaluation(
         raise InvalidRequest("The similarity ranking needs a checkpoint, and this index has none.", pointer="/removal")
     if request.mislabelled is not None and not METHODS[index.method["type"]].self_influence:
         raise InvalidRequest(f"The method {index.method['type']} has no self-influence.", pointer="/mislabelled")
+    await queries.check_answers(session, resources, index, asked, rows)
     await plans.rivals(session, index, request)
     body = request.model_dump(mode="json", by_alias=True)
     body["queries"] = {"dataset": asked.id, "rows": rows}

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from attribution_core.fit_spec import DatasetRef, FitSpec, PriorRef
 from attribution_core.method_spec import Damping
-from attribution_core.spec import ColumnName, Filter, Spec
+from attribution_core.spec import ColumnName, Filter, Spec, all_different
 from attribution_core.training.spec import Protocol, TrainSpec
 
 DAMPINGS = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
@@ -23,9 +23,9 @@ class LooSpec(Spec):
 class RemovalSpec(Spec):
     """Retrain without the examples ranked highest for a query: by the method, at random, and by similarity."""
 
-    top: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1, max_length=16)] = Field(
-        default=[10, 50], description="How many of the most positive examples are left out."
-    )
+    top: Annotated[
+        list[Annotated[int, Field(ge=1)]], Field(min_length=1, max_length=16), AfterValidator(all_different)
+    ] = Field(default=[10, 50], description="How many of the most positive examples are left out.")
     queries: int = Field(default=5, ge=1, le=1000, description="The first of the evaluation's queries.")
     seeds: int = Field(default=2, ge=1, le=1024)
 
@@ -37,7 +37,7 @@ class RemovalSpec(Spec):
 class TuneSpec(Spec):
     """Choose the damping, and among other indexes the best, by LDS on half of the bank's subsets."""
 
-    dampings: Annotated[list[Damping], Field(min_length=2, max_length=32)] = Field(
+    dampings: Annotated[list[Damping], Field(min_length=2, max_length=32), AfterValidator(all_different)] = Field(
         default=list(DAMPINGS), description="Candidates, as multiples of the mean eigenvalue."
     )
     candidates: Annotated[list[Annotated[str, Field(min_length=1, max_length=64)]], Field(max_length=16)] = Field(

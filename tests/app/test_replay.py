@@ -91,6 +91,23 @@ def test_very_long_trainings_are_judged_at_once(trained: Loaded) -> None:
         assert (answer.status_code, [entry["pointer"] for entry in answer.json()["errors"]]) == (422, [pointer])
 
 
+def test_what_is_named_twice_is_refused_where_it_stands(trained: Loaded) -> None:
+    service = trained.service
+    one = service.get("/v1/models/retrained/checkpoints")["items"][0]["id"]
+    fit = {"name": "twice", "model": "retrained", "dataset": "digits", "method": {"type": "grad_dot"}}
+    subset, queries = {"remove": {"rows": [1]}}, [{"dataset": "test", "rows": [3]}]
+    ascent = {"type": "gradient_ascent"}
+    unlearned = {"forget": {"rows": [1]}, "run": "twice", "check": {"oracles": 2, "baselines": [ascent, ascent]}}
+    for path, body, pointer in [
+        ("models/retrained/trainings", {"dataset": "digits", "seeds": [7, 7], "run": "twice"}, "/seeds"),
+        ("indexes", {**fit, "checkpoints": [one, one]}, "/checkpoints/1"),
+        ("indexes/retrained-ekfac/verifications", {"queries": queries, "subsets": [subset], "seeds": [3, 3]}, "/seeds"),
+        ("indexes/retrained-ekfac/unlearned-checkpoints", unlearned, "/check/baselines"),
+    ]:  # fmt: skip
+        answer = service.http.post(f"/v1/{path}", json=body)
+        assert (answer.status_code, [entry["pointer"] for entry in answer.json()["errors"]]) == (422, [pointer]), path
+
+
 def test_a_second_training_of_the_same_runs_is_refused(trained: Loaded) -> None:
     answer = trained.service.http.post("/v1/models/retrained/trainings", json={"dataset": "digits", "seeds": [1]})
     assert answer.status_code == 409
@@ -322,6 +339,9 @@ UNKNOWN = {"field": "nowhere", "op": "eq", "value": 1}
         ({"mislabelled": {"field": "row", "op": "lt", "value": 0}}, "/mislabelled"),
         ({"mislabelled": {"field": "row", "op": "gte", "value": 0}}, "/mislabelled"),
         ({"source": "nowhere"}, "/source"),
+        ({"deterministic": [0.9, 0.9]}, "/deterministic"),
+        ({"removal": {"top": [5, 5]}}, "/removal/top"),
+        ({"tune": {"candidates": ["retrained-ekfac"]}}, "/tune/candidates/0"),
     ],
 )
 def test_an_evaluation_that_would_fail_after_retraining_is_refused(

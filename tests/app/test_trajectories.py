@@ -70,7 +70,11 @@ def test_other_queries_are_told_which_it_knows(replayed: Loaded) -> None:
     assert "query 1 is not one" in answer.json()["detail"]
     assert "3, 8, 20" in answer.json()["detail"]
     assert answer.json()["errors"][0]["pointer"] == "/queries"
-    assert replayed.service.http.get("/v1/indexes/magic/self-influence").status_code == 422
+    own = replayed.service.http.get("/v1/indexes/magic/self-influence")
+    assert (own.status_code, own.json()["errors"][0]["pointer"]) == (422, "/path/index")
+    evaluation = {"queries": {"dataset": "test", "rows": [3, 9]}, "protocol": {"subsets": 8}}
+    evaluated = replayed.service.http.post("/v1/indexes/magic/evaluations", json=evaluation)
+    assert (evaluated.status_code, evaluated.json()["errors"][0]["pointer"]) == (422, "/queries")
     forget = {"forget": {"rows": [1, 2]}, **QUERY}
     unlearning = replayed.service.http.post("/v1/indexes/magic/unlearning", json=forget)
     assert (unlearning.status_code, unlearning.json()["errors"][0]["pointer"]) == (422, "/forget")
