@@ -38,6 +38,7 @@ class Situation:
         num_examples: n.
         num_features: inputs of a linear or logistic regression, bias included; its curvature has this many rows per output.
         all_layers: whether every layer is attributed.
+        determined_alone: whether some example alone determines a parameter of a linear model, so that only a penalty leaves one without it.
     """
 
     architecture: str
@@ -46,6 +47,7 @@ class Situation:
     num_examples: int
     num_features: int | None = None
     all_layers: bool = True
+    determined_alone: bool = False
 
 
 class Rung(Spec):
@@ -92,6 +94,14 @@ def _exact(asked: AutoMethod, at: Situation) -> tuple[str, MethodSpec | None, st
     side = at.num_features if at.task == "regression" else at.num_parameters
     if side is None or side > MAX_EXACT_SIDE:
         return "exact", None, f"its curvature has more than {MAX_EXACT_SIDE:,} rows, too many to decompose"
+    if at.num_examples == 1:
+        return "exact", None, "exact attribution leaves single examples out, and of one example nothing would be left"
+    if at.determined_alone and asked.l2 == 0:
+        return (
+            "exact",
+            None,
+            "without some example the others do not determine the model (leverage 1), and there is no l2",
+        )
     reason = (
         "leaving an example out of a linear regression has a closed form, the refit itself"
         if at.task == "regression"

@@ -15,9 +15,11 @@ from app.indexes import service as indexes
 from app.indexes.schemas import IndexCreate
 from app.jobs import service as jobs
 from app.models import service as models
+from app.storage.artifacts import ArtifactStore
 from app.web.resources import Resources
 from attribution_core.auto import Choice, Situation, chosen
 from attribution_core.bank_methods.checks import check_retrainings
+from attribution_core.exact_checks import check_exact, determining_row
 from attribution_core.fit_spec import FitSpec
 from attribution_core.layer_names import unmatched_layers
 from attribution_core.method_spec import (
@@ -46,7 +48,9 @@ async def create(session: AsyncSession, request: IndexCreate, resources: Resourc
     settings, artifacts = resources.settings, resources.artifacts
     model = await models.find(session, request.model)
     dataset = await datasets.find_ready(session, request.dataset)
-    method, choice = _method(request, model, dataset)
+    indexes.check_fits(model, dataset)
+    left_out = await datasets.deleted_rows(session, dataset.id)
+    method, choice = await asyncio.to_thread(_method, request, model, dataset, left_out, artifacts)
     trains = isinstance(method, MagicMethod)
     checkpoints = [] if trains else await models.chosen_checkpoints(session, model, request.checkpoints)
     index = Index(
@@ -67,11 +71,9 @@ async def create(session: AsyncSession, request: IndexCreate, resources: Resourc
         fingerprint="",
         generation=1,
     )
-    left_out = await datasets.deleted_rows(session, dataset.id)
     first = IndexGeneration(
         index_id=index.id, number=1, dataset_id=dataset.id, left_out=left_out, base=None, fingerprint=""
     )
-    indexes.check_fits(model, dataset)
     priors: list[Index] = []
     if "recipe" in method.needs:
         _check_trained(request)
@@ -88,6 +90,7 @@ async def create(session: AsyncSession, request: IndexCreate, resources: Resourc
     spec.check_projection()
     indexes.check_deletions(spec)
     await asyncio.to_thread(check_retrainings, spec)
+    await asyncio.to_thread(check_exact, spec)
     _check_optimizer(spec, model)
     _check_layers(index, model)
     index.fingerprint = first.fingerprint = spec.fingerprint()
@@ -108,18 +111,24 @@ async def create(session: AsyncSession, request: IndexCreate, resources: Resourc
     return index, job
 
 
-def _method(request: IndexCreate, model: Model, dataset: Dataset) -> tuple[MethodSpec, Choice | None]:
+def _method(
+    request: IndexCreate, model: Model, dataset: Dataset, left_out: list[int], artifacts: ArtifactStore
+) -> tuple[MethodSpec, Choice | None]:
     """Return the method to fit, and how it was chosen if the choice was left to us."""
     if not isinstance(request.method, AutoMethod):
         return request.method, None
     arguments = model.architecture["arguments"]
+    linear = model.architecture["name"] in ExactMethod.architectures
     situation = Situation(
         architecture=model.architecture["name"],
         task=model.task["type"],
         num_parameters=model.num_parameters,
-        num_examples=dataset.num_examples or 0,
-        num_features=arguments["input_dim"] + 1 if model.architecture["name"] in ExactMethod.architectures else None,
+        num_examples=(dataset.num_examples or 0) - len(left_out),
+        num_features=arguments["input_dim"] + 1 if linear else None,
         all_layers=request.layers is None,
+        determined_alone=linear
+        and determining_row(datasets.dataset_ref(dataset, artifacts), left_out, bool(arguments.get("bias", True)))
+        is not None,
     )
     return chosen(request.method, situation)
 

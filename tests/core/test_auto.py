@@ -24,6 +24,7 @@ LOGISTIC = Situation("logistic", "classification", 7_850, 50_000, num_features=7
     [
         (LINEAR, "exact", "closed form"),
         (LOGISTIC, "exact", "ALO"),
+        (dataclasses.replace(LOGISTIC, num_parameters=6, num_examples=1), "explicit", "small enough"),
         (dataclasses.replace(LOGISTIC, num_parameters=100_000), "ekfac", "whatever the size"),
         (dataclasses.replace(LINEAR, num_features=20_000), "ekfac", "whatever the size"),
         (dataclasses.replace(LOGISTIC, all_layers=False), "ekfac", "whatever the size"),
