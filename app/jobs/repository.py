@@ -46,6 +46,12 @@ async def page(session: AsyncSession, page_: Page, state: str | None, kind: str 
     return (await session.execute(query)).scalars().all()
 
 
+async def any_running(session: AsyncSession, kinds: Sequence[str]) -> bool:
+    """Return whether a job of some kinds is in a worker's hands, or was when that died."""
+    query = select(Job.id).where(Job.kind.in_(kinds), Job.state.in_(("running", "cancelling"))).limit(1)
+    return (await session.execute(query)).scalar() is not None
+
+
 async def state_of(session: AsyncSession, job_id: str) -> str | None:
     """Return a job's state."""
     return (await session.execute(select(Job.state).where(Job.id == job_id))).scalar_one_or_none()

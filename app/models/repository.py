@@ -37,6 +37,12 @@ async def any_checkpoint(session: AsyncSession, checkpoint_id: str) -> Checkpoin
     return (await session.execute(select(Checkpoint).where(Checkpoint.id == checkpoint_id))).scalar_one_or_none()
 
 
+async def named_artifacts(session: AsyncSession, names: Sequence[str]) -> set[str]:
+    """Return which artifacts some checkpoint names."""
+    query = select(Checkpoint.artifact).where(Checkpoint.artifact.in_(names))
+    return set((await session.execute(query)).scalars())
+
+
 async def runs(session: AsyncSession, model_id: str) -> set[str]:
     """Return the runs that a model has checkpoints of."""
     query = select(Checkpoint.run).where(Checkpoint.model_id == model_id).distinct()

@@ -26,6 +26,7 @@ from attribution_core.training.recipe import CheckpointInitialisation, Recipe
 from attribution_core.weights import WeightsSummary, check_weights
 
 WEIGHTS_FILE = "weights.safetensors"
+CHECKPOINTS = "checkpoints"
 
 
 async def architectures(engine: EngineClient) -> list[ArchitectureOut]:
@@ -174,6 +175,11 @@ def publish_checkpoint(artifacts: ArtifactStore, checkpoint_id: str, file: Path)
     artifacts.publish(folder, _artifact_of(checkpoint_id))
 
 
+async def named_artifacts(session: AsyncSession, names: Sequence[str]) -> set[str]:
+    """Return which artifacts are checkpoints'."""
+    return await repository.named_artifacts(session, names)
+
+
 async def runs(session: AsyncSession, model_id: str) -> set[str]:
     """Return the runs that a model has checkpoints of."""
     return await repository.runs(session, model_id)
@@ -298,4 +304,4 @@ async def _check_initialisation(session: AsyncSession, recipe: Recipe | None, pa
 
 
 def _artifact_of(checkpoint_id: str) -> str:
-    return f"checkpoints/{checkpoint_id}"
+    return f"{CHECKPOINTS}/{checkpoint_id}"

@@ -55,6 +55,16 @@ class ArtifactStore:
         """Remove a job's workspace."""
         shutil.rmtree(self._work / job_id, ignore_errors=True)
 
+    def workspaces(self) -> list[str]:
+        """Return the names of the workspaces there are."""
+        return sorted(path.name for path in self._work.iterdir() if path.is_dir()) if self._work.exists() else []
+
+    def published_before(self, folder: str, moment: float) -> list[str]:
+        """Return the names of artifacts in a folder that were published before a moment, in seconds since the epoch."""
+        base = self._path(folder)
+        found = sorted(base.iterdir()) if base.exists() else []
+        return [self.name_of(path) for path in found if path.is_dir() and path.stat().st_mtime < moment]
+
     def publish(self, folder: Path, name: str) -> Published:
         """Make a folder's files visible under `name`; a repeated publication of equal files changes nothing.
 

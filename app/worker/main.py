@@ -2,10 +2,12 @@
 
 import asyncio
 import contextlib
+import math
 import os
 import secrets
 import signal
 import socket
+import time
 
 import structlog
 import torch
@@ -19,12 +21,14 @@ from app.worker.evaluations import EVALUATION
 from app.worker.fits import FIT
 from app.worker.imports import IMPORT
 from app.worker.runner import OUTAGE, Runner
+from app.worker.sweeping import sweep_files
 from app.worker.trainings import TRAINING
 from app.worker.unlearnings import UNLEARNING
 from app.worker.verifications import VERIFICATION
 from attribution_core.projection import check_projections
 
 log = structlog.get_logger("headwater.worker")
+_SECONDS_BETWEEN_FILE_SWEEPS = 60.0
 
 
 async def work(settings: Settings) -> None:
@@ -71,10 +75,14 @@ async def _receive(settings: Settings, runner: Runner, name: str) -> None:
 
 
 async def _sweep(runner: Runner) -> None:
-    """Look for abandoned jobs, at start and then about once a lease."""
+    """Look for abandoned jobs, at start and then about once a lease; and now and then for files that nothing needs."""
+    swept = -math.inf
     while True:
         with contextlib.suppress(*OUTAGE):
             await runner.sweep()
+            if time.monotonic() - swept > _SECONDS_BETWEEN_FILE_SWEEPS:
+                swept = time.monotonic()
+                await sweep_files(runner.sessions, runner.artifacts)
         await asyncio.sleep(min(10.0, runner.lease_seconds / 2))
 
 

@@ -18,6 +18,7 @@ from app.jobs import repository
 from app.settings import DatabaseSettings, Settings
 from app.storage.artifacts import ArtifactStore
 from app.worker.runner import Effect, Kind, Runner, Running, wake_abandoned
+from app.worker.sweeping import sweep_files
 from tests.conftest import Loaded
 
 
@@ -164,6 +165,25 @@ async def test_a_result_that_the_database_refuses_ends_the_job(
         ended = await repository.get(session, job_id)
     assert ended is not None
     assert (ended.state, (ended.error or {})["type"]) == ("failed", f"/problems/{slug}")
+
+
+async def test_files_that_nothing_needs_are_swept(sessions: SessionMaker, loaded: Loaded) -> None:
+    """As a killed worker leaves them: weights without a row, workspaces of jobs that are over or whose thing is gone."""
+    store = ArtifactStore(loaded.service.data)
+    (store.workspace("orphan-weights") / "weights.safetensors").write_bytes(b"1")
+    orphan = store.publish(store.workspace("orphan-weights"), "checkpoints/ckpt_orphan").name
+    alive, gone = await new_job(sessions), await new_job(sessions)  # the index that both make does not exist
+    for job in (alive, gone):
+        (store.workspace(job) / "part").write_bytes(b"1")
+    await finish(sessions, gone)
+    await sweep_files(sessions, store)
+    assert store.open(orphan).exists(), "it may be about to be committed"
+    assert (alive in store.workspaces(), gone in store.workspaces()) == (True, False)
+    await sweep_files(sessions, store, orphan_seconds=-1)
+    assert not (loaded.service.data / "artifacts" / orphan).exists()
+    for checkpoint in loaded.checkpoints:
+        store.verify(f"checkpoints/{checkpoint}")
+    await finish(sessions, alive)
 
 
 async def test_two_workers_never_claim_one_shard(sessions: SessionMaker) -> None:
