@@ -1,8 +1,9 @@
 """Registering, importing, listing and deleting data sets."""
 
 import asyncio
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from app.web.strict_json import parse_strictly
 from attribution_core.data.formats import format_of
 from attribution_core.data.importer import DatasetSummary
 from attribution_core.data.reader import DatasetReader
-from attribution_core.errors import InvalidInputError
+from attribution_core.errors import CorruptArtifactError, InvalidInputError
 from attribution_core.references import DatasetRef
 from attribution_core.spec import DatasetSpec, Filter, Selector, check_filter_size
 
@@ -208,16 +209,17 @@ async def examples(
     """Return one page of examples by row, those that a filter selects; deleted ones are not there."""
     deleted = await deleted_rows(session, dataset.id)
     chosen = None if condition is None else parsed_filter(condition)
-    reader = reader_of(artifacts, dataset)
     after = page.number_after(f"examples:{dataset.id}:{condition or ''}"[:256])
 
     def read() -> tuple[list[dict[str, Any]], bool]:
+        reader = reader_of(artifacts, dataset)
         rows = np.arange(reader.num_examples) if chosen is None else reader.matching(chosen)
         rows = np.setdiff1d(rows, deleted) if deleted else rows
         rows = rows if after is None else rows[rows > after]
         return reader.describe(rows[: page.limit]), len(rows) > page.limit
 
-    found, more = await asyncio.to_thread(read)
+    async with _unless_deleted(session, dataset):
+        found, more = await asyncio.to_thread(read)
     following = next_cursor(f"examples:{dataset.id}:{condition or ''}"[:256], found[-1]["row"]) if more else None
     return PageOf[ExampleOut](items=[_example(dataset, entry) for entry in found], next=following)
 
@@ -229,8 +231,9 @@ async def example(session: AsyncSession, artifacts: ArtifactStore, dataset: Data
         NotFound: if the row does not exist.
         Gone: if it was deleted.
     """
-    reader = await _with_row(session, artifacts, dataset, row)
-    found = await asyncio.to_thread(lambda: reader.describe(np.array([row])))
+    async with _unless_deleted(session, dataset):
+        reader = await _with_row(session, artifacts, dataset, row)
+        found = await asyncio.to_thread(lambda: reader.describe(np.array([row])))
     return _example(dataset, found[0])
 
 
@@ -241,8 +244,9 @@ async def preview(session: AsyncSession, artifacts: ArtifactStore, dataset: Data
         NotFound: if the row does not exist.
         Gone: if it was deleted.
     """
-    reader = await _with_row(session, artifacts, dataset, row)
-    return await asyncio.to_thread(lambda: preview_of(reader, row))
+    async with _unless_deleted(session, dataset):
+        reader = await _with_row(session, artifacts, dataset, row)
+        return await asyncio.to_thread(lambda: preview_of(reader, row))
 
 
 async def import_plan(
@@ -351,6 +355,20 @@ def _shown(dataset: Dataset, deleted: int) -> DatasetOut:
 def preview_path(dataset_id: str, row: int) -> str:
     """Return where an example's preview is."""
     return f"/v1/datasets/{dataset_id}/examples/{row}/preview"
+
+
+@contextlib.asynccontextmanager
+async def _unless_deleted(session: AsyncSession, dataset: Dataset) -> AsyncIterator[None]:
+    """Say of files that cannot be read that their data set is gone, if it was deleted meanwhile.
+
+    Raises:
+        NotFound: if it was.
+    """
+    try:
+        yield
+    except (CorruptArtifactError, OSError):
+        await find(session, dataset.id)
+        raise
 
 
 @lru_cache(maxsize=32)

@@ -132,13 +132,17 @@ class Operations:
     def check_predictable(self, payload: Json) -> Json:
         """Refuse a question whose queries or subsets do not fit the index, and return how many examples each subset leaves out.
 
-        Of a subset that depends on the query that is null. What only the scores tell is not looked at: which examples are a query's own top ones.
+        Of a subset that depends on the query that is null. A query's own top examples are looked up only where they may be all that there are.
         """
         index = self._cache.get(payload["artifact"], payload["fit"])
         batch = self.queries(payload)
         if not isinstance(index, LoadedIndex):
             index.query(batch, payload["damping"])  # it may answer for named queries only
         shared = _shared(index, payload)
+        for number, subset in enumerate(payload["subsets"]):
+            if number not in shared and _may_leave_nothing(index, subset, payload):
+                with located(_place(number, subset)):
+                    _top(index, index.query(batch, payload["damping"]), subset, payload)
         return {
             "removed": [len(shared[number]) if number in shared else None for number in range(len(payload["subsets"]))]
         }
@@ -291,6 +295,13 @@ def _left_out(index: Index, subset: Json, rows: np.ndarray, deleted: Sequence[in
     if len(left_out) == n - len(deleted):
         raise InvalidInputError("nothing would be left to train on")
     return left_out
+
+
+def _may_leave_nothing(index: Index, subset: Json, payload: Json) -> bool:
+    """Return whether the top examples of a query may be all examples, or none where only they are kept."""
+    selector = Selector.model_validate(subset["selector"])
+    wanted = selector.top_positive or selector.top_negative or 0
+    return bool(subset["keep"]) or wanted >= len(_present(index, payload["deleted"]))
 
 
 def _top(index: Index, query: Query, subset: Json, payload: Json) -> list[np.ndarray]:

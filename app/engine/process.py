@@ -9,6 +9,7 @@ import queue
 import signal
 import sys
 import threading
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import structlog
@@ -89,6 +90,11 @@ def _answer(operations: Operations, message: Message) -> Message:
         return {"number": number, "result": operations.run(message["operation"], message["payload"])}
     except (CorruptArtifactError, FingerprintMismatchError) as error:
         return {"number": number, "error": {"kind": "corrupt", "detail": str(error)}}
+    except FileNotFoundError as error:  # it was deleted after the question was understood
+        return {
+            "number": number,
+            "error": {"kind": "corrupt", "detail": f"file {Path(error.filename or '').name} is not there"},
+        }
     except AttributionError as error:
         return {"number": number, "error": {"kind": "invalid", "detail": str(error), "pointer": error.pointer}}
     except Exception as error:

@@ -9,7 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.datasets import service as datasets
 from app.db.tables import Dataset, Index
-from app.errors import InvalidRequest
+from app.errors import CorruptArtifact, InvalidRequest
 from app.indexes import service as indexes
 from app.models import service as models
 from app.queries.schemas import (
@@ -44,6 +44,23 @@ Json = dict[str, Any]
 SAMPLED_EXAMPLES = 32
 
 
+async def _answered(session: AsyncSession, resources: Resources, asked: "Asked", operation: str, payload: Json) -> Json:
+    """Return the engine's answer.
+
+    Raises:
+        NotFound: if what the question is about was deleted meanwhile.
+        CorruptArtifact: if stored files are damaged.
+    """
+    try:
+        return await resources.engine.call(operation, payload)
+    except CorruptArtifact:
+        await indexes.find(session, asked.index.id)
+        for query in asked.queries:
+            if query.dataset is not None:
+                await datasets.find(session, query.dataset)
+        raise
+
+
 @dataclass(frozen=True)
 class Asked:
     """A question with everything it refers to.
@@ -75,7 +92,7 @@ async def attributions(
     asked = await resolved(session, resources.settings, resources.artifacts, reference, request)
     condition = None if request.filter is None else request.filter.model_dump(mode="json", by_alias=True)
     payload = {**asked.engine, "top_k": request.top_k, "filter": condition}
-    found = await resources.engine.call("attribute", payload)
+    found = await _answered(session, resources, asked, "attribute", payload)
 
     def listed(entries: list[Json]) -> list[Attributed]:
         return [
@@ -109,7 +126,10 @@ async def counterfactuals(
     if len(request.subsets) > resources.settings.limits.max_subsets:
         raise InvalidRequest(f"A request may have {resources.settings.limits.max_subsets} subsets.", pointer="/subsets")
     asked = await resolved(session, resources.settings, resources.artifacts, reference, request)
-    found = await resources.engine.call(
+    found = await _answered(
+        session,
+        resources,
+        asked,
         "predict",
         {
             **asked.engine,
@@ -203,7 +223,7 @@ async def unlearning(
         "subsets": [subset],
         **group_question(asked, request.estimator, request.interval),
     }
-    found = await resources.engine.call("predict", payload)
+    found = await _answered(session, resources, asked, "predict", payload)
     values = np.array([output["value"] for output in found["outputs"]])
     changes = [predictions[0] for predictions in found["predictions"]]
     predicted = values + np.array([entry["change"] for entry in changes])
@@ -248,9 +268,6 @@ async def self_influence(
 ) -> PageOf[SelfInfluence]:
     """Return one page of training examples by their influence on themselves."""
     index = await indexes.find_ready(session, reference)
-    method = index.method["type"]
-    if not METHODS[method].self_influence:
-        raise InvalidRequest(f"The method {method} has no self-influence: ask another index.", pointer="/path/index")
     route = f"self-influence:{index.id}:{order}"
     offset = page.number_after(route) or 0
     fit = await indexes.fit_spec(session, index.id, resources.settings, resources.artifacts)

@@ -12,6 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from app.datasets import service as datasets
+from app.db.embedded import get_server
+from app.db.session import create_engine, create_sessionmaker
+from app.db.tables import Dataset
+from app.errors import NotFound
+from app.settings import DatabaseSettings
+from app.storage.artifacts import ArtifactStore
+from app.web.pagination import Page
 from tests.conftest import Loaded
 
 ROWS = [{"x": [0.5, 1.0 + n], "y": n % 2, "name": f"e{n}", "group": "ab"[n % 2]} for n in range(20)]
@@ -240,3 +248,17 @@ def test_pickles_are_never_read(loaded: Loaded, tmp_path: Path) -> None:
     path.write_bytes(pickle.dumps({"x": 1}))
     job = loaded.service.upload("/v1/datasets", path, 202, spec={"name": "evil", **SPEC})
     assert loaded.service.finished(job)["state"] == "failed"
+
+
+async def test_a_read_that_a_deletion_overtakes_finds_nothing(loaded: Loaded, tmp_path: Path) -> None:
+    """Its row was there, its files are not: they are not damaged."""
+    spec = {"kind": "tabular", "input": ["a"], "name": "gone"}
+    gone = Dataset(id="ds_gone", name="gone", spec=spec, artifact="datasets/ds_gone", num_examples=1)
+    server = get_server(loaded.service.data.resolve() / "postgres", cleanup_mode=None)
+    database = create_engine(DatabaseSettings(url=server.get_uri()))
+    async with create_sessionmaker(database)() as session:
+        with pytest.raises(NotFound):
+            await datasets.example(session, ArtifactStore(tmp_path), gone, 0)
+        with pytest.raises(NotFound):
+            await datasets.examples(session, ArtifactStore(tmp_path), gone, Page(limit=5, cursor=None), None)
+    await database.dispose()

@@ -69,3 +69,19 @@ def test_exact_is_refused_where_nothing_determines_the_model(
         body = {"name": "tiny-no", "model": model, "dataset": dataset, "method": {"type": "exact", **method}}
         answer = tiny.service.http.post("/v1/indexes", json=body)
         assert (answer.status_code, [entry["pointer"] for entry in answer.json()["errors"]]) == (422, [pointer])
+
+
+def test_a_subset_that_leaves_a_query_nothing_is_refused_before_retraining(tiny: Loaded) -> None:
+    service = tiny.service
+    recipe = {"optimizer": {"type": "sgd"}, "learning_rate": 0.1, "epochs": 2, "batch_size": 1}
+    architecture = {"name": "mlp", "arguments": {"input_dim": 2, "hidden": [4], "output_dim": 2}}
+    body = {"name": "tiny-mlp", "architecture": architecture, "task": {"type": "classification"}, "recipe": recipe}
+    service.post("/v1/models", body, 201)
+    training = service.post("/v1/models/tiny-mlp/trainings", {"dataset": "tiny-one"}, 202)
+    assert service.finished(training)["state"] == "succeeded"
+    fit = {"name": "tiny-mlp", "model": "tiny-mlp", "dataset": "tiny-one", "method": {"type": "grad_dot"}}
+    assert service.finished(service.post("/v1/indexes", fit, 202))["state"] == "succeeded"
+    for subset, place in (({"remove": {"top_positive": 1}}, "remove"), ({"keep": {"top_negative": 1}}, "keep")):
+        asked = {"queries": [{"dataset": "tiny-one", "rows": [0]}], "subsets": [subset]}
+        answer = service.http.post("/v1/indexes/tiny-mlp/verifications", json=asked)
+        assert (answer.status_code, answer.json()["errors"][0]["pointer"]) == (422, f"/subsets/0/{place}")
