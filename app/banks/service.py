@@ -131,12 +131,26 @@ async def check_hours(
     Raises:
         InvalidRequest: with the estimate.
     """
+    refuse_hours(resources, await hours_of(resources, spec, examples), asked, pointer)
+
+
+async def hours_of(resources: Resources, spec: TrainSpec, examples: float) -> float:
+    """Return about how many hours trainings take of so many examples, each seen once an epoch."""
     steps = examples * spec.recipe.epochs / spec.recipe.batch_size
     if steps == 0:
-        return
+        return 0.0
     payload = {"train": spec.model_dump(mode="json", by_alias=True)}
-    per_step = (await resources.engine.call("training_seconds", payload))["seconds_per_step"]
-    hours, allowed = per_step * steps / 3600, min(asked or math.inf, resources.settings.limits.max_replay_hours)
+    per_step: float = (await resources.engine.call("training_seconds", payload))["seconds_per_step"]
+    return per_step * steps / 3600
+
+
+def refuse_hours(resources: Resources, hours: float, asked: float | None, pointer: str = "/max_hours") -> None:
+    """Refuse what takes longer than the request or the operator allows.
+
+    Raises:
+        InvalidRequest: with the estimate.
+    """
+    allowed = min(asked or math.inf, resources.settings.limits.max_replay_hours)
     if hours > allowed:
         raise InvalidRequest(
             f"The retrainings would take about {hours:.2g} hours, and {allowed:g} are allowed: ask for fewer subsets or seeds, "

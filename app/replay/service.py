@@ -151,7 +151,7 @@ async def create_unlearned(
 
     Raises:
         RecipeMissing: if a comparison is asked for and the model has no recipe.
-        InvalidRequest: if it cannot be done, or retraining would take too long.
+        InvalidRequest: if it cannot be done, or retraining and fine-tuning together would take too long.
         Conflict: if the model has checkpoints of such a run.
     """
     index = await indexes.find_ready(session, reference)
@@ -161,9 +161,7 @@ async def create_unlearned(
     await plans.refuse_runs(session, model, (f"{request.run}-{source.run}"[:64] for source in sources))
     left_out = await datasets.deleted_rows(session, training.id)
     if request.check is not None:
-        spec = await banks.train_spec(session, model, training, left_out, resources.settings, resources.artifacts)
-        examples = request.check.oracles * spec.num_training
-        await banks.check_hours(resources, spec, examples, request.max_hours)
+        banks.recipe_of(model)
     rows = await queries.forgotten_rows(session, resources, index, request.forget)
     body = request.model_dump(mode="json", by_alias=True)
     body["forget"] = {"rows": rows}
@@ -179,6 +177,11 @@ async def create_unlearned(
         planned.check()
     except InvalidInputError as error:
         raise InvalidRequest(str(error), pointer=_of_check(error.pointer)) from None
+    trainings = planned.fine_tunings()
+    if planned.train is not None and planned.oracles:
+        trainings.append((planned.train, planned.oracles * planned.train.num_training))
+    hours = [await banks.hours_of(resources, spec, examples) for spec, examples in trainings]
+    banks.refuse_hours(resources, sum(hours), request.max_hours)
     return replay, job
 
 

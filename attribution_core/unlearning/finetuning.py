@@ -15,9 +15,7 @@ from attribution_core.training.optimizers import Tensors
 from attribution_core.training.spec import TrainSpec
 from attribution_core.training.trainer import Run, Trainer
 from attribution_core.unlearning.base import Subject, Unlearned, Unlearner, spread
-from attribution_core.unlearning.spec import DatamodelMatching, FineTuning
-
-_RETAINED_PER_FORGOTTEN = 4
+from attribution_core.unlearning.spec import RETAINED_PER_FORGOTTEN, DatamodelMatching, FineTuning
 
 
 class FineTuner(Unlearner):
@@ -122,7 +120,7 @@ class DatamodelMatcher(FineTuner):
     def rows(self) -> np.ndarray:
         """The forget set, and evenly spread examples that stay."""
         forget = self.subject.forget
-        wanted = _RETAINED_PER_FORGOTTEN * len(forget) if self.spec.retained is None else self.spec.retained
+        wanted = RETAINED_PER_FORGOTTEN * len(forget) if self.spec.retained is None else self.spec.retained
         return np.union1d(forget, spread(self.subject.retain, wanted))
 
     @property

@@ -23,6 +23,7 @@ from attribution_core.training.recipe import Adam, AdamW, OptimizerSpec, Recipe,
 from attribution_core.training.spec import Semantics, TrainSpec
 
 Estimator = Literal["additive", "newton"]
+RETAINED_PER_FORGOTTEN = 4
 _L2 = "Strength of the penalty `l2/2 ‖θ‖²` that was added to the mean loss in training; by default the recipe's coupled weight decay, or 0."
 
 
@@ -80,6 +81,10 @@ class FineTuning(Spec):
     batch_size: int = Field(default=50, ge=1, le=1_000_000, description="Examples per step.")
     seed: Seed = Field(default=0, description="Of the order of examples.")
 
+    def trained_on(self, forgotten: int, retained: int) -> int:
+        """Return how many examples an epoch goes through, of so many that are forgotten and that stay."""
+        return forgotten
+
     def recipe(self) -> Recipe:
         """Return the steps as a recipe, wherever they start."""
         return Recipe(
@@ -120,6 +125,11 @@ class DatamodelMatching(FineTuning):
         description="What predicted changes are multiplied with, where they are known to be off.",
     )
 
+    def trained_on(self, forgotten: int, retained: int) -> int:
+        """Return how many examples are matched."""
+        wanted = RETAINED_PER_FORGOTTEN * forgotten if self.retained is None else self.retained
+        return forgotten + min(wanted, retained)
+
 
 class GradientAscent(FineTuning):
     """Raise the loss of the forget set: a baseline."""
@@ -139,6 +149,10 @@ class FineTune(FineTuning):
     optimizer: OptimizerSpec = Field(default=Sgd(momentum=0.9), description="What turns gradients into steps.")
     learning_rate: float = Field(default=1e-2, gt=0, le=1e6, description="η of every step.")
     epochs: int = Field(default=5, ge=1, le=10_000, description="Passes over the examples that stay.")
+
+    def trained_on(self, forgotten: int, retained: int) -> int:
+        """Return how many examples stay."""
+        return retained
 
 
 UnlearningMethod = Annotated[
@@ -210,6 +224,18 @@ class UnlearnSpec(Spec):
         if self.train is None or isinstance(self.train.recipe.optimizer, AdamW):
             return 0.0
         return self.train.recipe.weight_decay
+
+    def fine_tunings(self) -> list[tuple[TrainSpec, int]]:
+        """Return how every method that fine-tunes trains, and how many examples an epoch of all checkpoints together goes through."""
+        shared = {
+            name: getattr(self.fit, name) for name in ("architecture", "task", "tokenizer", "tokenizer_path", "dataset")
+        }
+        sizes, checkpoints = (len(self.forgotten()), len(self.retained())), len(self.fit.answering())
+        return [
+            (TrainSpec(recipe=method.recipe(), **shared), checkpoints * method.trained_on(*sizes))
+            for method in self.methods()
+            if isinstance(method, FineTuning)
+        ]
 
     def fingerprint(self) -> str:
         """Return the hash of all that decides the new weights and the comparison."""

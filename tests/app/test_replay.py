@@ -326,6 +326,13 @@ def test_too_much_retraining_is_refused_with_its_hours(trained: Loaded) -> None:
     assert answer.json()["errors"][0]["pointer"] == "/max_hours"
 
 
+@pytest.mark.parametrize("kind", ["fine_tune", "gradient_ascent", "datamodel_matching"])
+def test_fine_tuning_counts_towards_the_hours(trained: Loaded, kind: str) -> None:
+    body = {"forget": {"rows": [1]}, "run": "hours", "method": {"type": kind, "epochs": 10_000}, "max_hours": 1e-6}
+    answer = trained.service.http.post("/v1/indexes/retrained-ekfac/unlearned-checkpoints", json=body)
+    assert (answer.status_code, [entry["pointer"] for entry in answer.json()["errors"]]) == (422, ["/max_hours"])
+
+
 UNKNOWN = {"field": "nowhere", "op": "eq", "value": 1}
 
 
