@@ -46,9 +46,9 @@ async def page(session: AsyncSession, page_: Page, state: str | None, kind: str 
     return (await session.execute(query)).scalars().all()
 
 
-async def any_running(session: AsyncSession, kinds: Sequence[str]) -> bool:
-    """Return whether a job of some kinds is in a worker's hands, or was when that died."""
-    query = select(Job.id).where(Job.kind.in_(kinds), Job.state.in_(("running", "cancelling"))).limit(1)
+async def any_unfinished(session: AsyncSession, kinds: Sequence[str]) -> bool:
+    """Return whether a job of some kinds has not ended."""
+    query = select(Job.id).where(Job.kind.in_(kinds), Job.state.not_in(TERMINAL)).limit(1)
     return (await session.execute(query)).scalar() is not None
 
 

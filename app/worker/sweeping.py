@@ -13,7 +13,7 @@ from app.jobs.service import RESOURCES
 from app.models import service as models
 from app.storage.artifacts import ArtifactStore
 
-# Longer than from a publication to its commit; jobs that may be in between are looked at besides.
+# Longer than from a publication to its commit. A job that is tried again commits what an earlier attempt published: while one may, nothing is swept.
 ORPHAN_SECONDS = 600.0
 
 
@@ -26,7 +26,7 @@ async def sweep_files(sessions: SessionMaker, artifacts: ArtifactStore, orphan_s
     async with sessions() as session:
         orphans = set(artifacts.published_before(models.CHECKPOINTS, before))
         orphans -= await models.named_artifacts(session, sorted(orphans))
-        if orphans and not await repository.any_running(session, ("training", "unlearning")):
+        if orphans and not await repository.any_unfinished(session, ("training", "unlearning")):
             for name in orphans:
                 artifacts.delete(name)
 
