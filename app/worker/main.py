@@ -74,6 +74,16 @@ async def _receive(settings: Settings, runner: Runner, name: str) -> None:
         await asyncio.sleep(1)
 
 
+async def _sweep_files(runner: Runner) -> None:
+    """Remove files that nothing needs; whatever is wrong with one job must not end the search for abandoned ones."""
+    try:
+        await sweep_files(runner.sessions, runner.artifacts)
+    except OUTAGE:
+        raise
+    except Exception:
+        log.exception("files were not swept")
+
+
 async def _sweep(runner: Runner) -> None:
     """Look for abandoned jobs, at start and then about once a lease; and now and then for files that nothing needs."""
     swept = -math.inf
@@ -82,7 +92,7 @@ async def _sweep(runner: Runner) -> None:
             await runner.sweep()
             if time.monotonic() - swept > _SECONDS_BETWEEN_FILE_SWEEPS:
                 swept = time.monotonic()
-                await sweep_files(runner.sessions, runner.artifacts)
+                await _sweep_files(runner)
         await asyncio.sleep(min(10.0, runner.lease_seconds / 2))
 
 
