@@ -53,6 +53,9 @@ class Normalization(Spec):
         return self
 
 
+MAX_DIMENSIONS, MAX_SIDE = 8, 2**24
+
+
 class DatasetSpec(Spec):
     """How the columns of a source become training examples."""
 
@@ -70,8 +73,10 @@ class DatasetSpec(Spec):
     metadata: list[ColumnName] = Field(
         default_factory=list, max_length=256, description="Columns kept for filters and answers."
     )
-    shape: list[Annotated[int, Field(ge=1, le=2**24)]] | None = Field(
-        default=None, max_length=8, description="Shape of one `tensor` input; by default told from the first row."
+    shape: list[Annotated[int, Field(ge=1, le=MAX_SIDE)]] | None = Field(
+        default=None,
+        max_length=MAX_DIMENSIONS,
+        description="Shape of one `tensor` input; by default told from the first row.",
     )
     channels_first: bool = Field(default=False, description="uint8 image arrays are (C, H, W) instead of (H, W, C).")
     normalize: Normalization | None = Field(default=None, description="Standardisation of images.")

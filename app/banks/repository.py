@@ -12,9 +12,11 @@ from app.web.pagination import Page, newest_first
 
 
 async def bank_of_key(session: AsyncSession, key: str, values: dict[str, Any]) -> Bank:
-    """Return the bank of a key, made from `values` if there is none."""
-    await session.execute(insert(Bank).values(key=key, **values).on_conflict_do_nothing(index_elements=[Bank.key]))
-    return (await session.execute(select(Bank).where(Bank.key == key))).scalar_one()
+    """Return the bank of a key, made from `values` if there is none; it is kept from being deleted until the transaction ends."""
+    kept = select(Bank).where(Bank.key == key).with_for_update(read=True, key_share=True)
+    while (found := (await session.execute(kept)).scalar_one_or_none()) is None:
+        await session.execute(insert(Bank).values(key=key, **values).on_conflict_do_nothing(index_elements=[Bank.key]))
+    return found
 
 
 async def bank(session: AsyncSession, bank_id: str) -> Bank | None:

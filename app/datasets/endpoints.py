@@ -29,8 +29,8 @@ from app.web.deps import IdempotencyKey, PageDep, PreferWait, ResourcesDep, Sess
 from app.web.effects import after_commit, undo_on_error
 from app.web.pagination import PageOf
 from app.web.resources import Resources
-from app.web.strict_json import parse_strictly
-from app.web.uploads import form_of, json_part, saved_file, validated
+from app.web.strict_json import is_json, parse_strictly
+from app.web.uploads import form_of, is_form, json_part, saved_file, validated
 from attribution_core.spec import DatasetSpec
 
 router = APIRouter(prefix="/datasets", tags=["datasets"], route_class=TransactionalRoute)
@@ -66,7 +66,7 @@ def _body(schema: dict[str, Any], spec: str, title: str, example: dict[str, Any]
 
 async def _sent(request: Request, resources: Resources, model: type[M]) -> tuple[M, tuple[Path, str] | None]:
     """Return a request's spec, and the uploaded file under a name of ours with the client's name for it."""
-    if request.headers.get("content-type", "").startswith("multipart/form-data"):
+    if is_form(request):
         form = await form_of(request, "file", "spec")
         spec = json_part(form, "spec", model)
         async with saved_file(form, resources.uploads) as (path, name):
@@ -74,8 +74,7 @@ async def _sent(request: Request, resources: Resources, model: type[M]) -> tuple
             path.rename(kept)
             undo_on_error(request, lambda: kept.unlink(missing_ok=True))
         return spec, (kept, name)
-    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip()
-    if kind != "application/json":
+    if not is_json(request):
         raise UnsupportedMedia("This endpoint takes multipart/form-data or application/json.")
     return validated(model, parse_strictly(await request.body())), None
 
@@ -170,7 +169,7 @@ async def create_version(
     "/{dataset}/deletions",
     summary="Delete examples",
     dependencies=[require("write")],
-    responses=problems(NotFound, NotReady, IdempotencyInFlight, PayloadTooLarge, CorruptArtifact),
+    responses=problems(NotFound, NotReady, IdempotencyInFlight, PayloadTooLarge, UnsupportedMedia, CorruptArtifact),
 )
 async def delete_examples(
     session: SessionDep,

@@ -2,18 +2,19 @@
 
 from collections.abc import Sequence
 
-from sqlalchemy import CTE, BigInteger, cast, func, literal, or_, select
+from sqlalchemy import CTE, BigInteger, cast, func, literal, select
 from sqlalchemy.dialects.postgresql import ARRAY, insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from app.db.references import by_reference
 from app.db.tables import Dataset, DeletedExample
 from app.web.pagination import Page, newest_first
 
 
-async def find(session: AsyncSession, reference: str, *, lock: bool = False) -> Dataset | None:
+async def find(session: AsyncSession, reference: str, *, lock: bool = False, keep: bool = False) -> Dataset | None:
     """Return a data set by id or name."""
-    query = select(Dataset).where(or_(Dataset.id == reference, Dataset.name == reference))
-    return (await session.execute(query.with_for_update() if lock else query)).scalar_one_or_none()
+    query = by_reference(Dataset, reference, lock=lock, keep=keep)
+    return (await session.execute(query)).scalar_one_or_none()
 
 
 async def page(session: AsyncSession, page_: Page) -> Sequence[Dataset]:

@@ -30,6 +30,7 @@ from attribution_core.data.formats import format_of
 from attribution_core.data.importer import DatasetSummary
 from attribution_core.data.reader import DatasetReader
 from attribution_core.errors import CorruptArtifactError, InvalidInputError
+from attribution_core.fingerprint import sha256_of
 from attribution_core.references import DatasetRef
 from attribution_core.spec import DatasetSpec, Filter, Selector, check_filter_size
 
@@ -110,26 +111,26 @@ async def _submitted(
     return dataset, job
 
 
-async def find(session: AsyncSession, reference: str, *, lock: bool = False) -> Dataset:
+async def find(session: AsyncSession, reference: str, *, lock: bool = False, keep: bool = False) -> Dataset:
     """Return a data set by id or name.
 
     Raises:
         NotFound: if there is none.
     """
-    dataset = await repository.find(session, reference, lock=lock)
+    dataset = await repository.find(session, reference, lock=lock, keep=keep)
     if dataset is None:
         raise NotFound(f"There is no data set {reference[:64]!r}.")
     return dataset
 
 
-async def find_ready(session: AsyncSession, reference: str) -> Dataset:
-    """Return an imported data set.
+async def find_ready(session: AsyncSession, reference: str, *, keep: bool = False) -> Dataset:
+    """Return an imported data set, kept from being deleted until the transaction ends where asked.
 
     Raises:
         NotFound: if there is none.
         NotReady: if it is being imported, or its import failed.
     """
-    dataset = await find(session, reference)
+    dataset = await find(session, reference, keep=keep)
     if dataset.status != "ready":
         raise NotReady(f"Data set {dataset.name!r} is {dataset.status}.")
     return dataset
@@ -209,7 +210,9 @@ async def examples(
     """Return one page of examples by row, those that a filter selects; deleted ones are not there."""
     deleted = await deleted_rows(session, dataset.id)
     chosen = None if condition is None else parsed_filter(condition)
-    after = page.number_after(f"examples:{dataset.id}:{condition or ''}"[:256])
+    # A filter may be longer than a cursor.
+    route = f"examples:{dataset.id}:{sha256_of(condition)[:16]}"
+    after = page.number_after(route)
 
     def read() -> tuple[list[dict[str, Any]], bool]:
         reader = reader_of(artifacts, dataset)
@@ -220,7 +223,7 @@ async def examples(
 
     async with _unless_deleted(session, dataset):
         found, more = await asyncio.to_thread(read)
-    following = next_cursor(f"examples:{dataset.id}:{condition or ''}"[:256], found[-1]["row"]) if more else None
+    following = next_cursor(route, found[-1]["row"]) if more else None
     return PageOf[ExampleOut](items=[_example(dataset, entry) for entry in found], next=following)
 
 

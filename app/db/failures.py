@@ -1,9 +1,17 @@
 """What kind of failure the database reports: that it is not there, or that rows do not allow it."""
 
+import socket
+
 from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-_OUTAGE = ("08", "53", "57")  # SQLSTATE classes: connection, resources, operator intervention (shutdown, timeouts)
+# What a database that does not answer raises; of a `DBAPIError`, `is_outage` knows more.
+OUTAGE = (DBAPIError, InterfaceError, PoolTimeout, ConnectionError, TimeoutError, socket.gaierror)
+_OUTAGE_STATES = (
+    "08",
+    "53",
+    "57",
+)  # SQLSTATE classes: connection, resources, operator intervention (shutdown, timeouts)
 _DUPLICATE = "23505"
 
 
@@ -11,7 +19,9 @@ def is_outage(error: BaseException) -> bool:
     """Return whether the same statement may succeed once the database is back."""
     if isinstance(error, PoolTimeout | OperationalError | InterfaceError):
         return True
-    return isinstance(error, DBAPIError) and (error.connection_invalidated or _state_of(error).startswith(_OUTAGE))
+    return isinstance(error, DBAPIError) and (
+        error.connection_invalidated or _state_of(error).startswith(_OUTAGE_STATES)
+    )
 
 
 def is_duplicate(error: IntegrityError) -> bool:

@@ -1,8 +1,6 @@
 """Checks of everything a request may need."""
 
-from sqlalchemy.exc import DBAPIError, InterfaceError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
-
+from app.db.failures import OUTAGE
 from app.db.migrate import current_revision, newest_revision
 from app.web.resources import Resources
 
@@ -22,6 +20,6 @@ async def _database(resources: Resources) -> tuple[str, str]:
     try:
         async with resources.database.connect() as connection:
             found = await current_revision(connection)
-    except (DBAPIError, InterfaceError, PoolTimeout, OSError):
+    except OUTAGE:
         return "not reachable", "unknown"
     return "ok", "ok" if found == newest_revision() else f"at {found}; run headwater migrate"

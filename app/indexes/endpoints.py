@@ -15,6 +15,7 @@ from app.errors import (
     NotReady,
     PayloadTooLarge,
     RecipeMissing,
+    UnsupportedMedia,
     problems,
 )
 from app.indexes import creation, generations, service
@@ -53,7 +54,16 @@ async def list_methods() -> Methods:
     dependencies=[require("write")],
     responses={
         200: {"model": IndexOut, "description": "The fitted index, with `Prefer: wait`."},
-        **problems(NotFound, NotReady, RecipeMissing, NameTaken, IdempotencyInFlight, PayloadTooLarge, CorruptArtifact),
+        **problems(
+            NotFound,
+            NotReady,
+            RecipeMissing,
+            NameTaken,
+            IdempotencyInFlight,
+            PayloadTooLarge,
+            UnsupportedMedia,
+            CorruptArtifact,
+        ),
     },
 )
 async def create_index(
@@ -105,7 +115,9 @@ async def delete_index(request: Request, session: SessionDep, resources: Resourc
     dependencies=[require("write")],
     responses={
         200: {"model": IndexOut, "description": "The extended index, with `Prefer: wait`."},
-        **problems(NotFound, NotReady, Conflict, IdempotencyInFlight, PayloadTooLarge, CorruptArtifact),
+        **problems(
+            NotFound, NotReady, Conflict, IdempotencyInFlight, PayloadTooLarge, UnsupportedMedia, CorruptArtifact
+        ),
     },
 )
 async def create_extension(

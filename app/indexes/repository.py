@@ -2,17 +2,18 @@
 
 from collections.abc import Sequence
 
-from sqlalchemy import delete, or_, select
+from sqlalchemy import delete, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from app.db.references import by_reference
 from app.db.tables import Index, IndexGeneration, IndexPrior
 from app.web.pagination import Page, newest_first
 
 
-async def find(session: AsyncSession, reference: str, *, lock: bool = False) -> Index | None:
+async def find(session: AsyncSession, reference: str, *, lock: bool = False, keep: bool = False) -> Index | None:
     """Return an index by id or name."""
-    query = select(Index).where(or_(Index.id == reference, Index.name == reference))
-    return (await session.execute(query.with_for_update() if lock else query)).scalar_one_or_none()
+    query = by_reference(Index, reference, lock=lock, keep=keep)
+    return (await session.execute(query)).scalar_one_or_none()
 
 
 async def page(session: AsyncSession, page_: Page) -> Sequence[Index]:

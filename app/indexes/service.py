@@ -96,26 +96,26 @@ def check_deletions(spec: FitSpec) -> None:
         )
 
 
-async def find(session: AsyncSession, reference: str, *, lock: bool = False) -> Index:
+async def find(session: AsyncSession, reference: str, *, lock: bool = False, keep: bool = False) -> Index:
     """Return an index by id or name.
 
     Raises:
         NotFound: if there is none.
     """
-    index = await repository.find(session, reference, lock=lock)
+    index = await repository.find(session, reference, lock=lock, keep=keep)
     if index is None:
         raise NotFound(f"There is no index {reference[:64]!r}.")
     return index
 
 
-async def find_ready(session: AsyncSession, reference: str, *, lock: bool = False) -> Index:
-    """Return a fitted index.
+async def find_ready(session: AsyncSession, reference: str, *, lock: bool = False, keep: bool = False) -> Index:
+    """Return a fitted index, kept from being deleted until the transaction ends where asked.
 
     Raises:
         NotFound: if there is none.
         NotReady: if it is being fitted, or its fit failed.
     """
-    index = await find(session, reference, lock=lock)
+    index = await find(session, reference, lock=lock, keep=keep)
     if index.status != "ready":
         raise NotReady(f"Index {index.name!r} is {index.status}; see its job {index.job_id}.")
     return index

@@ -9,8 +9,8 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import StreamingResponse
 from fastapi.sse import format_sse_event
-from sqlalchemy.exc import DBAPIError, InterfaceError
 
+from app.db.failures import OUTAGE
 from app.db.tables import JobEvent
 from app.errors import Conflict, IdempotencyInFlight, InvalidRequest, NotFound, problems
 from app.jobs import service
@@ -73,7 +73,7 @@ async def follow_job(
                 async with resources.sessions() as short:
                     found = await service.events(short, job, position)
                     ended = not found and await service.is_finished(short, job)
-            except (DBAPIError, InterfaceError, OSError):
+            except OUTAGE:
                 return  # the client reconnects and goes on where it was
             for event in found:
                 position = event.id

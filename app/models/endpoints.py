@@ -63,7 +63,7 @@ async def list_architectures(session: SessionDep, resources: ResourcesDep) -> Ar
     summary="Register a model",
     status_code=201,
     dependencies=[require("write")],
-    responses=problems(NameTaken, IdempotencyInFlight, PayloadTooLarge, *_ENGINE),
+    responses=problems(NameTaken, IdempotencyInFlight, PayloadTooLarge, UnsupportedMedia, *_ENGINE),
 )
 async def create_model(
     response: Response, session: SessionDep, resources: ResourcesDep, model: ModelCreate, _: IdempotencyKey = None

@@ -2,17 +2,18 @@
 
 from collections.abc import Sequence
 
-from sqlalchemy import or_, select
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from app.db.references import by_reference
 from app.db.tables import Checkpoint, Model
 from app.web.pagination import Page, newest_first
 
 
-async def find(session: AsyncSession, reference: str, *, lock: bool = False) -> Model | None:
+async def find(session: AsyncSession, reference: str, *, lock: bool = False, keep: bool = False) -> Model | None:
     """Return a model by id or name."""
-    query = select(Model).where(or_(Model.id == reference, Model.name == reference))
-    return (await session.execute(query.with_for_update() if lock else query)).scalar_one_or_none()
+    query = by_reference(Model, reference, lock=lock, keep=keep)
+    return (await session.execute(query)).scalar_one_or_none()
 
 
 async def page(session: AsyncSession, page_: Page) -> Sequence[Model]:

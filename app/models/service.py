@@ -66,13 +66,13 @@ async def create(session: AsyncSession, engine: EngineClient, settings: Settings
     return model
 
 
-async def find(session: AsyncSession, reference: str, *, lock: bool = False) -> Model:
+async def find(session: AsyncSession, reference: str, *, lock: bool = False, keep: bool = False) -> Model:
     """Return a model by id or name.
 
     Raises:
         NotFound: if there is none.
     """
-    model = await repository.find(session, reference, lock=lock)
+    model = await repository.find(session, reference, lock=lock, keep=keep)
     if model is None:
         raise NotFound(f"There is no model {reference[:64]!r}.")
     return model
@@ -292,14 +292,14 @@ def _check(request: ModelCreate, settings: Settings) -> None:
 
 
 async def _check_initialisation(session: AsyncSession, recipe: Recipe | None, parameters: dict[str, Any]) -> None:
-    """Refuse a recipe that starts from a checkpoint of another architecture."""
+    """Refuse a recipe that starts from a checkpoint of another architecture; that one's model stays until the recipe is there."""
     if recipe is None or not isinstance(recipe.initialisation, CheckpointInitialisation):
         return
     pointer = "/recipe/initialisation/checkpoint"
     checkpoint = await repository.any_checkpoint(session, recipe.initialisation.checkpoint)
     if checkpoint is None:
         raise InvalidRequest(f"There is no checkpoint {recipe.initialisation.checkpoint!r}.", pointer=pointer)
-    if (await find(session, checkpoint.model_id)).parameters != parameters:
+    if (await find(session, checkpoint.model_id, keep=True)).parameters != parameters:
         raise InvalidRequest("The checkpoint is of another architecture.", pointer=pointer)
 
 

@@ -12,6 +12,7 @@ from app.errors import (
     NotFound,
     NotReady,
     PayloadTooLarge,
+    UnsupportedMedia,
     problems,
 )
 from app.queries import service
@@ -30,7 +31,14 @@ from app.web.pagination import PageOf
 
 router = APIRouter(prefix="/indexes/{index}", tags=["queries"], route_class=TransactionalRoute)
 _POST = problems(
-    NotFound, NotReady, IdempotencyInFlight, PayloadTooLarge, EngineBusy, EngineUnavailable, CorruptArtifact
+    NotFound,
+    NotReady,
+    IdempotencyInFlight,
+    PayloadTooLarge,
+    UnsupportedMedia,
+    EngineBusy,
+    EngineUnavailable,
+    CorruptArtifact,
 )
 
 

@@ -13,6 +13,7 @@ from app.errors import (
     NotReady,
     PayloadTooLarge,
     RecipeMissing,
+    UnsupportedMedia,
     problems,
 )
 from app.jobs.schemas import JobOut
@@ -40,6 +41,7 @@ _REFUSALS = problems(
     Conflict,
     IdempotencyInFlight,
     PayloadTooLarge,
+    UnsupportedMedia,
     EngineBusy,
     EngineUnavailable,
     CorruptArtifact,

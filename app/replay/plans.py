@@ -62,14 +62,14 @@ async def protocols(session: AsyncSession, index: Index, request: EvaluationCrea
 
 
 async def rivals(session: AsyncSession, index: Index, request: EvaluationCreate) -> list[Index]:
-    """Return the indexes that a tuned evaluation compares with.
+    """Return the indexes that a tuned evaluation compares with, kept from being deleted until the transaction ends.
 
     Raises:
         InvalidRequest: if one is of another model, data set or measurement, or scores only named queries.
     """
     rivals: list[Index] = []
     for place, reference in enumerate(request.tune.candidates if isinstance(request.tune, TuneSpec) else []):
-        rival = await indexes.find_ready(session, reference)
+        rival = await indexes.find_ready(session, reference, keep=True)
         same = all(getattr(rival, name) == getattr(index, name) for name in ("model_id", "dataset_id", "measurement"))
         if not same or METHODS[rival.method["type"]].keeps != "features":
             raise InvalidRequest(
@@ -287,8 +287,7 @@ async def begin_replay(session: AsyncSession, job: Job) -> None:
         raise NotFound("Its data set was deleted.")
     if replay.index_id is not None:
         await _subject(session, job.kind, replay.id)
-    for reference in _asked_datasets(replay.request):
-        await datasets.find_ready(session, reference)
+    await keep_asked_datasets(session, replay.request)
     if replay.kind == "evaluation":
         index = await indexes.find(session, replay.index_id or "")
         await rivals(session, index, EvaluationCreate.model_validate(replay.request))
@@ -309,11 +308,18 @@ async def refuse_runs(session: AsyncSession, model: Model, names: Iterable[str])
         raise Conflict(f"Model {model.name!r} has checkpoints of run {taken[0]!r}; name another `run`.", pointer="/run")
 
 
-def _asked_datasets(request: Json) -> set[str]:
-    """Return the data sets that a request names beside the training set."""
+async def keep_asked_datasets(session: AsyncSession, request: Json) -> None:
+    """Keep the data sets that a request names beside the training set from being deleted until the transaction ends.
+
+    No row refers to them: only a job that is there already protects them from deletion.
+
+    Raises:
+        NotFound: if one was deleted.
+    """
     places = [request.get("queries"), (request.get("check") or {}).get("test")]
     lists = [place if isinstance(place, list) else [place] for place in places]
-    return {one["dataset"] for place in lists for one in place if one and one.get("dataset")}
+    for reference in sorted({one["dataset"] for place in lists for one in place if one and one.get("dataset")}):
+        await datasets.find_ready(session, reference, keep=True)
 
 
 async def _set_status(session: AsyncSession, replay_id: str, status: str, error: Json | None) -> None:

@@ -3,7 +3,16 @@
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    model_validator,
+)
 
 from app.queries.schemas import Interval, Queries, QueryOut, Reference, Subset
 from attribution_core.evaluate.spec import LooSpec, RemovalSpec, TuneSpec
@@ -88,6 +97,14 @@ class QuerySet(Spec):
     count: int = Field(default=100, ge=2, le=10_000, description="Evenly spread examples, where no rows are named.")
 
 
+def _kind_of_tune(value: object) -> str:
+    return "choice" if isinstance(value, bool) else "candidates"
+
+
+# Judged as the one or the other, so that a wrong object is not told to be no truth value as well.
+Tune = Annotated[Annotated[TuneSpec, Tag("candidates")] | Annotated[bool, Tag("choice")], Discriminator(_kind_of_tune)]
+
+
 class EvaluationCreate(Spec):
     """Measure an index against real retraining."""
 
@@ -112,7 +129,7 @@ class EvaluationCreate(Spec):
         default=None,
         description="Metadata column, in both data sets, of where an example is from: queries must not draw from elsewhere.",
     )
-    tune: TuneSpec | bool = Field(
+    tune: Tune = Field(
         default=False, description="Choose the damping by LDS on one half of the bank; both halves are reported."
     )
     max_hours: Hours | None = Field(default=None, description="Refuse if the retrainings are estimated to take longer.")

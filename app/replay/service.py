@@ -297,6 +297,7 @@ async def _submitted(
     left_out: list[int],
     index: Index | None,
 ) -> tuple[Replay, Job]:
+    await plans.keep_asked_datasets(session, body)
     replay = Replay(
         id=new_id(plans.PREFIXES[kind]),
         kind=kind,

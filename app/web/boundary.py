@@ -19,11 +19,12 @@ from fastapi.routing import APIRoute
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.auth.service import authenticate
-from app.errors import FieldProblem, InvalidRequest, NotFound
+from app.db.failures import OUTAGE
+from app.errors import FieldProblem, InvalidRequest, NotFound, Problem, UnsupportedMedia
 from app.jobs.service import is_finished
 from app.web.idempotency import IdempotencyClaim, checked_key, request_hash
 from app.web.resources import Resources, resources_of
-from app.web.strict_json import parse_strictly
+from app.web.strict_json import is_json, parse_strictly
 from attribution_core.pointers import pointer_to
 
 MAX_WAIT_SECONDS = 60
@@ -45,6 +46,7 @@ class TransactionalRoute(APIRoute):
                 raise NotFound("Nothing has a name with control characters.")
             request.state.principal = await authenticate(resources.keys, request)
             _refuse_unknown_parameters(request, known)
+            _refuse_other_content(request, self.body_field is not None)
             await _refuse_malformed_json(request)
             response = await _in_transaction(request, resources, endpoint)
             return await _waited(request, resources, response)
@@ -71,17 +73,20 @@ async def _in_transaction(request: Request, resources: Resources, endpoint: Hand
 
 
 async def _run(request: Request, session: AsyncSession, endpoint: Handler, claim: IdempotencyClaim | None) -> Response:
-    """Run the endpoint and commit; on an error nothing of it stays, and files it published are taken back."""
+    """Run the endpoint and commit; on an error before that nothing of it stays, and files it published are taken back.
+
+    A commit that fails may have happened all the same, so its files stay; workers sweep those that no row names.
+    """
     request.state.session = session
     try:
         response = await endpoint(request)
         if claim is not None and response.status_code < 400:
             await claim.keep(session, response)
-        await session.commit()
     except BaseException:
         for undo in getattr(request.state, "undo", []):
             undo()
         raise
+    await session.commit()
     for after in getattr(request.state, "after_commit", []):
         after()
     return response
@@ -96,10 +101,13 @@ async def _waited(request: Request, resources: Resources, response: Response) ->
     job_id = response.headers["location"].rsplit("/", 1)[1]
     deadline = time.monotonic() + min(int(match[1]), MAX_WAIT_SECONDS)
     while time.monotonic() < deadline:
-        async with resources.sessions() as session:
-            if await is_finished(session, job_id):
-                resource = await finished(session)
-                return JSONResponse(jsonable_encoder(resource), 200, {"Preference-Applied": f"wait={match[1]}"})
+        try:
+            async with resources.sessions() as session:
+                if await is_finished(session, job_id):
+                    resource = await finished(session)
+                    return JSONResponse(jsonable_encoder(resource), 200, {"Preference-Applied": f"wait={match[1]}"})
+        except (*OUTAGE, Problem):
+            return response  # the job was accepted, whatever has become of it or of the database since
         await asyncio.sleep(_POLL_SECONDS)
     return response
 
@@ -115,9 +123,14 @@ def _refuse_unknown_parameters(request: Request, known: set[str]) -> None:
         raise InvalidRequest("A query parameter has a control character.")
 
 
+def _refuse_other_content(request: Request, takes_json: bool) -> None:
+    """Refuse what is said to be no JSON before any of it is read: uploads, which are larger, are not for every endpoint."""
+    if takes_json and not is_json(request):
+        raise UnsupportedMedia("This endpoint takes application/json.")
+
+
 async def _refuse_malformed_json(request: Request) -> None:
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if request.method in ("POST", "PUT", "PATCH") and kind in ("", "application/json"):
+    if request.method == "POST" and is_json(request):
         body = await request.body()
         if body:
             parse_strictly(body)

@@ -17,6 +17,7 @@ from starlette.datastructures import UploadFile
 from app.db.session import SessionMaker
 from app.db.tables import Idempotency
 from app.errors import IdempotencyInFlight, IdempotencyMismatch, InvalidRequest
+from app.web.uploads import is_form, parsed_form
 
 KEPT = "24 hours"
 CLAIMED = "2 minutes"
@@ -76,11 +77,10 @@ class IdempotencyClaim:
             raise IdempotencyInFlight("Another request with this Idempotency-Key overtook this one.")
 
     async def drop(self) -> None:
-        """Give the key back after a request that had no effect."""
+        """Give the key back after a request that had no effect; an answer that is there says that it had one after all."""
+        unanswered = (*self._identity, Idempotency.claim == self._values["claim"], Idempotency.status.is_(None))
         async with self._sessions.begin() as session:
-            await session.execute(
-                delete(Idempotency).where(*self._identity, Idempotency.claim == self._values["claim"])
-            )
+            await session.execute(delete(Idempotency).where(*unanswered))
 
 
 async def _in_future(session: AsyncSession, interval: str) -> datetime:
@@ -91,8 +91,8 @@ async def _in_future(session: AsyncSession, interval: str) -> datetime:
 async def request_hash(request: Request) -> str:
     """Return a hash of what a request asks for; a form by its parts, because its boundary differs each time."""
     digest = hashlib.sha256(f"{request.method} {request.url.path}?{request.url.query}\n".encode())
-    if request.headers.get("content-type", "").startswith("multipart/form-data"):
-        for name, value in (await request.form()).multi_items():
+    if is_form(request):
+        for name, value in (await parsed_form(request)).multi_items():
             digest.update(json.dumps([name, value if isinstance(value, str) else value.filename]).encode())
             if isinstance(value, UploadFile):
                 while block := await value.read(1 << 20):

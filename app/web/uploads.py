@@ -5,8 +5,8 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,6 +23,25 @@ _COPY_BYTES = 1 << 20
 M = TypeVar("M", bound=BaseModel)
 
 
+def is_form(request: Request) -> bool:
+    """Return whether a body is said to be a multipart form."""
+    return request.headers.get("content-type", "").startswith("multipart/form-data")
+
+
+async def parsed_form(request: Request) -> FormData:
+    """Return a multipart form of as many parts as any endpoint takes; the first who asks has it parsed.
+
+    Raises:
+        InvalidRequest: if it has more, or is no form.
+        StorageFull: if there is no space.
+    """
+    with _full_storage_told():
+        try:
+            return await request.form(max_files=1, max_fields=4)
+        except HTTPException as error:
+            raise InvalidRequest(f"The form cannot be parsed: {error.detail}") from None
+
+
 async def form_of(request: Request, *parts: str) -> FormData:
     """Return a multipart form that has exactly the named parts.
 
@@ -30,12 +49,9 @@ async def form_of(request: Request, *parts: str) -> FormData:
         UnsupportedMedia: if the body is not a form.
         InvalidRequest: if a part is missing, unknown or repeated.
     """
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+    if not is_form(request):
         raise UnsupportedMedia("This endpoint takes multipart/form-data.")
-    try:
-        form = await request.form(max_files=1, max_fields=4)
-    except HTTPException as error:
-        raise InvalidRequest(f"The form cannot be parsed: {error.detail}") from None
+    form = await parsed_form(request)
     given = [name for name, _ in form.multi_items()]
     wrong = sorted(set(given) ^ set(parts)) or [name for name in parts if given.count(name) > 1]
     if wrong:
@@ -86,14 +102,21 @@ async def saved_file(form: FormData, folder: Path) -> AsyncIterator[tuple[Path, 
         raise InvalidRequest("The part file must be a file.", pointer="/file")
     path = folder / f"{secrets.token_hex(16)}.upload"
     try:
-        await asyncio.to_thread(_copy, upload, path)
-        yield path, upload.filename or ""
+        with _full_storage_told():
+            await asyncio.to_thread(_copy, upload, path)
+            yield path, upload.filename or ""
+    finally:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _full_storage_told() -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise StorageFull("There is no space left for this upload.") from None
         raise
-    finally:
-        path.unlink(missing_ok=True)
 
 
 def _copy(upload: UploadFile, path: Path) -> None:

@@ -12,6 +12,7 @@ import time
 import structlog
 import torch
 
+from app.db.failures import OUTAGE
 from app.db.session import create_engine, create_sessionmaker, plain_url
 from app.jobs.queue import Queue
 from app.log import configure_logging
@@ -20,7 +21,7 @@ from app.storage.artifacts import ArtifactStore
 from app.worker.evaluations import EVALUATION
 from app.worker.fits import FIT
 from app.worker.imports import IMPORT
-from app.worker.runner import OUTAGE, Runner
+from app.worker.runner import Runner
 from app.worker.sweeping import sweep_files
 from app.worker.trainings import TRAINING
 from app.worker.unlearnings import UNLEARNING

@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 
 import structlog
-from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from app.db.failures import is_outage
+from app.db.failures import OUTAGE, is_outage
 from app.db.session import SessionMaker
 from app.db.tables import Job, Shard
 from app.errors import NotFound, Problem
@@ -26,7 +26,6 @@ from attribution_core.errors import AttributionError, Cancelled
 from attribution_core.memory import release_freed
 
 log = structlog.get_logger("headwater.worker")
-OUTAGE = (DBAPIError, InterfaceError, OSError, TimeoutError)
 
 
 class LeaseLost(Exception):  # noqa: N818, an event rather than an error
@@ -198,12 +197,9 @@ class Runner:
         log.info("job succeeded", job=job.id)
 
     async def _interrupted(self, running: Running, error: Exception) -> None:
-        """Give back a job whose database was lost; what would fail again (a full disk, rows that cannot be) ends it."""
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO)
-        refused = isinstance(error, DBAPIError) and not is_outage(error)
-        if refused:
+        """Give back a job whose database was lost; rows that cannot be would fail again, so they end it."""
+        if isinstance(error, DBAPIError) and not is_outage(error):
             log.error("job failed in the database", job=running.job.id, error=type(error).__name__)
-        if full or refused:
             await self._ended(running, "failed", _error_of(error))
         else:
             log.warning("database lost; the job goes on later", job=running.job.id, error=str(error)[:200])

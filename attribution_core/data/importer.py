@@ -4,6 +4,7 @@ Two passes: the first checks every value and settles the columns' types, the sec
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -27,7 +28,7 @@ from attribution_core.data.reader import (
 from attribution_core.errors import InvalidInputError
 from attribution_core.fingerprint import canonical_json
 from attribution_core.progress import Progress
-from attribution_core.spec import DatasetSpec
+from attribution_core.spec import MAX_DIMENSIONS, MAX_SIDE, DatasetSpec
 
 MAX_LISTED_PROBLEMS = 100
 _TYPES: dict[str, type] = {"string": str, "int64": int, "float64": float, "bool": bool}
@@ -206,10 +207,13 @@ def _note_shape(row: int, column: str, value: Any, findings: _Findings, spec: Da
     if spec.kind in ("text", "tokens"):
         return
     shape = np.shape(decoded_png(value)) if spec.kind == "image" else np.shape(value)
-    if spec.kind == "tensor" and spec.shape and np.prod(shape) == np.prod(spec.shape) and len(shape) == 1:
+    if spec.kind == "tensor" and spec.shape and math.prod(shape) == math.prod(spec.shape) and len(shape) == 1:
         shape = tuple(spec.shape)
     if findings.shape is None:
         findings.shape = shape
+        if len(shape) > MAX_DIMENSIONS or max(shape, default=1) > MAX_SIDE:
+            limits = f"up to {MAX_DIMENSIONS} dimensions of up to {MAX_SIDE:,}"
+            findings.problem(row, column, f"shape {list(shape)}, where an input has {limits}")
     elif shape != findings.shape:
         findings.problem(row, column, f"shape {list(shape)}, where others have {list(findings.shape)}")
 

@@ -4,13 +4,17 @@ import base64
 import json
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from unittest.mock import AsyncMock
 
 import httpx2 as httpx
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, Request, Response
 from fastapi.testclient import TestClient
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, OperationalError
 
+from app.errors import Conflict
+from app.web.boundary import _run
+from app.web.effects import undo_on_error
 from app.web.problems import install
 from tests.conftest import MLP, Loaded
 
@@ -87,8 +91,17 @@ def test_refusals_are_problems(loaded: Loaded, method: str, path: str, status: i
 )
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/indexes", "/v1/datasets", "/v1/indexes/any/attributions"])
 def test_malformed_bodies_are_refused(loaded: Loaded, path: str, body: bytes) -> None:
-    answer = loaded.service.http.post(path, content=body, headers={"content-type": "application/json"})
-    is_problem(answer, 422, "invalid-request")
+    for kind in ("application/json", "Application/Vnd.Any+JSON; charset=utf-8"):
+        answer = loaded.service.http.post(path, content=body, headers={"content-type": kind})
+        is_problem(answer, 422, "invalid-request")
+
+
+@pytest.mark.parametrize("text", ["a\\u0000", "\\ud800"])
+def test_every_kind_of_json_is_parsed_strictly(loaded: Loaded, text: str) -> None:
+    """FastAPI reads `+json` as JSON too, and Postgres refuses what it would let through."""
+    body = json.dumps({**model("kind-of-json"), "metadata": {"a": "?"}}).replace("?", text)
+    answer = loaded.service.http.post("/v1/models", content=body, headers={"content-type": "application/x+json"})
+    assert is_problem(answer, 422, "invalid-request")["errors"][0]["pointer"] == "/metadata/a"
 
 
 @pytest.mark.parametrize(
@@ -111,9 +124,10 @@ def test_malformed_bodies_are_refused(loaded: Loaded, path: str, body: bytes) ->
         ("/v1/indexes/none/counterfactuals", {**QUERY, "subsets": [{"remove": {"where": WRONG}}, {"keep": {}}, {}]},
          ["/subsets/0/remove/where/op", "/subsets/1/keep", "/subsets/2"]),
         ("/v1/indexes/none/unlearning", {**QUERY, "forget": {"where": {"or": [3]}}}, ["/forget/where/or/0"]),
-        ("/v1/indexes/none/evaluations", {"queries": {"dataset": "test"}, "tune": {"a": 1}}, ["/tune/a", "/tune"]),
+        ("/v1/indexes/none/evaluations", {"queries": {"dataset": "test"}, "tune": {"a": 1}}, ["/tune/a"]),
+        ("/v1/indexes/none/evaluations", {"queries": {"dataset": "test"}, "tune": 3}, ["/tune"]),
     ],
-    ids=range(16),
+    ids=range(17),
 )  # fmt: skip
 def test_pointers_lead_into_the_body_that_was_sent(loaded: Loaded, path: str, body: Any, expected: list[str]) -> None:
     problem = is_problem(loaded.service.http.post(path, json=body), 422, "invalid-request")
@@ -181,6 +195,11 @@ def test_too_large_and_wrong_kinds_of_bodies(loaded: Loaded) -> None:
         http.post("/v1/datasets", content="a,b", headers={"content-type": "text/csv"}), 415, "unsupported-media-type"
     )
     is_problem(http.get("/v1/models", headers={"host": "evil.example"}), 400, "bad-request")
+    for kind in ("text/plain", "multipart/form-data; boundary=x"):  # an upload may be larger than what fits in memory
+        answer = http.post("/v1/models", content=b"x" * (9 << 20), headers={"content-type": kind})
+        is_problem(answer, 415, "unsupported-media-type")
+    files = [(f"file-{number}", ("a.npz", b"")) for number in range(9)]
+    is_problem(http.post("/v1/datasets", files=files, headers={"Idempotency-Key": "form"}), 422, "invalid-request")
 
 
 def test_request_ids_are_kept_when_safe(loaded: Loaded) -> None:
@@ -219,6 +238,18 @@ def test_pages_walk_every_example_once(loaded: Loaded) -> None:
         if cursor is None:
             break
     assert rows == list(range(600))
+
+
+def test_a_page_of_a_long_filter_has_a_next_one(loaded: Loaded) -> None:
+    values = ["é" * 40, "ü" * 40, "vendor-1", "vendor-2", "vendor-3", "vendor-4"]
+    params = {"limit": "1", "filter": json.dumps({"field": "source", "op": "in", "value": values})}
+    first = loaded.service.http.get("/v1/datasets/digits/examples", params=params).json()
+    params["cursor"] = first["next"]
+    second = loaded.service.http.get("/v1/datasets/digits/examples", params=params)
+    assert second.status_code == 200, second.text
+    assert second.json()["items"][0]["row"] > first["items"][0]["row"]
+    params["filter"] = json.dumps({"field": "source", "op": "in", "value": [*values, "vendor-5"]})
+    is_problem(loaded.service.http.get("/v1/datasets/digits/examples", params=params), 422, "invalid-cursor")
 
 
 def test_pages_of_models_are_stable_while_models_are_added(loaded: Loaded) -> None:
@@ -275,6 +306,16 @@ def test_names_are_unique_and_ids_and_names_are_interchangeable(loaded: Loaded) 
     is_problem(service.http.post("/v1/models", json=model("mlp")), 409, "name-taken")
 
 
+def test_a_name_that_is_the_id_of_another_means_that_other(loaded: Loaded) -> None:
+    service = loaded.service
+    found = service.get("/v1/models/mlp")
+    other = service.post("/v1/models", model(found["id"]), 201)
+    assert service.get(f"/v1/models/{found['id']}") == found
+    assert service.get(f"/v1/models/{other['id']}") == other
+    assert service.http.delete(f"/v1/models/{other['id']}").status_code == 204
+    assert service.get(f"/v1/models/{found['id']}") == found
+
+
 def test_health_version_and_metrics(steady: Loaded) -> None:
     service = steady.service
     assert service.get("/livez") == {"status": "alive"}
@@ -294,6 +335,29 @@ def test_logs_hold_no_bodies_and_no_secrets(loaded: Loaded) -> None:
     assert secret not in log
     assert "secret-in-a-body" not in log
     assert "route=/v1/models" in log
+
+
+async def test_files_stay_where_a_commit_may_have_happened() -> None:
+    """The connection was lost before the database's answer came: the row that names the files may be there."""
+    undone: list[str] = []
+    lost = OperationalError("COMMIT", {}, Exception("lost"))
+
+    async def endpoint(request: Request) -> Response:
+        undo_on_error(request, lambda: undone.append("file"))
+        return Response(status_code=201)
+
+    async def refused(request: Request) -> Response:
+        await endpoint(request)
+        raise Conflict("refused")
+
+    request = Request({"type": "http"})
+    session = AsyncMock(commit=AsyncMock(side_effect=lost))
+    with pytest.raises(OperationalError):
+        await _run(request, session, endpoint, None)
+    assert not undone
+    with pytest.raises(Conflict):
+        await _run(request, session, refused, None)
+    assert undone == ["file", "file"], "of both requests, which are one here"
 
 
 def test_a_race_that_no_service_foresaw_is_a_conflict() -> None:

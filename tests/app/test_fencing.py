@@ -5,20 +5,25 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from fastapi import Response
 from sqlalchemy import select, text, update
-from sqlalchemy.exc import DataError, IntegrityError
+from sqlalchemy.exc import DataError, IntegrityError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-import app.replay.plans  # noqa: F401, it says what happens to a training whose job ends
 from app.db.embedded import get_server
 from app.db.ids import new_id
+from app.db.references import by_reference
 from app.db.session import SessionMaker, create_engine, create_sessionmaker
-from app.db.tables import Job, Shard
+from app.db.tables import Dataset, Job, Model, Shard
 from app.jobs import repository
+from app.models import service as models
+from app.replay import plans
 from app.settings import DatabaseSettings, Settings
 from app.storage.artifacts import ArtifactStore
+from app.web.idempotency import IdempotencyClaim
 from app.worker.runner import Effect, Kind, Runner, Running, wake_abandoned
 from app.worker.sweeping import sweep_files
+from attribution_core.training.recipe import CheckpointInitialisation, Recipe, Sgd
 from tests.conftest import Loaded
 
 
@@ -165,6 +170,48 @@ async def test_a_result_that_the_database_refuses_ends_the_job(
         ended = await repository.get(session, job_id)
     assert ended is not None
     assert (ended.state, (ended.error or {})["type"]) == ("failed", f"/problems/{slug}")
+
+
+async def test_a_job_whose_file_cannot_be_read_ends(sessions: SessionMaker, tmp_path: Path) -> None:
+    """Only a lost database is waited for: a file that is gone stays gone."""
+    job_id = await new_job(sessions)
+    async with sessions() as session:
+        job = await repository.get(session, job_id)
+    assert job is not None
+    job.kind = "training"
+
+    async def work(runner: Runner, running: Running) -> Effect:
+        raise FileNotFoundError(2, "No such file", "upload")
+
+    await Runner(Settings(), sessions, ArtifactStore(tmp_path), "w", {"training": Kind(work)})._lead(Running(job))
+    async with sessions() as session:
+        assert await repository.state_of(session, job_id) == "failed"
+
+
+async def test_what_a_request_names_stays_until_its_transaction_ends(sessions: SessionMaker, loaded: Loaded) -> None:
+    """Rows that no column refers to: nothing but the lock keeps them until the job or the recipe that needs them is there."""
+    start = CheckpointInitialisation(checkpoint=loaded.checkpoints[0])
+    recipe = Recipe(optimizer=Sgd(type="sgd"), learning_rate=0.1, epochs=1, batch_size=10, initialisation=start)
+    async with sessions() as naming, sessions() as deleting:
+        model = await models.find(naming, "mlp")
+        await models._check_initialisation(naming, recipe, model.parameters)
+        await plans.keep_asked_datasets(naming, {"queries": [{"dataset": "test", "rows": [0]}]})
+        for table, name in ((Model, "mlp"), (Dataset, "test")):
+            await deleting.execute(text("SET LOCAL lock_timeout = '50ms'"))
+            with pytest.raises(OperationalError):
+                await deleting.execute(by_reference(table, name, lock=True))
+            await deleting.rollback()
+
+
+async def test_a_stored_answer_outlives_a_commit_that_seemed_to_fail(sessions: SessionMaker) -> None:
+    claim = IdempotencyClaim(sessions, "someone", new_id("key"), "hash")
+    assert await claim.take() is None
+    async with sessions.begin() as session:
+        await claim.keep(session, Response("made", 201))
+    await claim.drop()  # as after a commit whose answer was lost
+    again = await claim.take()
+    assert again is not None
+    assert (again.status_code, again.body) == (201, b"made")
 
 
 async def test_files_that_nothing_needs_are_swept(sessions: SessionMaker, loaded: Loaded) -> None:

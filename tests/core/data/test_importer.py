@@ -164,6 +164,7 @@ def test_a_row_may_have_several_problems_and_a_long_list_is_cut(tmp_path: Path) 
         ({"input": [[1.0], [2.0]], "target": [0, 1], "m": [0, 2**70]}, {"metadata": ["m"]}, "64 bits"),
         ({"input": [[1.0], [2.0]], "target": [0, True]}, {}, "must be a number"),
         ({"input": [[1.0, 2.0], [1.0]], "target": [0, 1]}, {"shape": [2]}, "shape [1]"),
+        ({"input": np.ones((2,) + (1,) * 9).tolist(), "target": [0, 1]}, {}, "8 dimensions"),
         ({"input": [[[1.0], [2.0, 3.0]]], "target": [0]}, {}, "different lengths"),
         ({"input": [[]], "target": [0]}, {}, "empty"),
         ({"input": ["a\x00b"], "target": [0]}, {"kind": "text"}, "NUL"),
