@@ -40,6 +40,11 @@ class WorkerSettings(BaseModel):
     max_attempts: int = Field(
         default=5, ge=1, le=1000, description="Times a piece of work is tried before its job fails."
     )
+    keep_failed_hours: float = Field(
+        default=72,
+        ge=0,
+        description="For so long a failed or cancelled job's finished shards are kept; a retry after that starts from the beginning.",
+    )
     shard_size: int = Field(default=512, ge=1, le=1_000_000, description="Training examples per shard of a fit.")
     threads: int | None = Field(default=None, ge=1, description="Torch threads; all cores by default.")
     device: str = Field(default="auto", description="`auto`, `cpu` or `cuda`.")

@@ -22,6 +22,7 @@ from app.settings import Settings
 
 log = structlog.get_logger("headwater.serve")
 _GRACE_SECONDS = 12
+_RETRY_SECONDS = 2.0
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -115,7 +116,12 @@ async def _keep_worker() -> None:
     backoff = 0.2
     environment = os.environ | {"HEADWATER_SUPERVISED": "1"}
     while True:
-        process = await asyncio.create_subprocess_exec(sys.executable, "-m", "app.worker.main", env=environment)
+        try:
+            process = await asyncio.create_subprocess_exec(sys.executable, "-m", "app.worker.main", env=environment)
+        except OSError as error:  # no process or no memory left to start one
+            log.error("worker could not be started", error=str(error))
+            await asyncio.sleep(_RETRY_SECONDS)
+            continue
         loop = asyncio.get_running_loop()
         began = loop.time()
         try:

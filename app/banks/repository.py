@@ -35,6 +35,11 @@ async def groups(session: AsyncSession, bank_id: str) -> dict[int, str]:
     return {int(ordinal): artifact for ordinal, artifact in found}
 
 
+async def named_artifacts(session: AsyncSession, names: Sequence[str]) -> set[str]:
+    """Return which artifacts some group names."""
+    return set((await session.execute(select(BankGroup.artifact).where(BankGroup.artifact.in_(names)))).scalars())
+
+
 async def totals(session: AsyncSession, bank_ids: Sequence[str]) -> dict[str, tuple[int, int, int]]:
     """Return each bank's retrainings, how many of them diverged, and bytes."""
     sums = (func.sum(column) for column in (BankGroup.retrainings, BankGroup.diverged, BankGroup.bytes))

@@ -171,6 +171,11 @@ async def add_groups(session: AsyncSession, bank_id: str, groups: Sequence[Json]
         await repository.add_group(session, {"bank_id": bank_id, **group})
 
 
+async def named_artifacts(session: AsyncSession, names: Sequence[str]) -> set[str]:
+    """Return which artifacts are groups of banks."""
+    return await repository.named_artifacts(session, names)
+
+
 async def page_of_banks(session: AsyncSession, page: Page) -> PageOf[BankOut]:
     """Return one page of banks, newest first."""
     rows, following = cut(await repository.banks(session, page), page, "banks")

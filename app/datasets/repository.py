@@ -22,6 +22,17 @@ async def page(session: AsyncSession, page_: Page) -> Sequence[Dataset]:
     return (await session.execute(newest_first(select(Dataset), Dataset.id, page_, "datasets"))).scalars().all()
 
 
+async def existing(session: AsyncSession, ids: Sequence[str]) -> Sequence[str]:
+    """Return which of some ids data sets have."""
+    return (await session.execute(select(Dataset.id).where(Dataset.id.in_(ids)))).scalars().all()
+
+
+async def needed_uploads(session: AsyncSession, names: Sequence[str]) -> set[str]:
+    """Return which uploaded files belong to data sets that are not imported."""
+    query = select(Dataset.upload).where(Dataset.upload.in_(names), Dataset.status != "ready")
+    return {name for name in (await session.execute(query)).scalars() if name is not None}
+
+
 def _lineages(ids: Sequence[str]) -> CTE:
     """Every given data set with each version that it was made from, itself included."""
     own = select(Dataset.id.label("of"), Dataset.id.label("id"), Dataset.parent_id).where(Dataset.id.in_(ids))

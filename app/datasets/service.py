@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -286,6 +286,17 @@ async def begin_import(session: AsyncSession, job: Job) -> None:
     """Record that a data set is being imported again."""
     dataset = await find(session, job.resource_id, lock=True)
     dataset.status, dataset.error = "importing", None
+
+
+async def needed_uploads(session: AsyncSession, names: Sequence[str]) -> set[str]:
+    """Return which uploaded files are still to be imported, perhaps by a retry."""
+    return await repository.needed_uploads(session, names)
+
+
+async def named_artifacts(session: AsyncSession, names: Sequence[str]) -> set[str]:
+    """Return which artifacts are data sets', also of those that are being imported."""
+    ids = {name.rpartition("/")[2]: name for name in names}
+    return {ids[found] for found in await repository.existing(session, list(ids))}
 
 
 def parsed_filter(text: str) -> Filter:

@@ -94,6 +94,8 @@ class EngineClient:
             began = time.monotonic()
             try:
                 await self._run_once()
+            except Exception:  # such as no process left to start: whatever it is, the next try may go well
+                log.exception("engine could not be run")
             finally:
                 self._ready.clear()
                 self._fail_waiting()

@@ -79,8 +79,8 @@ def _answers(operations: Operations, batch: list[Message]) -> list[Message]:
         try:
             results = operations.attribute([message["payload"] for message in batch])
             return [{"number": m["number"], "result": result} for m, result in zip(batch, results, strict=True)]
-        except AttributionError:
-            pass  # one of them is wrong: each gets its own answer
+        except Exception as error:  # one of them is wrong, or all are too much: each gets its own answer
+            log.info("batch answered one by one", size=len(batch), reason=type(error).__name__)
     return [_answer(operations, message) for message in batch]
 
 

@@ -39,6 +39,12 @@ async def generation_numbers(session: AsyncSession, index_id: str) -> Sequence[i
     return (await session.execute(query.order_by(IndexGeneration.number))).scalars().all()
 
 
+async def generations(session: AsyncSession, index_ids: Sequence[str]) -> Sequence[tuple[str, int]]:
+    """Return the generations of some indexes, each as its index's id and its number."""
+    query = select(IndexGeneration.index_id, IndexGeneration.number).where(IndexGeneration.index_id.in_(index_ids))
+    return [(index_id, int(number)) for index_id, number in await session.execute(query)]
+
+
 async def is_prior(session: AsyncSession, index_id: str) -> bool:
     """Return whether another index is built on this one."""
     query = select(IndexPrior.index_id).where(IndexPrior.prior_id == index_id).limit(1)

@@ -1,6 +1,6 @@
 """Indexes that there are: finding and showing them, what a worker needs to know of one, and what it reports."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +256,13 @@ def shown(index: Index) -> IndexOut:
         notion=METHODS[index.method["type"]].notion,
         **{name: getattr(index, name) for name in same},
     )
+
+
+async def named_artifacts(session: AsyncSession, names: Sequence[str]) -> set[str]:
+    """Return which artifacts are those of generations, also of those that are being made."""
+    ids = {name.rpartition("/")[2].partition(".")[0] for name in names}
+    made = {artifact_name(*generation) for generation in await repository.generations(session, sorted(ids))}
+    return made & set(names)
 
 
 def artifact_name(index_id: str, number: int) -> str:

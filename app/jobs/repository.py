@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, delete, func, or_, select, update
+from sqlalchemy import ColumnElement, and_, case, delete, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.db.tables import Job, JobEvent, Shard
@@ -46,6 +46,18 @@ async def page(session: AsyncSession, page_: Page, state: str | None, kind: str 
     return (await session.execute(query)).scalars().all()
 
 
+async def oldest(session: AsyncSession) -> str | None:
+    """Return the id of the first job there is; jobs are not deleted."""
+    return (await session.execute(select(func.min(Job.id)))).scalar()
+
+
+async def ended_before(session: AsyncSession, job_id: str, hours: float) -> bool:
+    """Return whether a job ended more than so many hours ago."""
+    moment = func.clock_timestamp() - timedelta(hours=hours)
+    query = select(Job.id).where(Job.id == job_id, Job.finished_at < moment)
+    return (await session.execute(query)).scalar() is not None
+
+
 async def any_unfinished(session: AsyncSession, kinds: Sequence[str]) -> bool:
     """Return whether a job of some kinds has not ended."""
     query = select(Job.id).where(Job.kind.in_(kinds), Job.state.not_in(TERMINAL)).limit(1)
@@ -80,6 +92,8 @@ async def claim_job(session: AsyncSession, job_id: str, worker: str, seconds: fl
         .values(
             state=func.replace(Job.state, "queued", "running"),
             attempt=Job.attempt + 1,
+            # A worker that gives a job back leaves it no lease.
+            losses=Job.losses + case((Job.lease_expires_at.is_not(None), 1), else_=0),
             worker=worker,
             lease_expires_at=lease(seconds),
             started_at=func.coalesce(Job.started_at, func.clock_timestamp()),
@@ -147,12 +161,12 @@ async def set_progress(session: AsyncSession, job_id: str, done: int, total: int
 
 
 async def reset_job(session: AsyncSession, job_id: str) -> None:
-    """Queue a job again from where its finished shards leave it."""
+    """Queue a job again from where its finished shards leave it; a worker that still holds an earlier attempt stays fenced off."""
     await session.execute(
         update(Job)
         .where(Job.id == job_id)
         .values(
-            state="queued", error=None, finished_at=None, attempt=0, lease_expires_at=None, worker=None, progress_done=0
+            state="queued", error=None, finished_at=None, losses=0, lease_expires_at=None, worker=None, progress_done=0
         )
     )
     await session.execute(
@@ -235,7 +249,10 @@ async def finish_shard(session: AsyncSession, shard: Shard, sha256: str) -> bool
         .values(state="done", sha256=sha256, worker=None, lease_expires_at=None)
         .returning(Shard.stage)
     )
-    return done.scalar() is not None
+    if done.scalar() is None:
+        return False
+    await session.execute(update(Job).where(Job.id == shard.job_id, Job.losses > 0).values(losses=0))
+    return True
 
 
 async def release_shards(session: AsyncSession, worker: str) -> None:
@@ -268,4 +285,5 @@ def _same(shard: Shard) -> tuple[ColumnElement[bool], ...]:
         Shard.stage == shard.stage,
         Shard.ordinal == shard.ordinal,
         Shard.attempt == shard.attempt,
+        Shard.worker == shard.worker,  # a retry counts attempts anew
     )

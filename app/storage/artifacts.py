@@ -5,6 +5,7 @@ parent is flushed. Only then does a row in the database refer to it; a folder wi
 a row is found again by the retried job, or removed with the thing it belongs to.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -39,10 +40,12 @@ class ArtifactStore:
         self.root = root.resolve()
         self._artifacts = self.root / "artifacts"
         self._work = self.root / "work"
+        self._uploads = self.root / "uploads"
+        self._owner = self.root / ".owner"
 
     def prepare(self) -> None:
         """Create the folders."""
-        for folder in (self._artifacts, self._work, self.root / "uploads"):
+        for folder in (self._artifacts, self._work, self._uploads):
             folder.mkdir(parents=True, exist_ok=True)
 
     def workspace(self, job_id: str) -> Path:
@@ -59,11 +62,32 @@ class ArtifactStore:
         """Return the names of the workspaces there are."""
         return sorted(path.name for path in self._work.iterdir() if path.is_dir()) if self._work.exists() else []
 
-    def published_before(self, folder: str, moment: float) -> list[str]:
-        """Return the names of artifacts in a folder that were published before a moment, in seconds since the epoch."""
-        base = self._path(folder)
-        found = sorted(base.iterdir()) if base.exists() else []
-        return [self.name_of(path) for path in found if path.is_dir() and path.stat().st_mtime < moment]
+    def owner(self) -> str | None:
+        """Return the mark of whoever removes files that are not theirs, None if nobody has left one."""
+        return self._owner.read_text() if self._owner.exists() else None
+
+    def claim(self, mark: str) -> None:
+        """Leave a mark of who removes files."""
+        part = self._owner.with_suffix(".part")
+        part.write_text(mark)
+        part.rename(self._owner)
+
+    def drop_unfinished_before(self, moment: float) -> None:
+        """Remove what was being published one by one, not by a job, when its process ended before a moment."""
+        for path in _older(self._work, "ckpt_*", moment):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def published_before(self, pattern: str, moment: float) -> list[str]:
+        """Return the names of artifacts that match and were published before a moment, in seconds since the epoch."""
+        return [self.name_of(path) for path in _older(self._artifacts, pattern, moment)]
+
+    def uploads_before(self, moment: float) -> list[str]:
+        """Return the names of uploaded files that were last written to before a moment."""
+        return [path.name for path in _older(self._uploads, "*", moment)]
+
+    def drop_upload(self, name: str) -> None:
+        """Remove an uploaded file."""
+        (self._uploads / name).unlink(missing_ok=True)
 
     def publish(self, folder: Path, name: str) -> Published:
         """Make a folder's files visible under `name`; a repeated publication of equal files changes nothing.
@@ -159,6 +183,16 @@ def crash_point(name: str) -> None:
     """End the process here if a test asks for it, as a power cut would."""
     if os.environ.get(_CRASH_VARIABLE) == name:
         os._exit(137)
+
+
+def _older(folder: Path, pattern: str, moment: float) -> list[Path]:
+    """Return what matches in a folder and was not changed since a moment; others may remove some of it meanwhile."""
+    found = []
+    for path in sorted(folder.glob(pattern)):
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_mtime < moment:
+                found.append(path)
+    return found
 
 
 def _flush(path: Path) -> None:

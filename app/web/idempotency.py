@@ -83,6 +83,11 @@ class IdempotencyClaim:
             await session.execute(delete(Idempotency).where(*unanswered))
 
 
+async def forget_expired(session: AsyncSession) -> None:
+    """Forget answers that are not given again, and claims of processes that ended; a request may outlast its claim by a while."""
+    await session.execute(delete(Idempotency).where(Idempotency.expires_at < func.now() - text("interval '1 hour'")))
+
+
 async def _in_future(session: AsyncSession, interval: str) -> datetime:
     moment: datetime = (await session.execute(select(func.now() + text(f"interval '{interval}'")))).scalar_one()
     return moment

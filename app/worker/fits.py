@@ -1,6 +1,5 @@
 """The jobs that make an index or a new generation of one: a sharded pipeline whose result becomes an index."""
 
-import shutil
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ from app.banks import service as banks
 from app.indexes import generations
 from app.storage.artifacts import crash_point
 from app.worker.banks import published_groups
-from app.worker.runner import Kind, Runner, Running, computed, stopwatch
+from app.worker.runner import Kind, Runner, Running, computed, own_folder, stopwatch
 from app.worker.sharded import assist, device_of, shard_files, work_through
 from attribution_core.errors import Cancelled
 from attribution_core.fit_spec import FitSummary
@@ -30,7 +29,7 @@ async def lead_fit(runner: Runner, running: Running) -> Callable[[AsyncSession],
     timings = await work_through(runner, running, pipeline, work)
     assemble_clock = stopwatch()
     files = shard_files(work, pipeline.stages()[-1])
-    folder = work / "artifact"
+    folder = own_folder(runner, running, "artifact")
     summary = await computed(lambda: _assembled(pipeline, folder, files, running), running.progress)
     assert isinstance(summary, FitSummary)
     running.progress.advance(0)
@@ -79,11 +78,9 @@ async def _prepared(runner: Runner, running: Running) -> tuple[AnyPipeline, Path
 
 
 def _assembled(pipeline: AnyPipeline, folder: Path, files: list[Path], running: Running) -> FitSummary:
-    """Lay out the artifact in an empty folder; an earlier attempt may have left a half-written one."""
+    """Lay out the artifact."""
     if running.progress.stopping:
         raise Cancelled("the job was stopped")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
     return pipeline.assemble(folder, files, running.progress)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.datasets import service as datasets
-from app.worker.runner import Kind, Runner, Running, computed
+from app.worker.runner import Kind, Runner, Running, computed, own_folder
 from attribution_core.data.importer import DatasetSummary, import_dataset
 
 
@@ -16,8 +16,7 @@ async def run_import(runner: Runner, running: Running) -> Callable[[AsyncSession
         source, spec, parent = await datasets.import_plan(session, job.resource_id, runner.settings, runner.artifacts)
     if source.parent == runner.settings.data_dir / "uploads":
         running.after_success.append(lambda: source.unlink(missing_ok=True))
-    folder = runner.artifacts.workspace(job.id) / "dataset"
-    folder.mkdir(exist_ok=True)
+    folder = own_folder(runner, running, "dataset")
     summary = await computed(lambda: import_dataset(source, spec, folder, running.progress, parent), running.progress)
     assert isinstance(summary, DatasetSummary)
     running.progress.advance(0)

@@ -78,7 +78,7 @@ async def _receive(settings: Settings, runner: Runner, name: str) -> None:
 async def _sweep_files(runner: Runner) -> None:
     """Remove files that nothing needs; whatever is wrong with one job must not end the search for abandoned ones."""
     try:
-        await sweep_files(runner.sessions, runner.artifacts)
+        await sweep_files(runner.sessions, runner.artifacts, runner.settings.worker.keep_failed_hours)
     except OUTAGE:
         raise
     except Exception:

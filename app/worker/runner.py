@@ -3,9 +3,11 @@
 import asyncio
 import contextlib
 import errno
+import shutil
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import structlog
 from sqlalchemy.exc import DBAPIError, IntegrityError
@@ -108,6 +110,8 @@ class Runner:
         try:
             if job.state == "cancelling":
                 raise Cancelled("the job was stopped")
+            if job.losses >= self.settings.worker.max_attempts:
+                raise AttributionError(f"the job ended its worker {job.losses} times")
             async with self.heartbeat(running):
                 effect = await kind.work(self, running)
             if effect is not None:
@@ -262,6 +266,16 @@ async def computed(function: Callable[[], object], progress: JobProgress) -> obj
         with contextlib.suppress(BaseException):
             await asyncio.wait_for(task, 8)
         raise
+
+
+def own_folder(runner: Runner, running: Running, name: str) -> Path:
+    """Return an empty folder of this attempt alone; a worker that was taken for dead may still write to that of an earlier one."""
+    workspace = runner.artifacts.workspace(running.job.id)
+    for earlier in workspace.glob(f"{name}-*"):
+        shutil.rmtree(earlier, ignore_errors=True)
+    folder = workspace / f"{name}-{running.job.attempt}"
+    folder.mkdir()
+    return folder
 
 
 def _error_of(error: BaseException) -> dict[str, object]:

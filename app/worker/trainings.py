@@ -1,6 +1,5 @@
 """The training job: runs of a recipe become checkpoints of its model."""
 
-import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from app.models import service as models
 from app.models.schemas import CheckpointMeta
 from app.replay import plans as replays
 from app.replay.schemas import TrainingCreate
-from app.worker.runner import Kind, Runner, Running, computed
+from app.worker.runner import Kind, Runner, Running, computed, own_folder
 from app.worker.sharded import assist, device_of, shard_files, work_through
 from attribution_core.errors import InvalidInputError
 from attribution_core.training.pipeline import TrainedCheckpoint, TrainingPipeline
@@ -36,9 +35,7 @@ async def lead_training(runner: Runner, running: Running) -> Callable[[AsyncSess
         )
 
     def published() -> list[Made]:
-        folder = work / "checkpoints"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        folder = own_folder(runner, running, "checkpoints")
         made = []
         for trained in pipeline.write_checkpoints(files, folder):
             summary = check_weights(trained.path, parameters)

@@ -1,6 +1,5 @@
 """The unlearning job: new checkpoints without a forget set, compared with retrained ones where asked."""
 
-import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from app.models import service as models
 from app.models.schemas import CheckpointMeta
 from app.replay import plans as replays
 from app.replay.schemas import UnlearnedCreate
-from app.worker.runner import Kind, Runner, Running, computed
+from app.worker.runner import Kind, Runner, Running, computed, own_folder
 from app.worker.sharded import assist, device_of, shard_files, work_through
 from attribution_core.unlearning.pipeline import NewCheckpoint, UnlearnPipeline
 from attribution_core.weights import WeightsSummary, check_weights
@@ -31,9 +30,7 @@ async def lead_unlearning(runner: Runner, running: Running) -> Callable[[AsyncSe
     files = shard_files(work, pipeline.stages()[-1])
 
     def published() -> tuple[list[Made], Json | None]:
-        folder = work / "checkpoints"
-        shutil.rmtree(folder, ignore_errors=True)
-        written, comparison = pipeline.conclude(files, folder)
+        written, comparison = pipeline.conclude(files, own_folder(runner, running, "checkpoints"))
         return [_published(runner, replay_id, request, sources, parameters, new) for new in written], comparison
 
     found = await computed(published, running.progress)

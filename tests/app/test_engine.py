@@ -2,6 +2,7 @@
 
 import asyncio
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -11,7 +12,7 @@ from app.engine.cache import IndexCache
 from app.engine.client import EngineClient, _result
 from app.engine.frames import LENGTH, decoded
 from app.engine.operations import Operations
-from app.engine.process import _framed
+from app.engine.process import _answers, _framed
 from app.errors import EngineBusy, EngineUnavailable, InvalidRequest
 from app.indexes import service as indexes
 from app.settings import DatabaseSettings, EngineSettings, Settings
@@ -51,6 +52,37 @@ async def test_a_killed_engine_is_restarted() -> None:
     finally:
         await client.stop()
     assert client._process.returncode is not None
+
+
+async def test_an_engine_that_cannot_be_started_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    client, tries = EngineClient(EngineSettings()), 0
+
+    async def run() -> None:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(client, "_run_once", run)
+    await client.start()
+    await asyncio.sleep(0.3)
+    assert tries == 2
+    await client.stop()
+
+
+def test_one_request_that_fails_ends_neither_its_batch_nor_the_engine() -> None:
+    class Broken:
+        def attribute(self, payloads: list[dict[str, Any]]) -> list[dict[str, Any]]:
+            raise FileNotFoundError(2, "No such file", "rows.npy")
+
+        def run(self, operation: str, payload: dict[str, Any]) -> dict[str, Any]:
+            return {"results": []} if payload["good"] else self.attribute([payload])[0]
+
+    batch = [{"number": n, "operation": "attribute", "payload": {"good": n == 0}} for n in range(2)]
+    good, bad = _answers(cast(Operations, Broken()), batch)
+    assert good["result"] == {"results": []}
+    assert bad["error"]["kind"] == "corrupt"
 
 
 async def test_requests_answered_together_are_answered_alike(steady: Loaded) -> None:

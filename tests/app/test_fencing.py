@@ -14,8 +14,9 @@ from app.db.embedded import get_server
 from app.db.ids import new_id
 from app.db.references import by_reference
 from app.db.session import SessionMaker, create_engine, create_sessionmaker
-from app.db.tables import Dataset, Job, Model, Shard
+from app.db.tables import Dataset, Idempotency, Job, Model, Shard
 from app.jobs import repository
+from app.jobs.service import RESOURCES, Resource
 from app.models import service as models
 from app.replay import plans
 from app.settings import DatabaseSettings, Settings
@@ -23,6 +24,7 @@ from app.storage.artifacts import ArtifactStore
 from app.web.idempotency import IdempotencyClaim
 from app.worker.runner import Effect, Kind, Runner, Running, wake_abandoned
 from app.worker.sweeping import sweep_files
+from attribution_core.errors import Cancelled
 from attribution_core.training.recipe import CheckpointInitialisation, Recipe, Sgd
 from tests.conftest import Loaded
 
@@ -223,14 +225,129 @@ async def test_files_that_nothing_needs_are_swept(sessions: SessionMaker, loaded
     for job in (alive, gone):
         (store.workspace(job) / "part").write_bytes(b"1")
     await finish(sessions, gone)
-    await sweep_files(sessions, store)
+    await sweep_files(sessions, store, 72)
     assert store.open(orphan).exists(), "it may be about to be committed"
     assert (alive in store.workspaces(), gone in store.workspaces()) == (True, False)
-    await sweep_files(sessions, store, orphan_seconds=-1)
+    await sweep_files(sessions, store, 72, orphan_seconds=-1)
     assert not (loaded.service.data / "artifacts" / orphan).exists()
     for checkpoint in loaded.checkpoints:
         store.verify(f"checkpoints/{checkpoint}")
     await finish(sessions, alive)
+
+
+async def test_every_kind_of_leftover_is_swept(sessions: SessionMaker, loaded: Loaded) -> None:
+    """What was published or uploaded by killed processes, and what a deletion was about to remove; never what a row names."""
+    store, root = ArtifactStore(loaded.service.data), loaded.service.data
+    names = ("datasets/ds_gone", "indexes/idx_gone", "indexes/idx_gone.2", "banks/mdl_gone/bank_gone/000001")
+    for name in names:
+        (store.workspace("leftover") / "part").write_bytes(b"1")
+        store.publish(store.workspace("leftover"), name)
+    left = [root / "uploads" / "killed.upload", root / "uploads" / "gone.data", root / "work" / "ckpt_gone" / "part"]
+    left[-1].parent.mkdir()
+    for path in left:
+        path.write_bytes(b"1")
+    dataset = loaded.service.get("/v1/datasets/digits")["id"]
+    failed = Dataset(id=new_id("ds"), name=new_id("name"), status="failed", spec={}, upload="wanted.data")
+    (root / "uploads" / "wanted.data").write_bytes(b"1")
+    async with sessions.begin() as session:
+        session.add(failed)
+        old = Idempotency(
+            owner="someone", key="old", request_hash="", claim="", expires_at=datetime(2020, 1, 1, tzinfo=UTC)
+        )
+        session.add(old)
+    await sweep_files(sessions, store, 72)
+    assert all(path.exists() for path in left), "they may be about to be named"
+    await sweep_files(sessions, store, 72, orphan_seconds=-1)
+    assert not any(path.exists() for path in left)
+    assert not any((root / "artifacts" / name).exists() for name in names)
+    assert (root / "uploads" / "wanted.data").exists(), "a retry imports it"
+    store.verify(f"datasets/{dataset}")
+    async with sessions.begin() as session:
+        assert await session.get(Idempotency, ("someone", "old")) is None
+        await session.delete(await session.get(Dataset, failed.id))
+
+
+async def test_shards_of_a_job_that_failed_are_kept_for_a_while(
+    sessions: SessionMaker, loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def accepted(session: AsyncSession, job: Job) -> None: ...
+
+    monkeypatch.setitem(RESOURCES, "fit", Resource(accepted, RESOURCES["fit"].fail))
+    store, job = ArtifactStore(loaded.service.data), await new_job(sessions, shards=2)
+    (store.workspace(job) / "shard").write_bytes(b"1")
+    await finish(sessions, job)
+    await sweep_files(sessions, store, kept_hours=72)
+    assert job in store.workspaces()
+    await sweep_files(sessions, store, kept_hours=0)
+    assert job not in store.workspaces()
+    async with sessions() as session:
+        assert not await repository.has_shards(session, job), "a retry plans them again"
+
+
+async def test_nothing_is_swept_for_another_database(sessions: SessionMaker, tmp_path: Path) -> None:
+    """A service that was pointed at an empty database must not take every file for a leftover."""
+    store = ArtifactStore(tmp_path)
+    (store.workspace("some") / "part").write_bytes(b"1")
+    store.publish(store.workspace("some"), "datasets/ds_of_the_other")
+    store.claim("job_of_the_other")
+    await sweep_files(sessions, store, 72, orphan_seconds=-1)
+    store.verify("datasets/ds_of_the_other")
+    assert store.owner() == "job_of_the_other"
+
+
+async def test_a_job_that_ends_its_worker_each_time_is_given_up(sessions: SessionMaker, tmp_path: Path) -> None:
+    job_id, settings = await new_job(sessions, shards=1), Settings()
+
+    async def lost() -> Job:
+        async with sessions.begin() as session:
+            await session.execute(update(Job).where(Job.id == job_id).values(lease_expires_at=repository.lease(-1)))
+            claimed = await repository.claim_job(session, job_id, "w", 3600)
+        assert claimed is not None
+        return claimed
+
+    async def work(runner: Runner, running: Running) -> None:
+        raise Cancelled("begun")
+
+    runner = Runner(settings, sessions, ArtifactStore(tmp_path), "w", {"fit": Kind(work)})
+    for count in range(1, settings.worker.max_attempts):
+        assert (await lost()).losses == count
+    async with sessions.begin() as session:
+        shard = await repository.claim_shard(session, job_id, 0, "w", 60)
+        assert shard is not None
+        assert await repository.finish_shard(session, shard, "a")
+    for _ in range(settings.worker.max_attempts - 1):
+        await lost()
+    async with sessions.begin() as session:
+        held = await repository.get(session, job_id)
+        assert held is not None
+        await repository.release_job(session, job_id, held.attempt)
+        released = await repository.claim_job(session, job_id, "w", 3600)
+    assert released is not None
+    assert released.losses == settings.worker.max_attempts - 1, "a worker that gave it back was not lost"
+    await runner._lead(Running(await lost()))
+    async with sessions() as session:
+        ended = await repository.get(session, job_id)
+    assert ended is not None
+    assert ended.state == "failed"
+    assert f"ended its worker {settings.worker.max_attempts} times" in (ended.error or {})["detail"]
+
+
+async def test_a_retry_does_not_let_an_earlier_attempt_in(sessions: SessionMaker) -> None:
+    job_id = await new_job(sessions, shards=1)
+    async with sessions.begin() as session:
+        late = await repository.claim_shard(session, job_id, 0, "late", 60)
+        assert late is not None
+    await finish(sessions, job_id)
+    async with sessions.begin() as session:
+        await repository.reset_job(session, job_id)
+        job = await repository.claim_job(session, job_id, "next", 60)
+        shard = await repository.claim_shard(session, job_id, 0, "next", 60)
+        assert job is not None
+        assert shard is not None
+        assert job.attempt > 1, "the attempt that was cancelled holds number 1"
+        assert not await repository.finish_shard(session, late, "late")
+        assert await repository.finish_shard(session, shard, "next")
+    await finish(sessions, job_id)
 
 
 async def test_two_workers_never_claim_one_shard(sessions: SessionMaker) -> None:

@@ -10,7 +10,10 @@ from app.db.base import Base, Created
 
 
 class Job(Created, Base):
-    """A piece of work. `attempt` is the fencing token: an effect counts only if it is unchanged."""
+    """A piece of work. `attempt` is the fencing token: an effect counts only if it is unchanged.
+
+    `losses` counts the workers that were lost over it since a shard of it was last finished.
+    """
 
     __tablename__ = "job"
     __table_args__ = (Index("ix_job_unfinished", "state", postgresql_where="finished_at IS NULL"),)
@@ -21,6 +24,7 @@ class Job(Created, Base):
     resource_type: Mapped[str]
     resource_id: Mapped[str] = mapped_column(index=True)
     attempt: Mapped[int] = mapped_column(server_default="0")
+    losses: Mapped[int] = mapped_column(server_default="0")
     worker: Mapped[str | None]
     lease_expires_at: Mapped[datetime | None]
     progress_done: Mapped[int] = mapped_column(server_default="0")
