@@ -14,6 +14,7 @@ from attribution_core.bank_methods.posterior import (
     fit_posterior,
     learn,
 )
+from attribution_core.bank_methods.semivalues import beta_shapley, data_shapley
 
 __all__ = [
     "Datamodel",
@@ -21,8 +22,10 @@ __all__ = [
     "Learned",
     "PosteriorDatamodel",
     "average_marginal_effects",
+    "beta_shapley",
     "condition",
     "data_banzhaf",
+    "data_shapley",
     "empirical_influence",
     "fit_posterior",
     "knn_shapley",

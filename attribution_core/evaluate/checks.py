@@ -25,6 +25,8 @@ def check_evaluation(spec: EvaluationSpec) -> None:
 
 def _check_banks(spec: EvaluationSpec) -> None:
     for number, bank in enumerate(spec.banks):
+        if bank.protocol.sizes == "varied":
+            raise InvalidInputError("subsets of one size tell how examples rank: say fixed", "/protocol/sizes")
         with located(f"/deterministic/{number - 1}" if number else "/protocol/alpha"):
             check_subsets(bank.protocol, spec.train.recipe, spec.train.dataset.num_examples, spec.train.left_out)
 

@@ -9,9 +9,12 @@ from attribution_core.method_spec.bank import (
     AmeMethod,
     BankMethodBase,
     BanzhafMethod,
+    BetaShapleyMethod,
     DatamodelsMethod,
     EmpiricalInfluenceMethod,
     PosteriorMethod,
+    SemivalueMethodBase,
+    ShapleyMethod,
 )
 from attribution_core.method_spec.base import (
     PROJECTION_VERSION,
@@ -52,6 +55,7 @@ __all__ = [
     "AutoMethod",
     "BankMethodBase",
     "BanzhafMethod",
+    "BetaShapleyMethod",
     "CgMethod",
     "Damping",
     "DataInfMethod",
@@ -81,6 +85,8 @@ __all__ = [
     "ProjectionSpec",
     "QueryRows",
     "RepresentationMethod",
+    "SemivalueMethodBase",
+    "ShapleyMethod",
     "SourceMethod",
     "TracinMethod",
     "TrakMethod",
@@ -109,6 +115,8 @@ MethodSpec = Annotated[
     | EmpiricalInfluenceMethod
     | AmeMethod
     | BanzhafMethod
+    | ShapleyMethod
+    | BetaShapleyMethod
     | RepresentationMethod
     | ExactMethod,
     Field(discriminator="type"),

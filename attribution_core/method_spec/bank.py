@@ -1,11 +1,12 @@
 """Methods that learn from a bank of real retrainings."""
 
+from abc import abstractmethod
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from attribution_core.method_spec.base import MethodBase, Notion, QueryRows
-from attribution_core.training.spec import Protocol
+from attribution_core.training.spec import Protocol, Sizes
 
 
 class BankMethodBase(MethodBase):
@@ -16,6 +17,7 @@ class BankMethodBase(MethodBase):
     keeps: ClassVar[Literal["features", "scores", "bank"]] = "bank"
     least_subsets: ClassVar[int] = 2
     shares: ClassVar[tuple[float, float]] = (0.0, 1.0)  # between which it takes a bank's alpha
+    sizes: ClassVar[Sizes] = "fixed"  # of the subsets that it learns from
     contrasts: ClassVar[bool] = False  # whether it needs of every example a subset with it and one without
     bank: Protocol = Field(
         default=Protocol(subsets=50),
@@ -80,3 +82,52 @@ class BanzhafMethod(BankMethodBase):
     contrasts: ClassVar[bool] = True
     reference: ClassVar[str] = "Wang & Jia 2023, Data Banzhaf"
     type: Literal["banzhaf"]
+
+
+class SemivalueMethodBase(BankMethodBase):
+    """An example's marginal contribution to subsets of every size, weighted by size; every retraining is used for every example."""
+
+    notion: ClassVar[Notion] = "game_theoretic"
+    sizes: ClassVar[Sizes] = "varied"
+    least_subsets: ClassVar[int] = 12
+    contrasts: ClassVar[bool] = True
+    bank: Protocol = Field(
+        default=Protocol(subsets=100, sizes="varied"),
+        description="The retrainings it learns from, of varied sizes; what exists of the bank is used again.",
+    )
+
+    @property
+    @abstractmethod
+    def parameters(self) -> tuple[float, float]:
+        """α and β of Beta Shapley."""
+
+
+class ShapleyMethod(SemivalueMethodBase):
+    """Data Shapley values: the mean marginal contribution over sizes; they sum to what training on everything changes."""
+
+    reference: ClassVar[str] = "Ghorbani & Zou 2019, Data Shapley; Li & Yu 2024, One Sample Fits All"
+    type: Literal["shapley"]
+
+    @property
+    def parameters(self) -> tuple[float, float]:
+        """α = β = 1."""
+        return 1.0, 1.0
+
+
+class BetaShapleyMethod(SemivalueMethodBase):
+    """Beta Shapley values: marginal contributions weighted towards small or large subsets."""
+
+    reference: ClassVar[str] = "Kwon & Zou 2022, Beta Shapley; Li & Yu 2024, One Sample Fits All"
+    type: Literal["beta_shapley"]
+    alpha: float = Field(default=4.0, gt=0, le=1000, description="The larger, the more small subsets count.")
+    beta: float = Field(
+        default=1.0,
+        gt=0,
+        le=1000,
+        description="The larger, the more large subsets count; with alpha 1 and beta 1, Shapley.",
+    )
+
+    @property
+    def parameters(self) -> tuple[float, float]:
+        """α and β."""
+        return self.alpha, self.beta

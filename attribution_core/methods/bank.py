@@ -21,6 +21,7 @@ from attribution_core.bank_methods.checks import check_retrainings
 from attribution_core.bank_methods.datamodels import lasso_datamodel, ridge_datamodel
 from attribution_core.bank_methods.empirical_influence import empirical_influence
 from attribution_core.bank_methods.posterior import Learned, PosteriorDatamodel, condition, learn
+from attribution_core.bank_methods.semivalues import beta_shapley
 from attribution_core.data.batch import Batch
 from attribution_core.errors import FingerprintMismatchError
 from attribution_core.evaluate.retrainings import Retrainings
@@ -32,6 +33,7 @@ from attribution_core.method_spec import (
     DatamodelsMethod,
     EmpiricalInfluenceMethod,
     PosteriorMethod,
+    SemivalueMethodBase,
 )
 from attribution_core.methods.artifact import read_description, write_description
 from attribution_core.methods.context import FitContext
@@ -41,7 +43,7 @@ from attribution_core.methods.magic import train_spec
 from attribution_core.progress import Progress
 from attribution_core.sharding import Stage
 from attribution_core.training.bank import DIVERGED, Bank, train_group
-from attribution_core.training.spec import Protocol
+from attribution_core.training.spec import Protocol, subset_size
 from attribution_core.training.trainer import Trainer
 
 Arrays = dict[str, np.ndarray]
@@ -81,10 +83,17 @@ class NewGroup:
 
 def group_pieces(trainer: Trainer, protocol: Protocol, known: Sequence[int], first: int = 0) -> list[GroupPiece]:
     """Return a piece for every group of a bank, numbered from `first`; progress counts steps."""
-    n, size = trainer.spec.num_training, trainer.network.num_parameters
-    kept = round(protocol.alpha * n) if protocol.semantics == "resample" else n
-    steps = trainer.recipe.num_steps(kept) * protocol.subsets_per_group(size) * protocol.seeds
-    return [GroupPiece(first + group, 0 if group in known else steps) for group in range(protocol.num_groups(size))]
+    groups = range(protocol.num_groups(trainer.network.num_parameters))
+    return [
+        GroupPiece(first + group, 0 if group in known else _group_steps(trainer, protocol, group)) for group in groups
+    ]
+
+
+def _group_steps(trainer: Trainer, protocol: Protocol, group: int) -> int:
+    n, size = trainer.spec.num_training, protocol.subsets_per_group(trainer.network.num_parameters)
+    numbers = range(group * size, (group + 1) * size)
+    examples = [subset_size(protocol, n, number) if protocol.semantics == "resample" else n for number in numbers]
+    return protocol.seeds * sum(trainer.recipe.num_steps(count) for count in examples)
 
 
 class BankPipeline:
@@ -130,7 +139,7 @@ class BankPipeline:
         """Lay out the artifact in an empty folder.
 
         Raises:
-            InvalidInputError: if the retrainings are too few for the method.
+            InvalidInputError: if the retrainings that did not diverge are too few for the method.
         """
         bank = Bank(train_spec(self.spec), self.method.bank, files, self.device)
         context = FitContext(self.spec, self.device)
@@ -142,6 +151,8 @@ class BankPipeline:
             learned = learn(list(scores), Retrainings(bank.masks, values))
             coverage["posterior"] = learned.hyperparameters.as_json()
             write_arrays(into / EVIDENCE_FILE, {"scores": scores.astype(np.float32), "values": values})
+        else:  # what a query would be refused for
+            _scores(self.method, Retrainings(bank.masks, np.where(bank.diverged, np.nan, 0.0)[:, :, None]))
         described = {"fingerprint": self.spec.fingerprint(), "coverage": coverage, "recall": None}
         write_description(into, described)
         size = sum(path.stat().st_size for path in into.rglob("*") if path.is_file())
@@ -268,8 +279,10 @@ def _scores(method: BankMethodBase, retrainings: Retrainings) -> np.ndarray:
             return empirical_influence(retrainings)
         case AmeMethod():
             return average_marginal_effects(retrainings)
-    assert isinstance(method, BanzhafMethod)
-    return data_banzhaf(retrainings)
+        case BanzhafMethod():
+            return data_banzhaf(retrainings)
+    assert isinstance(method, SemivalueMethodBase)
+    return beta_shapley(retrainings, *method.parameters)
 
 
 def _named_queries(context: FitContext, method: PosteriorMethod) -> Batch:

@@ -12,8 +12,10 @@ from attribution_core.fingerprint import sha256_file, sha256_of
 from attribution_core.references import CheckpointRef, DatasetRef
 from attribution_core.spec import ArchitectureSpec, Seed, Spec, TaskSpec, TokenizerSpec
 from attribution_core.training.recipe import CheckpointInitialisation, Recipe
+from attribution_core.training.sizes import drawn_size
 
 Semantics = Literal["resample", "mask"]
+Sizes = Literal["fixed", "varied"]
 MODELS_PER_GROUP = 32
 _GROUP_PARAMETERS = 64 << 20
 
@@ -81,10 +83,22 @@ class TrainSpec(Spec):
 class Protocol(Spec):
     """Which retrainings make up a bank: random subsets that keep a share of the examples, each trained with several seeds.
 
-    Subset j is a function of (seed, alpha, n, left_out, j) alone, so a larger bank begins with the smaller one.
+    Subset j is a function of (seed, alpha, sizes, n, left_out, j) alone, so a larger bank begins with the smaller one.
     """
 
-    alpha: float = Field(default=0.5, gt=0, lt=1, description="Share of the examples that each subset keeps.")
+    alpha: float = Field(
+        default=0.5,
+        gt=0,
+        lt=1,
+        description="Share of the examples that each subset keeps; the mean share if sizes vary.",
+    )
+    # Absent from hashes and stored protocols while it says nothing, so that older banks keep their keys.
+    sizes: Sizes = Field(
+        default="fixed",
+        exclude_if=lambda sizes: sizes == "fixed",
+        description="`varied` is for Shapley and Beta Shapley values: the first subset keeps nothing (the untrained model), the second "
+        "everything, and the others' sizes are spread over all between, the small and the large ones closer together.",
+    )
     subsets: int = Field(ge=1, le=100_000, description="How many subsets.")
     seeds: int = Field(default=1, ge=1, le=1024, description="Trainings per subset; their mean is the expected output.")
     first_seed: Seed = Field(default=1000, description="The trainings' seeds are this and those that follow it.")
@@ -94,6 +108,12 @@ class Protocol(Spec):
         "training on everything, and left-out examples weigh zero in their batch's mean, which is still over the whole batch.",
     )
     seed: Seed = Field(default=0, description="Of the subsets.")
+
+    @model_validator(mode="after")
+    def _half_on_average(self) -> Self:
+        if self.sizes == "varied" and self.alpha != 0.5:
+            raise ValueError("subsets of varied sizes keep half of the examples on average: leave alpha at 0.5")
+        return self
 
     def bank_key(self, spec: TrainSpec) -> str:
         """Return the hash of what decides each retraining; banks of more or fewer subsets share it."""
@@ -114,29 +134,47 @@ class Protocol(Spec):
 
 
 def check_subsets(protocol: Protocol, recipe: Recipe, n: int, left_out: Sequence[int] = ()) -> None:
-    """Refuse subsets of n rows that keep none or all of them, or too few to train on.
+    """Refuse subsets of n rows that keep none or all of them where they should not, or too few to train on.
 
     Raises:
         InvalidInputError: naming the share that is kept, or the recipe's batch size.
     """
-    kept = int(subset_mask(protocol, n, 0, left_out).sum())
+    trained = n - len(left_out)
+    varied = protocol.sizes == "varied"
+    sizes = {subset_size(protocol, trained, number) for number in range(protocol.subsets if varied else 1)}
     if protocol.semantics == "resample":
-        recipe.check_steps(kept)
+        recipe.check_steps(min(sizes - {0}, default=trained))
+
+
+def subset_size(protocol: Protocol, n: int, j: int) -> int:
+    """Return how many of n examples subset j keeps.
+
+    Raises:
+        InvalidInputError: if subsets of one size would keep none or all of them, or there are none between.
+    """
+    if protocol.sizes == "varied":
+        if n < 2:
+            raise InvalidInputError(f"of {n} examples no subset keeps some and leaves out others", "/sizes")
+        return (0, n)[j] if j < 2 else drawn_size(n, protocol.seed, j)
+    kept = round(protocol.alpha * n)
+    if not 0 < kept < n:
+        raise InvalidInputError(f"alpha {protocol.alpha} keeps {kept} of {n} examples", "/alpha")
+    return kept
 
 
 def subset_mask(protocol: Protocol, n: int, j: int, left_out: Sequence[int] = ()) -> np.ndarray:
-    """Return which of n rows subset j keeps, (n,) bool: of the m rows that are not left out exactly `round(alpha * m)`.
+    """Return which of n rows subset j keeps, (n,) bool: of the m rows that are not left out exactly `subset_size(protocol, m, j)`.
 
     The bits of a Philox counter are sorted, as numpy promises those, and not its permutations, for all time.
 
     Raises:
-        InvalidInputError: if that many are none or all of them.
+        InvalidInputError: if that many are none or all of them, and should not be.
     """
     rows = np.setdiff1d(np.arange(n), np.asarray(left_out, np.int64))
-    kept = round(protocol.alpha * len(rows))
-    if not 0 < kept < len(rows):
-        raise InvalidInputError(f"alpha {protocol.alpha} keeps {kept} of {len(rows)} examples", "/alpha")
+    kept = subset_size(protocol, len(rows), j)
     entropy: list[Any] = [protocol.seed, len(rows), j, *np.array([protocol.alpha]).view(np.uint32).tolist()]
+    if protocol.sizes == "varied":  # not the larger and smaller brothers of another bank's subsets
+        entropy.append(1)
     bits = np.random.Philox(np.random.SeedSequence(entropy)).random_raw(len(rows))
     mask = np.zeros(n, bool)
     mask[rows[np.argsort(bits, kind="stable")[:kept]]] = True

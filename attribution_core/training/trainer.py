@@ -2,7 +2,8 @@
 
 Two meanings of leaving examples out: under `resample` a run's training set is the examples it keeps, with batches, steps and schedule of
 their own; under `mask` it takes every step of its seed's training on everything, and the loss of a left-out example weighs zero in a
-mean that still divides by the whole batch. With nothing left out the two are the same program.
+mean that still divides by the whole batch. With nothing left out the two are the same program. A run that keeps nothing takes no step under
+`resample`: it is the untrained model.
 """
 
 import time
@@ -121,7 +122,7 @@ class Trainer:
         if run.kept[self.spec.left_out].any():
             raise InvalidInputError("a run keeps examples that are left out of every training")
         own = np.flatnonzero(run.kept) if semantics == "resample" else self.spec.training_rows
-        self.recipe.check_steps(len(own))
+        self._check_steps(len(own))
         return self._generated(run, own)
 
     def plan(self, run: Run, semantics: Semantics) -> list[Step]:
@@ -135,7 +136,7 @@ class Trainer:
             InvalidInputError: if the run keeps too few examples for a single step, or the warm-up never ends.
         """
         examples = self._examples(run, semantics)
-        self.recipe.check_steps(examples)
+        self._check_steps(examples)
         return self.recipe.num_steps(examples)
 
     def step_batch(self, run: Run, step: Step) -> Batch:
@@ -224,6 +225,10 @@ class Trainer:
             for place in range(each):
                 rows = own[order[place * size : (place + 1) * size]]
                 yield Step(epoch * each + place, epoch, rows, run.kept[rows].astype(np.float32), next(rates))
+
+    def _check_steps(self, examples: int) -> None:
+        if examples:
+            self.recipe.check_steps(examples)
 
     def _examples(self, run: Run, semantics: Semantics) -> int:
         return int(run.kept.sum()) if semantics == "resample" else self.spec.num_training

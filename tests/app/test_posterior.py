@@ -1,4 +1,4 @@
-"""Indexes that learn from a bank of real retrainings, over HTTP: posterior datamodels, datamodels, empirical influence, Banzhaf values."""
+"""Indexes that learn from a bank of real retrainings, over HTTP: posterior datamodels, datamodels, empirical influence, game-theoretic values."""
 
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ import pytest
 
 from attribution_core.bank_methods.empirical_influence import empirical_influence
 from attribution_core.bank_methods.posterior import condition, learn
+from attribution_core.bank_methods.semivalues import beta_shapley
 from attribution_core.evaluate.retrainings import Retrainings
 from tests.conftest import MLP, Loaded, save_digits
 
@@ -19,6 +20,7 @@ RECIPE: dict[str, Any] = {
     "batch_size": 50,
 }
 BANK = {"alpha": 0.5, "subsets": 24, "seeds": 1}
+VARIED = {"sizes": "varied", "subsets": 34}
 NAMED = list(range(20))
 QUERIES = [{"dataset": "test", "rows": [30, 41]}]
 HALF = {"remove": {"where": {"field": "row", "op": "lt", "value": 300}}}
@@ -70,8 +72,8 @@ def test_a_posterior_is_its_prior_conditioned_on_the_bank(banked: Loaded) -> Non
     np.testing.assert_allclose(posterior, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
 
 
-def bank_of(banked: Loaded, rows: list[int]) -> Retrainings:
-    """What test rows measure under the posterior's bank, read from the service's own files by the library."""
+def bank_of(banked: Loaded, rows: list[int], asked: dict[str, Any] = BANK) -> Retrainings:
+    """What test rows measure under a bank, the posterior's by default, read from the service's own files by the library."""
     from pathlib import Path
 
     from attribution_core.data.batch import Batch
@@ -98,22 +100,23 @@ def bank_of(banked: Loaded, rows: list[int]) -> Retrainings:
     spec = TrainSpec(
         architecture=ArchitectureSpec(**MLP), task=ClassificationTask(), dataset=reference(digits), recipe=RECIPE
     )
-    found = next(bank for bank in service.get("/v1/banks")["items"] if bank["id"] == bank_id(banked))
+    found = next(bank for bank in service.get("/v1/banks")["items"] if bank["id"] == bank_id(banked, asked))
     folder = artifacts / "banks" / found["model"] / found["id"]
     files: list[Path] = sorted(folder.glob("*/group.safetensors"))
-    bank = Bank(spec, Protocol.model_validate(BANK), files)
+    bank = Bank(spec, Protocol.model_validate(asked), files)
     where = reference(test)
     source = ExampleSource(DatasetReader(where.folder, where.spec), ClassificationTask(), None, "cpu")
     batch: Batch = source.batch(rows)
     return Retrainings(bank.masks, bank.values(batch, "margin"))
 
 
-def bank_id(banked: Loaded) -> str:
+def bank_id(banked: Loaded, asked: dict[str, Any] = BANK) -> str:
     model = banked.service.get("/v1/models/banked")["id"]
     (found,) = (
         bank["id"]
         for bank in banked.service.get("/v1/banks")["items"]
         if bank["model"] == model and bank["protocol"]["seed"] == 0
+        if bank["protocol"].get("sizes") == asked.get("sizes")
     )
     return str(found)
 
@@ -162,9 +165,29 @@ def test_other_methods_share_the_bank(banked: Loaded) -> None:
     assert (refused.status_code, refused.json()["errors"][0]["pointer"]) == (422, "/path/index")
 
 
+def test_shapley_values_share_a_bank_and_sum_to_what_training_changes(banked: Loaded) -> None:
+    before = len(banked.service.get("/v1/banks")["items"])
+    for kind, parameters in (("shapley", {}), ("beta_shapley", {"alpha": 4, "beta": 1})):
+        fit(banked, f"banked-{kind.replace('_', '-')}", {"type": kind, "bank": VARIED, **parameters})
+    assert len(banked.service.get("/v1/banks")["items"]) == before + 1
+    bank = bank_of(banked, [30, 41], VARIED)
+    shapley, skewed = (scores(banked, name, [30, 41]) for name in ("banked-shapley", "banked-beta-shapley"))
+    np.testing.assert_allclose(shapley.sum(1), bank.means[1] - bank.means[0], rtol=1e-3)
+    np.testing.assert_allclose(skewed, beta_shapley(bank, 4, 1), rtol=1e-4, atol=1e-5)
+    answer = banked.service.post("/v1/indexes/banked-shapley/attributions", {"queries": QUERIES})
+    assert (answer["method"], answer["notion"]) == ("shapley", "game_theoretic")
+    (shown,) = (one for one in banked.service.get("/v1/banks")["items"] if one["id"] == bank_id(banked, VARIED))
+    assert (shown["protocol"]["sizes"], shown["retrainings"]) == ("varied", 64)
+
+
 @pytest.mark.parametrize(
     ("method", "pointer"),
     [
+        ({"type": "shapley", "bank": {"subsets": 24}}, "/method/bank/sizes"),
+        ({"type": "banzhaf", "bank": VARIED}, "/method/bank/sizes"),
+        ({"type": "shapley", "bank": {**VARIED, "subsets": 11}}, "/method/bank/subsets"),
+        ({"type": "beta_shapley", "alpha": 500, "bank": VARIED}, "/method/bank/subsets"),
+        ({"type": "shapley", "bank": {**VARIED, "alpha": 0.4}}, "/method/bank"),
         ({"type": "datamodels", "bank": {"subsets": 9}}, "/method/bank/subsets"),
         ({"type": "ame", "bank": {"subsets": 9}}, "/method/bank/subsets"),
         ({"type": "empirical_influence", "bank": {"subsets": 4}}, "/method/bank/subsets"),
@@ -219,6 +242,9 @@ def test_it_is_not_judged_by_what_it_learnt_from(banked: Loaded) -> None:
     answer = banked.service.http.post("/v1/indexes/banked-posterior/evaluations", json=same)
     assert answer.status_code == 422
     assert answer.json()["errors"][0]["pointer"] == "/protocol/seed"
+    varied = {"queries": queries, "protocol": VARIED}
+    answer = banked.service.http.post("/v1/indexes/banked-posterior/evaluations", json=varied)
+    assert (answer.status_code, answer.json()["errors"][0]["pointer"]) == (422, "/protocol/sizes")
     other = {"queries": queries, "protocol": {**BANK, "seed": 1}}
     job = banked.service.finished(banked.service.post("/v1/indexes/banked-posterior/evaluations", other, 202))
     assert job["state"] == "succeeded", job["error"]
