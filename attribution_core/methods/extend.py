@@ -60,14 +60,18 @@ class ExtensionPipeline(FitPipeline):
         return [Stage(name, self._shards(name)) for name in self.spec.method.stages[-2:]]
 
     def assemble(self, into: Path, feature_files: Sequence[Path], progress: Progress) -> FitSummary:
-        """Lay out the artifact: old files as they are, then the new rows' shards."""
+        """Lay out the artifact: old files as they are, then the new rows' shards.
+
+        Raises:
+            Cancelled: if the work should stop.
+        """
         _link(self._base / FACTORS_FILE, into / FACTORS_FILE)
         for folder in (FEATURES_FOLDER, GRADIENTS_FOLDER):
             for path in sorted((self._base / folder).glob("*.safetensors")):
                 _link(path, into / folder / path.name)
         before = len(list((into / FEATURES_FOLDER).iterdir()))
-        write_features(self.context, self._member, into, feature_files, before)
-        write_search(self.context, into)
+        write_features(self.context, self._member, into, feature_files, progress, before)
+        write_search(self.context, into, progress)
         appended = self._appended()
         write_arrays(into / APPENDED_FILE, appended)
         # Of the fit: an exact scan for the recall of all rows would run the old ones again.

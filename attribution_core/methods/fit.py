@@ -173,13 +173,18 @@ class FitPipeline:
 
     @_of_method()
     def assemble(self, into: Path, feature_files: Sequence[Path], progress: Progress) -> FitSummary:
-        """Lay out the artifact in an empty folder from the reduced stages and the `features` shards in order."""
+        """Lay out the artifact in an empty folder from the reduced stages and the `features` shards in order.
+
+        Raises:
+            Cancelled: if the work should stop; progress is asked between files and blocks of rows.
+        """
         write_arrays(into / FACTORS_FILE, self._fitted(self.spec.method.stages))
-        write_features(self.context, self._member, into, feature_files)
-        write_search(self.context, into)
+        write_features(self.context, self._member, into, feature_files, progress)
+        write_search(self.context, into, progress)
         self._describe(into, recall=None)
         index = LoadedIndex(into, self.spec, self.context)
-        queries, exact = partial(self._recall_queries, index), partial(exact_scores, self.context, feature_files)
+        queries = partial(self._recall_queries, index)
+        exact = partial(exact_scores, self.context, feature_files, progress)
         recall = measured_recall(index, queries, exact)
         self._describe(into, recall=recall)
         return self._summary(into, index, recall)

@@ -17,14 +17,21 @@ from attribution_core.methods.base import FeatureMethod, QuerySide
 from attribution_core.methods.context import FitContext
 from attribution_core.methods.encoding import EXACT, GRADIENT, Arrays
 from attribution_core.methods.loaded import Query
+from attribution_core.progress import Progress, watched
 
 # The fitted method on one checkpoint.
 Member = Callable[[int], FeatureMethod]
 
 
-def write_features(context: FitContext, member: Member, into: Path, files: Sequence[Path], first: int = 0) -> None:
-    """Join each range's shards of all checkpoints side by side, in files numbered from `first` on."""
-    for number, shards in enumerate(_ranges(context, files)):
+def write_features(
+    context: FitContext, member: Member, into: Path, files: Sequence[Path], progress: Progress, first: int = 0
+) -> None:
+    """Join each range's shards of all checkpoints side by side, in files numbered from `first` on.
+
+    Raises:
+        Cancelled: if the work should stop.
+    """
+    for number, shards in enumerate(watched(_ranges(context, files), progress)):
         rows, weights = _side_by_side(shards)
         if "self_influence" in shards[0]:
             own = np.mean([shard["self_influence"] for shard in shards], axis=0)
@@ -35,24 +42,31 @@ def write_features(context: FitContext, member: Member, into: Path, files: Seque
             write_gradients(into / GRADIENTS_FOLDER, first + number, [_gradients_of(shard) for shard in shards])
 
 
-def write_search(context: FitContext, into: Path) -> None:
-    """Write the search file of the rows that are there, unless an exhaustive search reads the rows themselves."""
+def write_search(context: FitContext, into: Path, progress: Progress) -> None:
+    """Write the search file of the rows that are there, unless an exhaustive search reads the rows themselves.
+
+    Raises:
+        Cancelled: if the work should stop.
+    """
     spec = context.spec
     if spec.search.type == "flat" or context.layout == "factors":
         return
     from attribution_core.search.faiss_index import VectorIndex  # noqa: PLC0415, megabytes that few indexes need
 
     store = FeatureStore(into / FEATURES_FOLDER, spec.dataset.num_examples)
-    VectorIndex.build(spec.search, store).write(into / SEARCH_FILE)
+    VectorIndex.build(spec.search, store, progress).write(into / SEARCH_FILE)
 
 
-def exact_scores(context: FitContext, files: Sequence[Path], query: Query) -> np.ndarray:
+def exact_scores(context: FitContext, files: Sequence[Path], progress: Progress, query: Query) -> np.ndarray:
     """Return the exact scores (queries, n) of the queries by which recall is measured, averaged over checkpoints.
 
     Where rows are the method's own definition these are inner products of the rows as they were before they were stored.
+
+    Raises:
+        Cancelled: if the work should stop.
     """
     joined = []
-    for shards in _ranges(context, files):
+    for shards in watched(_ranges(context, files), progress):
         if EXACT in shards[0]:
             joined.append(np.mean([shard[EXACT] for shard in shards], axis=0))
             continue

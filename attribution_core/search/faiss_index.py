@@ -26,6 +26,7 @@ import numpy as np
 
 from attribution_core.arrays import read_arrays, write_arrays
 from attribution_core.errors import CorruptArtifactError
+from attribution_core.progress import NoProgress, Progress, watched
 from attribution_core.search.merge import Ranked, ordered
 from attribution_core.spec import SearchSpec
 
@@ -75,16 +76,21 @@ class VectorIndex:
         self._radii = radii
 
     @classmethod
-    def build(cls, spec: SearchSpec, rows: Rows) -> "VectorIndex":
+    def build(cls, spec: SearchSpec, rows: Rows, progress: Progress | None = None) -> "VectorIndex":
         """Build from weighted rows; equal rows give an equal index.
 
-        Clusters and codes are trained on evenly spread rows, in a pass of its own.
+        Clusters and codes are trained on evenly spread rows, in a pass of its own. Progress counts nothing: it is asked between blocks
+        whether the work should stop.
+
+        Raises:
+            Cancelled: if it should.
         """
+        progress = progress or NoProgress()
         with _one_thread():
             if spec.type != "flat":
-                return cls._clustered(spec, rows)
+                return cls._clustered(spec, rows, progress)
             index: Any = faiss.IndexFlatIP(rows.dim)
-            for _, block in rows.weighted_blocks():
+            for _, block in watched(rows.weighted_blocks(), progress):
                 index.add(_padded(block, rows.dim))
             return cls(index, rows)
 
@@ -150,10 +156,10 @@ class VectorIndex:
             wanted = min(8 * wanted, count)
 
     @classmethod
-    def _clustered(cls, spec: SearchSpec, rows: Rows) -> "VectorIndex":
-        index: Any = _trained(spec, rows)
+    def _clustered(cls, spec: SearchSpec, rows: Rows, progress: Progress) -> "VectorIndex":
+        index: Any = _trained(spec, rows, progress)
         squares, sizes = np.zeros(index.nlist), np.zeros(index.nlist)
-        for _, block in rows.weighted_blocks():
+        for _, block in watched(rows.weighted_blocks(), progress):
             part = _padded(block, index.d)
             distances, lists = index.quantizer.search(part, 1)
             index.add_core(len(part), faiss.swig_ptr(part), None, faiss.swig_ptr(lists))
@@ -220,7 +226,7 @@ class VectorIndex:
         return ordered(Ranked(np.broadcast_to(numbers, scores.shape), scores), k)
 
 
-def _trained(spec: SearchSpec, rows: Rows) -> Any:
+def _trained(spec: SearchSpec, rows: Rows, progress: Progress) -> Any:
     n = len(rows)
     lists = min(spec.lists or max(1, round(4 * n**0.5)), n)
     parts = min(spec.subquantizers or -(-rows.dim // _DIMS_PER_CODE), rows.dim)
@@ -238,15 +244,17 @@ def _trained(spec: SearchSpec, rows: Rows) -> Any:
     index.cp.spherical = False
     index.cp.min_points_per_centroid = 1
     index.cp.max_points_per_centroid = _TRAINING_ROWS_PER_LIST
-    index.train(_padded(_sample(rows, min(lists * _TRAINING_ROWS_PER_LIST, _MAX_TRAINING_ROWS), spec), dim))
+    count = min(lists * _TRAINING_ROWS_PER_LIST, _MAX_TRAINING_ROWS)
+    index.train(_padded(_sample(rows, count, spec, progress), dim))
     index.nprobe = min(spec.probes or -(-lists // 3), lists)
     return index
 
 
-def _sample(rows: Rows, count: int, spec: SearchSpec) -> np.ndarray:
+def _sample(rows: Rows, count: int, spec: SearchSpec, progress: Progress) -> np.ndarray:
     """Return evenly spread rows; repeated where they are fewer than a code's values."""
     step = max(1, len(rows) // count)
-    sample = np.concatenate([block[-start % step :: step] for start, block in rows.weighted_blocks()])
+    blocks = watched(rows.weighted_blocks(), progress)
+    sample = np.concatenate([block[-start % step :: step] for start, block in blocks])
     codes = 2**spec.bits if spec.type == "ivfpq" else 1
     return np.tile(sample, (-(-codes // len(sample)), 1))
 

@@ -364,7 +364,10 @@ def test_a_fit_that_is_cancelled_in_a_reduction_leaves_nothing_half_written(tmp_
     spec, work = problem.with_(method={"type": method, "projection": SMALL}), tmp_path / "work"
     run(spec, tmp_path / "whole", tmp_path / "expected")
     fit(spec, work, tmp_path / "counted", counting := Interrupting())
-    for at in (1, counting.reports // 2, counting.reports):
+    pipeline = build_pipeline(spec, tmp_path / "whole")
+    pipeline.assemble(tmp_path / "assembled", features_of(tmp_path / "whole"), assembling := Interrupting())
+    in_reductions = counting.reports - assembling.reports
+    for at in (1, in_reductions // 2, in_reductions):
         progress = Interrupting(at)
         with pytest.raises(Cancelled):
             fit(spec, work, tmp_path / "index", progress)
@@ -373,6 +376,28 @@ def test_a_fit_that_is_cancelled_in_a_reduction_leaves_nothing_half_written(tmp_
         assert hashes(work).items() < hashes(tmp_path / "whole").items()
     fit(spec, work, tmp_path / "index", NoProgress())
     assert hashes(tmp_path / "index") == hashes(tmp_path / "counted") == hashes(tmp_path / "expected")
+
+
+@pytest.mark.parametrize("search", [{}, IVF])
+def test_an_artifact_can_be_given_up_while_it_is_laid_out(
+    problem: Problem, tmp_path: Path, search: dict[str, Any]
+) -> None:
+    spec = problem.with_(method=METHODS["grad_dot"], search=search)
+    work = tmp_path / "work"
+    run(spec, work, tmp_path / "expected")
+    pipeline, files = build_pipeline(spec, work), features_of(work)
+    pipeline.assemble(tmp_path / "counted", files, counting := Interrupting())
+    passes = 4 if search else 2  # rows are written, sampled, added and scored
+    assert counting.reports == passes * (len(files) + 1)
+    for at in range(1, counting.reports, len(files) + 1):  # at the beginning of each pass
+        with pytest.raises(Cancelled):
+            pipeline.assemble(tmp_path / f"{at}", files, Interrupting(at))
+    pipeline.assemble(tmp_path / "again", files, NoProgress())
+    assert hashes(tmp_path / "again") == hashes(tmp_path / "counted") == hashes(tmp_path / "expected")
+
+
+def features_of(work: Path) -> list[Path]:
+    return sorted((work / "features").iterdir())
 
 
 def test_summary_describes_the_artifact(problem: Problem, tmp_path: Path) -> None:
