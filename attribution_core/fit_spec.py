@@ -8,10 +8,11 @@ from pydantic import Field, model_validator
 
 from attribution_core.errors import InvalidInputError
 from attribution_core.fingerprint import sha256_file, sha256_of
-from attribution_core.method_spec import PROJECTION_VERSION, LograMethod, MethodSpec, SourceMethod
+from attribution_core.method_spec import PROJECTION_VERSION, LograMethod, MethodSpec, RepresenterMethod, SourceMethod
 from attribution_core.references import CheckpointRef, DatasetRef
 from attribution_core.spec import (
     ArchitectureSpec,
+    CausalLanguageModelingTask,
     Precision,
     SearchSpec,
     Spec,
@@ -194,6 +195,19 @@ class FitSpec(Spec):
         """
         if isinstance(self.method, LograMethod) and self.method.projection.type != "factored":
             raise InvalidInputError("logra needs a projection of type factored", "/method/projection/type")
+
+    def check_head(self) -> None:
+        """Refuse representer points of what does not end in one linear layer, and of other layers.
+
+        Raises:
+            InvalidInputError: naming the method or the layers.
+        """
+        if not isinstance(self.method, RepresenterMethod):
+            return
+        if isinstance(self.task, CausalLanguageModelingTask):
+            raise InvalidInputError("representer is for classification and regression", "/method/type")
+        if self.layers is not None:
+            raise InvalidInputError("representer is of the last linear layer", "/layers")
 
     def segments(self, method: SourceMethod) -> list[list[Segment]]:
         """Return the segments of every run.

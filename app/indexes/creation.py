@@ -88,6 +88,7 @@ async def create(session: AsyncSession, request: IndexCreate, resources: Resourc
     spec.check_trajectory()
     spec.check_store()
     spec.check_projection()
+    spec.check_head()
     indexes.check_deletions(spec)
     await asyncio.to_thread(check_retrainings, spec)
     await asyncio.to_thread(check_exact, spec)

@@ -32,6 +32,7 @@ from attribution_core.method_spec.features import (
     GradDotMethod,
     LograMethod,
     RepresentationMethod,
+    RepresenterMethod,
     TrakMethod,
 )
 from attribution_core.method_spec.fisher import (
@@ -85,6 +86,7 @@ __all__ = [
     "ProjectionSpec",
     "QueryRows",
     "RepresentationMethod",
+    "RepresenterMethod",
     "SemivalueMethodBase",
     "ShapleyMethod",
     "SourceMethod",
@@ -118,6 +120,7 @@ MethodSpec = Annotated[
     | ShapleyMethod
     | BetaShapleyMethod
     | RepresentationMethod
+    | RepresenterMethod
     | ExactMethod,
     Field(discriminator="type"),
 ]

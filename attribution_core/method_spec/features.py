@@ -77,3 +77,27 @@ class RepresentationMethod(MethodBase):
     reference: ClassVar[str] = "Hanawa et al. 2021, Evaluation of Similarity-based Explanations"
     type: Literal["representation"]
     similarity: Literal["cosine", "dot"] = "cosine"
+
+
+class RepresenterMethod(MethodBase):
+    """Representer points: what each training example adds to the outputs, where the last linear layer is at its optimum under a penalty."""
+
+    exact_rows: ClassVar[bool] = True
+    reference: ClassVar[str] = "Yeh et al. 2018, Representer Point Selection for Explaining Deep Neural Networks"
+    type: Literal["representer"]
+    l2: float = Field(
+        default=0.01,
+        gt=0,
+        le=1e12,
+        description="The last layer's penalty: the mean loss + l2/2 · ‖Θ‖² over its weight and bias; the paper's λ is half of it.",
+    )
+    optimum: Literal["refit", "require"] = Field(
+        default="refit",
+        description="What to do with a last layer that is not at its optimum, as hardly any is: explain the one that Newton steps lead to, "
+        "as the paper does, or refuse it. The index tells how far it was, under `coverage.head`.",
+    )
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Passes over the training set that a fit takes, in order."""
+        return ("head", "features")

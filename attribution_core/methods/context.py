@@ -46,6 +46,7 @@ from attribution_core.method_spec import (
     LissaMethod,
     LograMethod,
     RepresentationMethod,
+    RepresenterMethod,
     SourceMethod,
     TracinMethod,
     TrakMethod,
@@ -54,8 +55,10 @@ from attribution_core.methods import trak
 from attribution_core.methods.base import CheckedCapture, Checkpoint, FeatureMethod, GradientMethod
 from attribution_core.methods.exact import Exact
 from attribution_core.methods.grad_cos import GradCos
+from attribution_core.methods.linear_head import last_linear
 from attribution_core.methods.logra import Logra
 from attribution_core.methods.representation import Representation
+from attribution_core.methods.representer import Representer
 from attribution_core.methods.source import Source, Unrolled
 from attribution_core.methods.trak import Trak
 from attribution_core.progress import Progress
@@ -111,6 +114,7 @@ class FitContext:
         spec.check_trajectory()
         spec.check_store()
         spec.check_projection()
+        spec.check_head()
         self.source = self.source_of(spec.dataset.folder, spec.dataset.spec)
         if self.source.reader.num_examples != spec.dataset.num_examples:
             raise FingerprintMismatchError(
@@ -143,7 +147,9 @@ class FitContext:
             reference = self.spec.checkpoints[number]
             reference.verify()
             module = load_model(self.spec.architecture, reference.path, self.device)
-            capture = CheckedCapture(module, self.spec.layers, _LOWERED[self.spec.precision])
+            # The name of a model that is one layer is empty.
+            last = isinstance(self.spec.method, RepresenterMethod) and last_linear(module)[0]
+            capture = CheckedCapture(module, [last] if last else self.spec.layers, _LOWERED[self.spec.precision])
             self._check_size(capture.num_parameters)
             self._checkpoints[number] = Checkpoint(
                 module=module,
@@ -212,6 +218,8 @@ class FitContext:
         match spec:
             case RepresentationMethod():
                 return Representation(checkpoint, spec.similarity)
+            case RepresenterMethod():
+                return Representer(checkpoint, spec, own)
             case TrakMethod():
                 kernel = trak.resized(own, self.spec.num_training / self.spec.fitted_examples) if own else None
                 return Trak(checkpoint, self._projection(spec, number), kernel, spec)

@@ -17,14 +17,17 @@ from torch import Tensor
 from attribution_core.curvature.group import Group
 from attribution_core.data.batch import Batch
 from attribution_core.errors import InvalidInputError, located
-from attribution_core.exact import Estimator, GeneralizedLinear, LogisticRegression, RidgeRegression, optimality
+from attribution_core.exact import Estimator, GeneralizedLinear
 from attribution_core.method_spec import ExactMethod
 from attribution_core.methods.base import Checkpoint, FeatureMethod, QuerySide, TrainRows
-from attribution_core.tasks.base import required_targets
-from attribution_core.tasks.classification import Classification
-
-# The side of a dense matrix in float64 that is decomposed: 2 GB.
-_MAX_CURVATURE = 16_384
+from attribution_core.methods.linear_head import (
+    Examples,
+    check_curvature,
+    check_optimum,
+    last_linear,
+    linear_model,
+    parameters_of,
+)
 
 
 class Exact(FeatureMethod):
@@ -94,47 +97,16 @@ class Exact(FeatureMethod):
     @cached_property
     def model(self) -> GeneralizedLinear:
         """The checkpoint as a linear model of the whole training set."""
-        features, targets = self._read()
-        kind = LogisticRegression if self._is_classification else RidgeRegression
-        model: GeneralizedLinear = kind(
-            features,
-            targets,
-            self._parameters(),
-            self.spec.l2 * len(features),
-            regulariser=self.spec.regulariser,
-            # Where neither data nor penalty have a say, training leaves a parameter as it was initialised.
-            pseudo_inverse=self.spec.l2 == 0,
-        )
-        if self.spec.optimum == "require":
-            _check_optimum(model)
+        examples = Examples.of(self.checkpoint, self._training())
+        self._rows = examples.rows  # where an example is among those trained on
+        _, layer = last_linear(self.checkpoint.module)
+        spec = self.spec
+        model = linear_model(self.checkpoint.task, examples, parameters_of(layer), spec.l2, spec.regulariser)
+        if spec.optimum == "require":
+            check_optimum(model, "polish (explain the optimum nearby) or assume")
         # A refit ends at an optimum, so what it is compared with has to be one.
-        polish = self.spec.optimum == "polish" or self.spec.estimator == "newton"
+        polish = spec.optimum == "polish" or spec.estimator == "newton"
         return model.polished() if polish else model
-
-    @property
-    def _is_classification(self) -> bool:
-        return isinstance(self.checkpoint.task, Classification)
-
-    def _read(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return features (n, d), with ones if there is a bias, and targets as the loss takes them."""
-        features, targets, rows = [], [], []
-        for batch in self._training():
-            rows.append(batch.rows.cpu().numpy())
-            run = self.checkpoint.run(batch)
-            (gradient,) = run.gradients(self.checkpoint.task.loss(run.output, batch))
-            features.append(gradient.inputs.flatten(1).double().cpu().numpy())
-            targets.append(required_targets(batch).cpu().numpy())
-        self._rows = np.concatenate(rows)  # where an example is among those trained on
-        joined = np.concatenate(targets)
-        if not self._is_classification:
-            joined = joined.reshape(len(joined), -1).astype(np.float64)
-        return np.concatenate(features), joined
-
-    def _parameters(self) -> np.ndarray:
-        layer = next(part for part in self.checkpoint.module.modules() if isinstance(part, torch.nn.Linear))
-        columns = [layer.weight] if layer.bias is None else [layer.weight, layer.bias.unsqueeze(1)]
-        parameters: np.ndarray = torch.cat(columns, dim=1).detach().double().cpu().numpy()
-        return parameters
 
     def _check_architecture(self) -> None:
         holders = [
@@ -143,22 +115,4 @@ class Exact(FeatureMethod):
         blocks = self.checkpoint.capture.blocks
         if len(holders) != 1 or not isinstance(holders[0], torch.nn.Linear) or len(blocks) != 1:
             raise InvalidInputError("exact attribution is for models of one linear layer", "/method/type")
-        side = blocks[0].numel if self._is_classification else blocks[0].d_in
-        if side > _MAX_CURVATURE:
-            raise InvalidInputError(
-                f"the curvature of this model has {side} rows, and exact attribution takes up to {_MAX_CURVATURE}: "
-                "use ekfac",
-                "/method/type",
-            )
-
-
-def _check_optimum(model: GeneralizedLinear) -> None:
-    """Refuse weights that leave more undone than a tenth of one example's influence."""
-    found = optimality(model)
-    if not found.reached:
-        raise InvalidInputError(
-            f"the weights are not at the optimum of the mean loss + l2/2·‖θ‖²: it is about {found.in_examples:.2g} typical "
-            "examples' influences away. Give the l2 that the model was trained with, train it further, or set optimum to "
-            "polish (explain the optimum nearby) or assume",
-            "/method/optimum",
-        )
+        check_curvature(self.checkpoint.task, blocks[0], "exact attribution")

@@ -34,7 +34,7 @@ from attribution_core.method_spec import (
     LograMethod,
     TrakMethod,
 )
-from attribution_core.methods import trak
+from attribution_core.methods import representer, trak
 from attribution_core.methods.artifact import FACTORS_FILE, write_description
 from attribution_core.methods.bank import BankPipeline
 from attribution_core.methods.base import FeatureMethod
@@ -47,6 +47,7 @@ from attribution_core.methods.logra import Logra, fisher_of
 from attribution_core.methods.magic import MagicPipeline
 from attribution_core.methods.opening import opened_priors
 from attribution_core.methods.recall import measured_recall, recall_rows
+from attribution_core.methods.representer import Representer
 from attribution_core.methods.trak import Trak
 from attribution_core.progress import Progress, watched
 from attribution_core.sharding import Shard, Stage, shard_ranges
@@ -120,6 +121,8 @@ class FitPipeline:
                 return self._krylov(shard, progress)
             case "kernel":
                 return self._kernel_sum(shard, progress)
+            case "head":
+                return self._head_examples(shard, progress)
             case _:
                 return self._features(shard, progress)
 
@@ -168,6 +171,8 @@ class FitPipeline:
                 return read_arrays(files[0])
             case "kernel":
                 return trak.eigen(summed_arrays(watched_files)["kernel"])
+            case "head":
+                return self._representer(number).fit_head([read_arrays(path) for path in watched_files])
             case _:
                 return self._feature_kernel(number, watched_files, progress)
 
@@ -206,7 +211,11 @@ class FitPipeline:
 
     def _coverage(self) -> dict[str, Any]:
         first = self.context.checkpoint(0).capture.coverage
-        return {"percent": first.percent, "covered": list(first.covered), "skipped": list(first.skipped)}
+        found = {"percent": first.percent, "covered": list(first.covered), "skipped": list(first.skipped)}
+        if "head" not in self.spec.method.stages:
+            return found
+        heads, count = self._reduced("head"), len(self.spec.checkpoints)
+        return {**found, "head": [representer.described(heads[f"{number}.distance"]) for number in range(count)]}
 
     def _summary(self, into: Path, index: LoadedIndex, recall: float) -> FitSummary:
         size = sum(path.stat().st_size for path in into.rglob("*") if path.is_file())
@@ -284,6 +293,16 @@ class FitPipeline:
         return {
             "kernel": sum((method.fisher_sum(batch, fisher) for batch in self._counted(shard, progress)), np.zeros(()))
         }
+
+    def _head_examples(self, shard: Shard, progress: Progress) -> Arrays:
+        member = self._representer(shard.checkpoint)
+        parts = [member.examples(batch) for batch in self._counted(shard, progress)]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _representer(self, number: int) -> Representer:
+        member = self.context.method(number, {})
+        assert isinstance(member, Representer)
+        return member
 
     def _features(self, shard: Shard, progress: Progress) -> Arrays:
         encoder, encoded, done = self._encoder(shard.checkpoint), list[Arrays](), 0

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from attribution_core.data.batch import Batch
 from attribution_core.errors import UnsupportedLayerError
 from attribution_core.methods.base import Checkpoint, FeatureMethod, QuerySide, TrainRows
+from attribution_core.methods.linear_head import last_linear
 
 _TINY = 1e-30
 
@@ -22,10 +23,7 @@ class Representation(FeatureMethod):
 
     def __init__(self, checkpoint: Checkpoint, similarity: str) -> None:
         super().__init__(checkpoint)
-        linear = [module for module in checkpoint.module.modules() if isinstance(module, nn.Linear)]
-        if not linear:
-            raise UnsupportedLayerError("the model has no linear layer whose input could represent an example")
-        self._head = linear[-1]
+        _, self._head = last_linear(checkpoint.module)
         self._cosine = similarity == "cosine"
 
     @property

@@ -263,6 +263,8 @@ def test_impossible_questions_are_refused(steady: Loaded, kind: str, change: dic
         ({"checkpoints": ["ckpt_nothing"]}, 422),
         ({"method": {"type": "magic"}}, 422),
         ({"method": {"type": "exact"}}, 422),
+        ({"method": {"type": "representer"}, "layers": ["output"]}, 422),
+        ({"method": {"type": "representer", "l2": 0}}, 422),
         ({"method": {"type": "ekfac", "damping": -1}}, 422),
         ({"method": {"type": "ekfac", "projection": {"dim": 10**9}}}, 422),
         ({"measurement": "happiness"}, 422),
@@ -304,6 +306,7 @@ FITTED = [
     ({"type": "trak", "projection": _TINY, "curvature": "fisher"}, {"layers": ["output"]}),
     ({"type": "grad_cos"}, {"store": {"dtype": "float16"}, "precision": "bfloat16", "layers": ["out*", "!hidden*"]}),
     ({"type": "representation"}, {}),
+    ({"type": "representer", "l2": 0.1}, {}),
     ({"type": "grad_dot"}, {"search": {"type": "ivf", "lists": 8, "probes": 8}, "layers": ["output"]}),
 ]
 

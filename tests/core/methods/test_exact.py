@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from attribution_core.architectures.build import build
 from attribution_core.data.batch import Batch
 from attribution_core.errors import InvalidInputError
-from attribution_core.methods import exact as exact_method
+from attribution_core.methods import linear_head
 from attribution_core.methods.loaded import LoadedIndex
 from attribution_core.spec import ArchitectureSpec
 from tests.core.methods.problems import Problem, problem, relative_error
@@ -160,7 +160,7 @@ def test_deeper_models_are_refused(problem: Problem) -> None:
 
 def test_a_curvature_too_large_to_decompose_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For squared errors it has one row per feature whatever the number of outputs; for a softmax one per parameter."""
-    monkeypatch.setattr(exact_method, "_MAX_CURVATURE", 6)
+    monkeypatch.setattr(linear_head, "MAX_CURVATURE", 6)
     ridge_problem(tmp_path / "ridge", 3, True)[0].fit("small", method={"type": "exact", "l2": L2})
     with pytest.raises(InvalidInputError, match="12 rows"):
         convex(tmp_path / "logistic", 2, L2)[0].fit("large", method=EXACT)
