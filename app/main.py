@@ -17,6 +17,7 @@ from app.engine.client import EngineClient
 from app.health.endpoints import router as health
 from app.indexes.endpoints import router as indexes
 from app.jobs.endpoints import router as jobs
+from app.jobs.following import Following
 from app.models.endpoints import router as models
 from app.queries.endpoints import router as queries
 from app.replay.endpoints import router as replay
@@ -46,7 +47,9 @@ def create_app(settings: Settings) -> FastAPI:
         artifacts = ArtifactStore(settings.data_dir)
         artifacts.prepare()
         engine = EngineClient(settings.engine)
-        app.state.resources = Resources(settings, database, sessions, artifacts, engine, KeyRing(sessions))
+        app.state.resources = Resources(
+            settings, database, sessions, artifacts, engine, KeyRing(sessions), Following(sessions)
+        )
         await engine.start()
         try:
             yield

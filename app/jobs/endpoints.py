@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import time
 from collections.abc import AsyncIterator
 from typing import Annotated
 
@@ -70,21 +71,20 @@ async def follow_job(
         yield b"retry: 1000\n\n"
         while not await request.is_disconnected():
             try:
-                async with resources.sessions() as short:
-                    found = await service.events(short, job, position)
-                    ended = not found and await service.is_finished(short, job)
+                news = await resources.following.news(job, position)
             except OUTAGE:
                 return  # the client reconnects and goes on where it was
-            for event in found:
+            for event in news.events:
                 position = event.id
                 yield _encoded(event)
                 if event.type == "state" and event.data["state"] in TERMINAL:
                     return
-            if ended:
+            if news.ended:
                 return
-            if not found:
+            if not news.events:
                 yield b": waiting\n\n"
-            await asyncio.sleep(_POLL_SECONDS)
+            # All followers read at the same moments: those of one job share what they read.
+            await asyncio.sleep(_POLL_SECONDS - time.monotonic() % _POLL_SECONDS)
 
     return StreamingResponse(stream(), media_type="text/event-stream", headers={"x-accel-buffering": "no"})
 

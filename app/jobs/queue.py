@@ -38,6 +38,11 @@ class Queue:
         )
         return set((await session.execute(query, {"jobs": list(job_ids)})).scalars())
 
+    @staticmethod
+    async def forget_lost(session: AsyncSession) -> None:
+        """Forget messages that were taken by workers which are gone; their jobs are found by their leases."""
+        await session.execute(text("DELETE FROM procrastinate_jobs WHERE status = 'doing' AND worker_id IS NULL"))
+
     async def receive(self, name: str) -> None:
         """Receive messages one at a time until cancelled.
 

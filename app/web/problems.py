@@ -7,6 +7,7 @@ from fastapi.responses import JSONResponse
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from app.db.failures import is_outage
 from app.errors import (
@@ -77,6 +78,11 @@ def install(app: FastAPI) -> None:
         return answer(
             request, Conflict("Something that this refers to was made or deleted at the same time; try again.")
         )
+
+    @app.exception_handler(ClientDisconnect)
+    async def of_disconnect(request: Request, error: ClientDisconnect) -> JSONResponse:
+        # Nobody hears it; it is no fault of the service either.
+        return answer(request, BadRequest("The connection was closed before the whole body had come."))
 
     @app.exception_handler(DBAPIError)
     @app.exception_handler(PoolTimeout)

@@ -9,6 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from app.auth.service import KeyRing
 from app.db.session import SessionMaker
 from app.engine.client import EngineClient
+from app.jobs.following import Following
 from app.settings import Settings
 from app.storage.artifacts import ArtifactStore
 
@@ -23,6 +24,7 @@ class Resources:
     artifacts: ArtifactStore
     engine: EngineClient
     keys: KeyRing
+    following: Following
 
     @property
     def uploads(self) -> Path:

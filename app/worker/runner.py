@@ -102,6 +102,7 @@ class Runner:
     async def sweep(self) -> None:
         """Wake a worker for every job that nobody holds."""
         async with self.sessions.begin() as session:
+            await Queue.forget_lost(session)
             await wake_abandoned(session)
 
     async def _lead(self, running: Running) -> None:

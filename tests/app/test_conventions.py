@@ -2,6 +2,8 @@
 
 import base64
 import json
+import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest.mock import AsyncMock
@@ -17,6 +19,7 @@ from app.web.boundary import _run
 from app.web.effects import undo_on_error
 from app.web.problems import install
 from tests.conftest import MLP, Loaded
+from tests.service import wait_for
 
 QUERY = {"queries": [{"dataset": "test", "rows": [0]}]}
 INDEX = {"name": "x", "model": "mlp", "dataset": "digits"}
@@ -358,6 +361,17 @@ async def test_files_stay_where_a_commit_may_have_happened() -> None:
     with pytest.raises(Conflict):
         await _run(request, session, refused, None)
     assert undone == ["file", "file"], "of both requests, which are one here"
+
+
+def test_a_client_that_goes_away_is_no_fault(loaded: Loaded) -> None:
+    host, port = loaded.service.url.removeprefix("http://").split(":")
+    head = "POST /v1/models HTTP/1.1\r\nhost: localhost\r\nx-request-id: gone-away\r\ncontent-length: 100\r\n\r\n{"
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(head.encode())
+        time.sleep(0.2)
+    log = loaded.service.data.parent / f"{loaded.service.data.name}.log"
+    wait_for(lambda: "request_id=gone-away" in log.read_text(), 10, "the request to be logged")
+    assert "ClientDisconnect" not in log.read_text()
 
 
 def test_a_race_that_no_service_foresaw_is_a_conflict() -> None:

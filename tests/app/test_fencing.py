@@ -150,6 +150,20 @@ async def test_a_waiting_job_is_announced_once(sessions: SessionMaker) -> None:
         await session.rollback()
 
 
+async def test_messages_of_lost_workers_are_forgotten(sessions: SessionMaker, tmp_path: Path) -> None:
+    job = await new_job(sessions)
+    insert = (
+        "INSERT INTO procrastinate_jobs (queue_name, task_name, args, status) VALUES ('none', 'none', :args, 'doing')"
+    )
+    found = text("SELECT count(*) FROM procrastinate_jobs WHERE queue_name = 'none'")
+    async with sessions.begin() as session:
+        await session.execute(text(insert), {"args": f'{{"job_id": "{job}"}}'})
+    await Runner(Settings(), sessions, ArtifactStore(tmp_path), "w", {}).sweep()
+    async with sessions() as session:
+        assert await session.scalar(found) == 0
+    await finish(sessions, job)
+
+
 @pytest.mark.parametrize(("kind", "slug"), [(IntegrityError, "conflict"), (DataError, "internal")])
 async def test_a_result_that_the_database_refuses_ends_the_job(
     sessions: SessionMaker, tmp_path: Path, kind: type[IntegrityError | DataError], slug: str

@@ -1,11 +1,18 @@
 """Jobs over HTTP: events that can be resumed, cancellation, retry."""
 
+import asyncio
 import json
 import time
 from pathlib import Path
+from typing import cast
+from unittest.mock import MagicMock
 
 import pytest
 
+from app.db.session import SessionMaker
+from app.db.tables import JobEvent
+from app.jobs import service as jobs
+from app.jobs.following import Following
 from tests.conftest import Loaded
 from tests.service import wait_for
 
@@ -44,6 +51,33 @@ def test_events_tell_the_whole_story_and_resume(loaded: Loaded) -> None:
     for wrong in ("x", "-1", "1e3", "9" * 30):
         answer = loaded.service.http.get(f"/v1/jobs/{job['id']}/events", headers={"Last-Event-ID": wrong})
         assert answer.status_code == 422
+
+
+async def test_followers_of_one_job_read_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a connection for each, a hundred of them would leave none for requests."""
+    reads: list[tuple[str, int]] = []
+
+    async def read(session: object, job: str, after: int) -> list[JobEvent]:
+        reads.append((job, after))
+        await asyncio.sleep(0.01)
+        if job == "lost":
+            raise OSError("the database is lost")
+        return [JobEvent(id=after + 1, job_id=job, type="state", data={})]
+
+    monkeypatch.setattr(jobs, "events", read)
+    following = Following(cast(SessionMaker, MagicMock()))
+    asked = [following.news(job, 0) for job in ("one", "other") for _ in range(50)]
+    first, *rest = [asyncio.create_task(question) for question in asked]
+    await asyncio.sleep(0)
+    first.cancel()
+    news = await asyncio.gather(*rest)
+    assert [one.events[0].job_id for one in news] == ["one"] * 49 + ["other"] * 50
+    assert reads == [("one", 0), ("other", 0)]
+    for _ in range(2):
+        with pytest.raises(OSError, match="lost"):
+            await following.news("lost", 0)
+    await following.news("one", 1)
+    assert reads[2:] == [("lost", 0), ("lost", 0), ("one", 1)]
 
 
 def test_progress_has_a_rate_and_a_remaining_time(loaded: Loaded) -> None:
