@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from attribution_core.errors import CheckpointError
 from attribution_core.fingerprint import sha256_file
@@ -70,7 +71,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             raise CheckpointError("this is not a safetensors file: its header length is impossible")
         length = int.from_bytes(start, "little")
         header = _parsed(file.read(length))
-    return _laid_out(header, 8 + length, size)
+    tensors = _laid_out(header, 8 + length, size)
+    _open(path)
+    return tensors
 
 
 def check_weights(path: Path, expected: Mapping[str, Mapping[str, Any]]) -> WeightsSummary:
@@ -92,6 +95,15 @@ def check_weights(path: Path, expected: Mapping[str, Mapping[str, Any]]) -> Weig
     dtypes = sorted({tensors[name].dtype for name in expected if name in tensors})
     count = sum(math.prod(tensors[names[0]].shape) for names in _held(tensors, expected).values())
     return WeightsSummary(sha256_file(path), path.stat().st_size, "+".join(dtypes), count)
+
+
+def _open(path: Path) -> None:
+    """Refuse what the library that will read the weights would refuse, such as metadata that is not text."""
+    try:
+        with safe_open(path, "np"):
+            pass
+    except SafetensorError as error:
+        raise CheckpointError(f"this is not a safetensors file: {error}") from None
 
 
 def _plausible_length(start: bytes, size: int) -> bool:

@@ -90,6 +90,9 @@ MALFORMED: dict[str, bytes] = {
     "truncated data": blob({"w": W, "b": B}, DATA[:-1]),
     "no data": blob({"w": W, "b": B}, b""),
     "bytes after the data": blob({"w": W, "b": B}, DATA + b"\x80\x04"),
+    "metadata a list": blob({"__metadata__": [1], "w": W, "b": B}),
+    "metadata of numbers": blob({"__metadata__": {"step": 1}, "w": W, "b": B}),
+    "metadata of a lone surrogate": blob({"__metadata__": {"a": "\ud800"}, "w": W, "b": B}),
     "a pickle after the data": blob({"w": W, "b": B}, DATA + pickle.dumps(1)),
 }
 
