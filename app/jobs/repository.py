@@ -81,6 +81,17 @@ async def events_after(session: AsyncSession, job_id: str, after: int) -> Sequen
     return (await session.execute(query)).scalars().all()
 
 
+async def forget_progress(session: AsyncSession, hours: float) -> None:
+    """Forget how far jobs were that ended more than so many hours ago; what states they were in is kept.
+
+    Those that ended weeks before were seen to then, and are not looked at for ever.
+    """
+    now = func.clock_timestamp()
+    ended = Job.finished_at.between(now - timedelta(hours=hours, weeks=2), now - timedelta(hours=hours))
+    old = select(Job.id).where(ended)
+    await session.execute(delete(JobEvent).where(JobEvent.type == "progress", JobEvent.job_id.in_(old)))
+
+
 async def claim_job(session: AsyncSession, job_id: str, worker: str, seconds: float) -> Job | None:
     """Take a job that is queued, or whose worker's lease ran out; None if there is nothing to take."""
     free = and_(

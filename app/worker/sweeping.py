@@ -1,4 +1,4 @@
-"""Removes what nothing will ask for again, as killed processes leave it: workspaces, uploads, published files that no row names, old keys.
+"""Removes what nothing will ask for again, as killed processes leave it: workspaces, uploads, published files that no row names, old keys and progress.
 
 A worker that is killed between publishing and committing leaves files behind, an api between committing a deletion and removing them.
 """
@@ -26,6 +26,8 @@ from app.web.idempotency import forget_expired
 log = structlog.get_logger("headwater.worker")
 # Longer than from a file's writing to the commit of its row.
 ORPHAN_SECONDS = 600.0
+# A job that takes a day reports its progress some ten thousands of times.
+_PROGRESS_HOURS = 24.0
 _NAMES_AT_ONCE = 1000
 
 
@@ -68,6 +70,7 @@ async def sweep_files(
     before = time.time() - orphan_seconds
     async with sessions.begin() as session:
         await forget_expired(session)
+        await repository.forget_progress(session, _PROGRESS_HOURS)
     for name in artifacts.workspaces():
         if name.startswith("job_"):
             await _sweep_workspace(sessions, artifacts, name, kept_hours)

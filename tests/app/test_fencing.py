@@ -1,12 +1,12 @@
 """Claims, leases and fences of jobs and shards, straight on the rows, in the running service's database."""
 
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from fastapi import Response
-from sqlalchemy import select, text, update
+from sqlalchemy import func, select, text, update
 from sqlalchemy.exc import DataError, IntegrityError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -296,6 +296,21 @@ async def test_shards_of_a_job_that_failed_are_kept_for_a_while(
     assert job not in store.workspaces()
     async with sessions() as session:
         assert not await repository.has_shards(session, job), "a retry plans them again"
+
+
+async def test_progress_of_jobs_that_ended_long_ago_is_forgotten(sessions: SessionMaker) -> None:
+    kept = {}
+    for age in (1, 30):
+        job = await new_job(sessions)
+        await finish(sessions, job)
+        async with sessions.begin() as session:
+            for kind in ("progress", "state"):
+                await repository.add_event(session, job, kind, {})
+            ended = func.clock_timestamp() - timedelta(hours=age)
+            await session.execute(update(Job).where(Job.id == job).values(finished_at=ended))
+            await repository.forget_progress(session, 24)
+            kept[age] = [event.type for event in await repository.events_after(session, job, 0)]
+    assert kept == {1: ["progress", "state"], 30: ["state"]}
 
 
 async def test_nothing_is_swept_for_another_database(sessions: SessionMaker, tmp_path: Path) -> None:
