@@ -50,7 +50,7 @@ async def _prepared(runner: Runner, running: Running) -> tuple[EvaluationPipelin
     async with runner.sessions.begin() as session:
         spec, banks = await replays.evaluation_plan(session, running.job.resource_id, runner.settings, runner.artifacts)
     work = runner.artifacts.workspace(running.job.id)
-    pipeline = await computed(lambda: EvaluationPipeline(spec, device_of(runner)), running.progress)
+    pipeline = await computed(lambda: EvaluationPipeline(spec, device_of(runner), running.progress), running.progress)
     assert isinstance(pipeline, EvaluationPipeline)
     return pipeline, work, banks
 

@@ -27,7 +27,7 @@ from attribution_core.evaluate.spec import BankRef, EvaluationSpec, TuneSpec
 from attribution_core.methods.bank import GroupPiece, NewGroup, group_pieces
 from attribution_core.methods.opening import AnyIndex, open_index
 from attribution_core.methods.representation import Representation
-from attribution_core.progress import Progress
+from attribution_core.progress import NoProgress, Progress, watched
 from attribution_core.sharding import Stage
 from attribution_core.training.bank import Bank, Retrained, train_group, train_runs
 from attribution_core.training.pipeline import RunGroup, run_groups
@@ -69,14 +69,17 @@ class EvaluationPipeline:
     Args:
         spec: the evaluation.
         device: where torch computes.
+        progress: asked, while scores are computed, whether the work should stop; no units are counted there.
 
     Raises:
         InvalidInputError: if it asks for what it cannot have.
+        Cancelled: if the work should stop.
     """
 
-    def __init__(self, spec: EvaluationSpec, device: str = "cpu") -> None:
+    def __init__(self, spec: EvaluationSpec, device: str = "cpu", progress: Progress | None = None) -> None:
         check_evaluation(spec)
         self.spec, self.device = spec, device
+        self._progress = progress or NoProgress()
         self.trainer = Trainer(spec.train, device)
         self.rows = spec.train.training_rows  # all that is measured is over these; deleted examples have no part in it
         self._sets = _SetsToRetrain(self)
@@ -104,7 +107,11 @@ class EvaluationPipeline:
         return {}
 
     def conclude(self, files: Sequence[Path]) -> Evaluated:
-        """Measure everything that was asked for."""
+        """Measure everything that was asked for.
+
+        Raises:
+            Cancelled: if the work should stop.
+        """
         groups = self._new_groups(files)
         main, *deterministic = (self._bank(number, files) for number in range(len(self.spec.banks)))
         damping, quality = self._tuned(main) if self.spec.tune else (None, self._measured(main, self.scores(None)))
@@ -138,9 +145,9 @@ class EvaluationPipeline:
 
     def _scores_of(self, index: AnyIndex, damping: float | None) -> np.ndarray:
         found = []
-        for start in range(0, len(self.batch), _QUERIES_AT_ONCE):
+        for start in watched(range(0, len(self.batch), _QUERIES_AT_ONCE), self._progress):
             query = index.query(self.batch[start : start + _QUERIES_AT_ONCE], damping)
-            found.append(index.scores(query, self.rows, rescore=True))
+            found.append(index.scores(query, self.rows, rescore=True, progress=self._progress))
         return np.concatenate(found)
 
     @cached_property
