@@ -1,4 +1,4 @@
-"""The api's side of the engine: starts the child, feeds it through a bounded queue, restarts it when it dies. Free of torch."""
+"""The api's side of the engine: starts the child, feeds it through a bounded queue, replaces it when it dies or hangs. Free of torch."""
 
 import asyncio
 import contextlib
@@ -10,14 +10,16 @@ from typing import Any
 
 import structlog
 
-from app.engine.frames import LENGTH, decoded, encoded
+from app.engine.frames import BEAT_SECONDS, LENGTH, decoded, encoded
 from app.errors import CorruptArtifact, EngineBusy, EngineUnavailable, FieldProblem, InvalidRequest, Problem
 from app.settings import EngineSettings
 from app.telemetry import ENGINE_QUEUE, ENGINE_RESTARTS, ENGINE_SECONDS
 
 log = structlog.get_logger("headwater.engine")
 _MAX_BACKOFF_SECONDS = 10.0
-_START_SECONDS = 60.0
+_START_BEATS = 60
+# Far more than a busy machine delays them.
+_MISSED_BEATS = 30
 
 
 class EngineClient:
@@ -116,16 +118,18 @@ class EngineClient:
         )
         assert self._process.stdout is not None
         try:
-            await asyncio.wait_for(_read(self._process.stdout), _START_SECONDS)  # it says once that it is ready
+            await _heard(self._process.stdout, _START_BEATS)
             self._ready.set()
             log.info("engine ready", pid=self._process.pid)
             while True:
-                message = await _read(self._process.stdout)
+                message = await _heard(self._process.stdout, _MISSED_BEATS)
                 waiting = self._waiting.get(message["number"])
                 if waiting is not None and not waiting.done():
                     waiting.set_result(message)
-        except (asyncio.IncompleteReadError, TimeoutError):
+        except asyncio.IncompleteReadError:
             pass
+        except TimeoutError:
+            log.error("engine hangs; replacing it", pid=self._process.pid)
         finally:
             if self._process.returncode is None:
                 with contextlib.suppress(ProcessLookupError):
@@ -137,6 +141,25 @@ class EngineClient:
             if not waiting.done():
                 waiting.set_exception(EngineUnavailable("The engine has just died; it is being restarted."))
                 waiting.exception()  # seen here too: its caller may have gone
+
+
+async def _heard(stream: asyncio.StreamReader, beats: int) -> dict[str, Any]:
+    """Return the next message.
+
+    Waits are counted rather than seconds: whatever suspended this process may have suspended the engine too.
+
+    Raises:
+        TimeoutError: if none came for the time of so many beats.
+        IncompleteReadError: if the engine has ended.
+    """
+    message = asyncio.create_task(_read(stream))
+    try:
+        for _ in range(beats):
+            if (await asyncio.wait([message], timeout=BEAT_SECONDS))[0]:
+                return message.result()
+        raise TimeoutError
+    finally:
+        message.cancel()
 
 
 async def _read(stream: asyncio.StreamReader) -> dict[str, Any]:

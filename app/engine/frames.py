@@ -6,6 +6,9 @@ from typing import Any
 
 MAX_FRAME_BYTES = 512 << 20
 LENGTH = struct.Struct(">I")
+# The engine says this often that it is alive, also while it computes: by messages with this number, which no question has.
+BEAT_SECONDS = 1.0
+BEAT = -1
 
 
 def encoded(message: dict[str, Any]) -> bytes:

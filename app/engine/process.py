@@ -3,12 +3,15 @@
 Started as `python -m app.engine.process` by the api; standard input and output are its pipes. It ends when its input ends.
 """
 
+import contextlib
 import json
 import os
 import queue
 import signal
 import sys
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,7 +19,7 @@ import structlog
 import torch
 
 from app.engine.cache import IndexCache
-from app.engine.frames import LENGTH, decoded, encoded
+from app.engine.frames import BEAT, BEAT_SECONDS, LENGTH, decoded, encoded
 from app.engine.operations import Operations
 from app.log import configure_logging
 from app.settings import Settings
@@ -25,19 +28,65 @@ from attribution_core.errors import AttributionError, CorruptArtifactError, Fing
 from attribution_core.projection import check_projections
 
 MAX_BATCH = 64
+# Of the time that a caller waits, before a batch is taken to hang.
+_PATIENCE = 10
 log = structlog.get_logger("headwater.engine")
 Message = dict[str, Any]
 
 
-def serve(inputs: BinaryIO, outputs: BinaryIO, operations: Operations) -> None:
+class Answers:
+    """The way back to the api, which replaces a process that it does not hear from.
+
+    Beats come from a thread of their own, so a batch may take far longer than its callers wait, such as one that loads a large
+    index: later calls need that index too. One that takes longer than `patience` is taken to hang, and beats end.
+
+    Args:
+        outputs: the pipe.
+        patience: seconds that a batch may take.
+    """
+
+    def __init__(self, outputs: BinaryIO, patience: float) -> None:
+        self._outputs = outputs
+        self._patience = patience
+        self._lock = threading.Lock()
+        self._began: float | None = None
+
+    def send(self, frame: bytes) -> None:
+        """Write a whole frame."""
+        with self._lock:
+            self._outputs.write(frame)
+            self._outputs.flush()
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """Count the time of a batch."""
+        self._began = time.monotonic()
+        yield
+        self._began = None
+
+    def hangs(self) -> bool:
+        """Return whether a batch has taken too long."""
+        began = self._began
+        return began is not None and time.monotonic() - began > self._patience
+
+    def beat(self) -> None:
+        """Send beats until a batch hangs."""
+        while not self.hangs():
+            self.send(encoded({"number": BEAT}))
+            time.sleep(BEAT_SECONDS)
+
+
+def serve(inputs: BinaryIO, answers: Answers, operations: Operations) -> None:
     """Answer requests until the input ends."""
     waiting: queue.Queue[Message | None] = queue.Queue()
     threading.Thread(target=_read_all, args=(inputs, waiting), daemon=True).start()
-    _write(outputs, encoded({"number": -1, "result": {}}))
+    threading.Thread(target=answers.beat, daemon=True).start()
     while (message := waiting.get()) is not None:
         batch = [message, *_like(message, waiting)]
-        for answer in _answers(operations, batch):
-            _write(outputs, _framed(answer))
+        with answers.computing():
+            found = _answers(operations, batch)
+        for answer in found:
+            answers.send(_framed(answer))
 
 
 def _read_all(inputs: BinaryIO, waiting: "queue.Queue[Message | None]") -> None:
@@ -102,11 +151,6 @@ def _answer(operations: Operations, message: Message) -> Message:
         return {"number": number, "error": {"kind": "internal", "detail": f"{type(error).__name__}: {error}"}}
 
 
-def _write(outputs: BinaryIO, frame: bytes) -> None:
-    outputs.write(frame)
-    outputs.flush()
-
-
 def _framed(answer: Message) -> bytes:
     """Return an answer's frame; one that has none (too large, or not all numbers) is refused, as the process must outlive it."""
     try:
@@ -129,7 +173,8 @@ def main() -> None:
     cache = IndexCache(ArtifactStore(settings.data_dir), settings.engine.memory_bytes, used)
     outputs = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     sys.stdout = sys.stderr  # nothing a library prints may end up between frames
-    serve(sys.stdin.buffer, outputs, Operations(cache, settings.limits.rescore_rows))
+    answers = Answers(outputs, _PATIENCE * settings.engine.timeout_seconds)
+    serve(sys.stdin.buffer, answers, Operations(cache, settings.limits.rescore_rows))
 
 
 if __name__ == "__main__":

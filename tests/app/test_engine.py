@@ -1,6 +1,9 @@
 """The engine's client and its batches."""
 
 import asyncio
+import os
+import signal
+import threading
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,9 +13,9 @@ from app.db.embedded import get_server
 from app.db.session import create_engine, create_sessionmaker
 from app.engine.cache import IndexCache
 from app.engine.client import EngineClient, _result
-from app.engine.frames import LENGTH, decoded
+from app.engine.frames import BEAT, LENGTH, decoded
 from app.engine.operations import Operations
-from app.engine.process import _answers, _framed
+from app.engine.process import Answers, _answers, _framed
 from app.errors import EngineBusy, EngineUnavailable, InvalidRequest
 from app.indexes import service as indexes
 from app.settings import DatabaseSettings, EngineSettings, Settings
@@ -54,20 +57,54 @@ async def test_a_killed_engine_is_restarted() -> None:
     assert client._process.returncode is not None
 
 
+async def test_an_engine_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.engine.client._MISSED_BEATS", 4)
+    client = EngineClient(EngineSettings(timeout_seconds=60))
+    await client.start()
+    try:
+        await client.call("describe_plugins", {})
+        assert client._process is not None
+        hung = client._process
+        os.kill(hung.pid, signal.SIGSTOP)
+        with pytest.raises(EngineUnavailable, match="being restarted"):
+            await client.call("describe_plugins", {})
+        assert (await client.call("describe_plugins", {}))["plugins"] == []
+        assert hung.returncode == -signal.SIGKILL
+    finally:
+        await client.stop()
+
+
+def test_an_engine_shows_that_it_lives_until_a_batch_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.engine.process.BEAT_SECONDS", 0.01)
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb") as inputs, os.fdopen(writing, "wb") as outputs:
+        answers = Answers(outputs, patience=3600)
+        beating = threading.Thread(target=answers.beat)
+        beating.start()
+        with answers.computing():
+            for _ in range(3):
+                (length,) = LENGTH.unpack(inputs.read(LENGTH.size))
+                assert decoded(inputs.read(length)) == {"number": BEAT}
+            answers._patience = 0
+            beating.join(60)
+            assert not beating.is_alive()
+        assert not answers.hangs()
+
+
 async def test_an_engine_that_cannot_be_started_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    client, tries = EngineClient(EngineSettings()), 0
+    client, tries, again = EngineClient(EngineSettings()), 0, asyncio.Event()
 
     async def run() -> None:
         nonlocal tries
         tries += 1
         if tries == 1:
             raise BlockingIOError(11, "Resource temporarily unavailable")
+        again.set()
         await asyncio.Event().wait()
 
     monkeypatch.setattr(client, "_run_once", run)
     await client.start()
-    await asyncio.sleep(0.3)
-    assert tries == 2
+    await asyncio.wait_for(again.wait(), 30)
     await client.stop()
 
 
