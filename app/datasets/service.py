@@ -221,7 +221,7 @@ async def examples(
         rows = rows if after is None else rows[rows > after]
         return reader.describe(rows[: page.limit]), len(rows) > page.limit
 
-    async with _unless_deleted(session, dataset):
+    async with unless_deleted(session, dataset):
         found, more = await asyncio.to_thread(read)
     following = next_cursor(route, found[-1]["row"]) if more else None
     return PageOf[ExampleOut](items=[_example(dataset, entry) for entry in found], next=following)
@@ -234,7 +234,7 @@ async def example(session: AsyncSession, artifacts: ArtifactStore, dataset: Data
         NotFound: if the row does not exist.
         Gone: if it was deleted.
     """
-    async with _unless_deleted(session, dataset):
+    async with unless_deleted(session, dataset):
         reader = await _with_row(session, artifacts, dataset, row)
         found = await asyncio.to_thread(lambda: reader.describe(np.array([row])))
     return _example(dataset, found[0])
@@ -247,7 +247,7 @@ async def preview(session: AsyncSession, artifacts: ArtifactStore, dataset: Data
         NotFound: if the row does not exist.
         Gone: if it was deleted.
     """
-    async with _unless_deleted(session, dataset):
+    async with unless_deleted(session, dataset):
         reader = await _with_row(session, artifacts, dataset, row)
         return await asyncio.to_thread(lambda: preview_of(reader, row))
 
@@ -372,7 +372,7 @@ def preview_path(dataset_id: str, row: int) -> str:
 
 
 @contextlib.asynccontextmanager
-async def _unless_deleted(session: AsyncSession, dataset: Dataset) -> AsyncIterator[None]:
+async def unless_deleted(session: AsyncSession, dataset: Dataset) -> AsyncIterator[None]:
     """Say of files that cannot be read that their data set is gone, if it was deleted meanwhile.
 
     Raises:

@@ -37,7 +37,7 @@ async def extend(
     if not await datasets.is_version_of(session, later, index.dataset_id):
         raise InvalidRequest("An index is extended to a later version of its data set.", pointer="/dataset")
     indexes.check_fits(await models.find(session, index.model_id), later)
-    now = await repository.generation(session, index.id, index.generation)
+    now = await indexes.answering(session, index)
     before = await datasets.find_ready(session, index.dataset_id)
     covered = before.num_examples or 0
     base = {

@@ -21,10 +21,10 @@ async def page(session: AsyncSession, page_: Page) -> Sequence[Index]:
     return (await session.execute(newest_first(select(Index), Index.id, page_, "indexes"))).scalars().all()
 
 
-async def generation(session: AsyncSession, index_id: str, number: int) -> IndexGeneration:
-    """Return one generation of an index."""
+async def generation(session: AsyncSession, index_id: str, number: int) -> IndexGeneration | None:
+    """Return one generation of an index; None if they were deleted together."""
     query = select(IndexGeneration).where(IndexGeneration.index_id == index_id, IndexGeneration.number == number)
-    return (await session.execute(query)).scalar_one()
+    return (await session.execute(query)).scalar_one_or_none()
 
 
 async def generation_of_job(session: AsyncSession, job_id: str) -> IndexGeneration | None:

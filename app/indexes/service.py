@@ -160,8 +160,19 @@ async def delete(session: AsyncSession, reference: str, artifacts: ArtifactStore
 async def fit_spec(session: AsyncSession, reference: str, settings: Settings, artifacts: ArtifactStore) -> FitSpec:
     """Return everything that the generation of an index which answers depends on."""
     index = await find(session, reference)
+    return await spec_of(session, index, await answering(session, index), settings, artifacts)
+
+
+async def answering(session: AsyncSession, index: Index) -> IndexGeneration:
+    """Return the generation of an index that answers.
+
+    Raises:
+        NotFound: if the index was deleted meanwhile.
+    """
     generation = await repository.generation(session, index.id, index.generation)
-    return await spec_of(session, index, generation, settings, artifacts)
+    if generation is None:
+        raise NotFound(f"Index {index.name!r} was deleted.")
+    return generation
 
 
 async def spec_of(

@@ -1,6 +1,7 @@
 """From questions to engine calls and back: references resolved here, mathematics there."""
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,20 +45,26 @@ Json = dict[str, Any]
 SAMPLED_EXAMPLES = 32
 
 
-async def _answered(session: AsyncSession, resources: Resources, asked: "Asked", operation: str, payload: Json) -> Json:
-    """Return the engine's answer.
+async def _answered(
+    session: AsyncSession,
+    resources: Resources,
+    operation: str,
+    payload: Json,
+    index: Index,
+    queried: Iterable[str] = (),
+) -> Json:
+    """Return the engine's answer about an index and the data sets of its queries.
 
     Raises:
-        NotFound: if what the question is about was deleted meanwhile.
+        NotFound: if one of these was deleted meanwhile.
         CorruptArtifact: if stored files are damaged.
     """
     try:
         return await resources.engine.call(operation, payload)
     except CorruptArtifact:
-        await indexes.find(session, asked.index.id)
-        for query in asked.queries:
-            if query.dataset is not None:
-                await datasets.find(session, query.dataset)
+        await indexes.find(session, index.id)
+        for dataset in queried:
+            await datasets.find(session, dataset)
         raise
 
 
@@ -81,6 +88,11 @@ class Asked:
         """The damping that the index's evaluation chose; None if it did not."""
         return tuned_damping(self.index)
 
+    @property
+    def queried(self) -> set[str]:
+        """The data sets of its queries."""
+        return {query.dataset for query in self.queries if query.dataset is not None}
+
 
 async def attributions(
     session: AsyncSession, resources: Resources, reference: str, request: AttributionRequest
@@ -92,7 +104,7 @@ async def attributions(
     asked = await resolved(session, resources.settings, resources.artifacts, reference, request)
     condition = None if request.filter is None else request.filter.model_dump(mode="json", by_alias=True)
     payload = {**asked.engine, "top_k": request.top_k, "filter": condition}
-    found = await _answered(session, resources, asked, "attribute", payload)
+    found = await _answered(session, resources, "attribute", payload, asked.index, asked.queried)
 
     def listed(entries: list[Json]) -> list[Attributed]:
         return [
@@ -126,17 +138,12 @@ async def counterfactuals(
     if len(request.subsets) > resources.settings.limits.max_subsets:
         raise InvalidRequest(f"A request may have {resources.settings.limits.max_subsets} subsets.", pointer="/subsets")
     asked = await resolved(session, resources.settings, resources.artifacts, reference, request)
-    found = await _answered(
-        session,
-        resources,
-        asked,
-        "predict",
-        {
-            **asked.engine,
-            "subsets": [engine_subset(subset) for subset in request.subsets],
-            **group_question(asked, request.estimator, request.interval),
-        },
-    )
+    payload = {
+        **asked.engine,
+        "subsets": [engine_subset(subset) for subset in request.subsets],
+        **group_question(asked, request.estimator, request.interval),
+    }
+    found = await _answered(session, resources, "predict", payload, asked.index, asked.queried)
     results = [
         CounterfactualResult(
             query=query,
@@ -160,8 +167,8 @@ async def check_predictable(
         InvalidRequest: naming the query or subset that does not fit the index.
     """
     asked = await resolved(session, resources.settings, resources.artifacts, reference, request)
-    subsets = [engine_subset(subset) for subset in request.subsets]
-    found = await resources.engine.call("check_predictable", {**asked.engine, "subsets": subsets})
+    payload = {**asked.engine, "subsets": [engine_subset(subset) for subset in request.subsets]}
+    found = await _answered(session, resources, "check_predictable", payload, asked.index, asked.queried)
     removed: list[int | None] = found["removed"]
     return removed
 
@@ -186,7 +193,7 @@ async def check_answers(
         "damping": None,
         "subsets": [],
     }
-    await resources.engine.call("check_predictable", payload)
+    await _answered(session, resources, "check_predictable", payload, index, [dataset.id])
 
 
 async def unlearning(
@@ -210,7 +217,7 @@ async def unlearning(
         )
     forget = request.forget.model_dump(mode="json", by_alias=True, exclude_none=True)
     subset = {"selector": forget, "keep": False}
-    rows = await selected_rows(resources, asked.engine, forget)
+    rows = await _selected_rows(session, resources, asked.index, asked.engine, forget)
     kept = np.setdiff1d(
         np.arange(asked.training.num_examples or 0), np.asarray([*rows, *asked.deleted], dtype=np.int64)
     )
@@ -223,7 +230,7 @@ async def unlearning(
         "subsets": [subset],
         **group_question(asked, request.estimator, request.interval),
     }
-    found = await _answered(session, resources, asked, "predict", payload)
+    found = await _answered(session, resources, "predict", payload, asked.index, asked.queried)
     values = np.array([output["value"] for output in found["outputs"]])
     changes = [predictions[0] for predictions in found["predictions"]]
     predicted = values + np.array([entry["change"] for entry in changes])
@@ -253,13 +260,16 @@ async def forgotten_rows(session: AsyncSession, resources: Resources, index: Ind
     fit = await indexes.fit_spec(session, index.id, resources.settings, resources.artifacts)
     deleted = await datasets.deleted_rows(session, index.dataset_id)
     payload = {"artifact": index.artifact, "fit": fit.model_dump(mode="json", by_alias=True), "deleted": deleted}
-    return await selected_rows(resources, payload, selector.model_dump(mode="json", by_alias=True, exclude_none=True))
+    dumped = selector.model_dump(mode="json", by_alias=True, exclude_none=True)
+    return await _selected_rows(session, resources, index, payload, dumped)
 
 
-async def selected_rows(resources: Resources, engine: Json, selector: Json) -> list[int]:
+async def _selected_rows(
+    session: AsyncSession, resources: Resources, index: Index, engine: Json, selector: Json
+) -> list[int]:
     """Return the training rows that a selector names."""
-    asked = {key: engine[key] for key in ("artifact", "fit", "deleted")}
-    rows: list[int] = (await resources.engine.call("select", {**asked, "selector": selector}))["rows"]
+    payload = {key: engine[key] for key in ("artifact", "fit", "deleted")} | {"selector": selector}
+    rows: list[int] = (await _answered(session, resources, "select", payload, index))["rows"]
     return rows
 
 
@@ -281,9 +291,10 @@ async def self_influence(
         "limit": page.limit,
     }
     await release(session)
-    found = await resources.engine.call("self_influence", payload)
-    reader = datasets.reader_of(resources.artifacts, training)
-    described = reader.describe(np.asarray(found["rows"], dtype=np.int64))
+    found = await _answered(session, resources, "self_influence", payload, index)
+    async with datasets.unless_deleted(session, training):
+        reader = datasets.reader_of(resources.artifacts, training)
+        described = reader.describe(np.asarray(found["rows"], dtype=np.int64))
     items = [
         SelfInfluence(**entry, score=score, preview=datasets.preview_path(training.id, entry["row"]))
         for entry, score in zip(described, found["scores"], strict=True)
@@ -321,10 +332,10 @@ async def resolved(
                 pointer=f"/queries/{number}/dataset",
             )
         indexes.check_fits(model, dataset, f"/queries/{number}/dataset")
-        queries.append({**_located(artifacts, dataset, training), "rows": selection.rows})
-        asked.extend(
-            _query_rows(artifacts, dataset, selection, number, await datasets.deleted_rows(session, dataset.id))
-        )
+        gone = await datasets.deleted_rows(session, dataset.id)
+        async with datasets.unless_deleted(session, dataset):
+            queries.append({**_located(artifacts, dataset, training), "rows": selection.rows})
+            asked.extend(_query_rows(artifacts, dataset, selection, number, gone))
     deleted = await datasets.deleted_rows(session, training.id)
     await release(session)
     engine = {

@@ -2,16 +2,31 @@
 
 import base64
 import io
+from unittest.mock import AsyncMock
 
 import numpy as np
 import pytest
 from PIL import Image
 from pydantic import TypeAdapter
+from sqlalchemy import delete
 
+from app.auth.service import KeyRing
+from app.db.embedded import get_server
+from app.db.session import create_engine, create_sessionmaker
+from app.db.tables import Index
+from app.errors import CorruptArtifact, NotFound
+from app.indexes import service as indexes
+from app.jobs.following import Following
+from app.queries import service as queries
+from app.queries.schemas import CounterfactualRequest
+from app.settings import DatabaseSettings, Settings
+from app.storage.artifacts import ArtifactStore
+from app.web.pagination import Page
+from app.web.resources import Resources
 from attribution_core.fit_spec import CheckpointRef, DatasetRef, FitSpec
 from attribution_core.method_spec import METHODS
 from attribution_core.methods.loaded import LoadedIndex
-from attribution_core.spec import DatasetSpec, Filter
+from attribution_core.spec import DatasetSpec, Filter, Selector
 from tests.conftest import MLP, Loaded, load_digits
 
 QUERY = {"queries": [{"dataset": "test", "rows": [3, 8]}]}
@@ -412,3 +427,35 @@ def test_damaged_files_are_told_and_harm_nobody_else(steady: Loaded) -> None:
     answer = steady.service.http.post("/v1/indexes/damaged/attributions", json=QUERY)
     assert (answer.status_code, answer.json()["type"]) == (503, "/problems/corrupt-artifact")
     steady.service.post("/v1/indexes/steady/attributions", QUERY)
+
+
+async def test_questions_that_a_deletion_overtakes_find_nothing(steady: Loaded) -> None:
+    """Their index was there, its files are not when the engine reads them: they are not damaged."""
+    assert steady.service.finished(steady.fit("overtaken", {"type": "grad_dot"}))["state"] == "succeeded"
+    data = steady.service.data.resolve()
+    database = create_engine(DatabaseSettings(url=get_server(data / "postgres", cleanup_mode=None).get_uri()))
+    sessions, artifacts = create_sessionmaker(database), ArtifactStore(data)
+    resources = Resources(
+        Settings(data_dir=data), database, sessions, artifacts, AsyncMock(), KeyRing(sessions), Following(sessions)
+    )
+    selector = Selector(rows=[1])
+    question = CounterfactualRequest.model_validate({**QUERY, "subsets": [{"remove": {"rows": [1]}}]})
+    async with sessions() as session:
+        index = await indexes.find(session, "overtaken")
+
+        async def overtaken(operation: str, payload: object) -> None:
+            await session.execute(delete(Index).where(Index.id == index.id))
+            raise CorruptArtifact("A file is not there.")
+
+        resources.engine.call.side_effect = overtaken
+        for asked in (
+            lambda: queries.self_influence(session, resources, "overtaken", Page(5, None), "desc"),
+            lambda: queries.check_predictable(session, resources, "overtaken", question),
+            lambda: queries.forgotten_rows(session, resources, index, selector),
+        ):
+            with pytest.raises(NotFound, match="There is no index"):
+                await asked()
+            with pytest.raises(NotFound, match="was deleted"):
+                await indexes.answering(session, index)
+            await session.rollback()
+    await database.dispose()
