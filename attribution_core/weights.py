@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from attribution_core.errors import CheckpointError
 from attribution_core.fingerprint import sha256_file
+from attribution_core.strict_json import without_repeats
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_LISTED_PROBLEMS = 100
@@ -111,12 +112,6 @@ def _plausible_length(start: bytes, size: int) -> bool:
 
 
 def _parsed(raw: bytes) -> dict[str, Any]:
-    def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise ValueError("a name occurs twice")
-        return found
-
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=without_repeats)
     except (ValueError, RecursionError) as error:

@@ -6,6 +6,7 @@ a row is found again by the retried job, or removed with the thing it belongs to
 """
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -111,12 +112,14 @@ class ArtifactStore:
         target = self._path(name)
         target.parent.mkdir(parents=True, exist_ok=True)
         published = Published(name, sha256_of(entries), sum(int(entry["bytes"]) for entry in entries.values()))
-        if target.exists():
-            if self._manifest(target) != entries:
-                raise CorruptArtifactError(f"artifact {name} exists with other content")
-            shutil.rmtree(folder)
-        else:
+        try:
             folder.rename(target)
+        except OSError as error:  # asking first would let another worker publish it in between
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            if self._manifest(target) != entries:
+                raise CorruptArtifactError(f"artifact {name} exists with other content") from None
+            shutil.rmtree(folder)
         _flush(target.parent)
         crash_point("after-rename")
         return published

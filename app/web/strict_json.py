@@ -7,6 +7,7 @@ from fastapi import Request
 
 from app.errors import FieldProblem, InvalidRequest
 from attribution_core.pointers import Step, pointer_to
+from attribution_core.strict_json import refuse_constant, without_repeats
 
 MAX_DEPTH = 64
 
@@ -27,8 +28,8 @@ def parse_strictly(body: bytes, at: tuple[Step, ...] = ()) -> Any:
     try:
         value = json.loads(
             body.decode("utf-8"),
-            object_pairs_hook=_without_repeats,
-            parse_constant=_refuse_constant,
+            object_pairs_hook=without_repeats,
+            parse_constant=refuse_constant,
             parse_float=_float,
         )
     except UnicodeDecodeError:
@@ -39,17 +40,6 @@ def parse_strictly(body: bytes, at: tuple[Step, ...] = ()) -> Any:
         raise InvalidRequest(f"The body is not valid JSON: {error}") from None
     _check(value, at, 0)
     return value
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key occurs twice in one object")
-    return found
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a JSON number")
 
 
 def _float(text: str) -> float:

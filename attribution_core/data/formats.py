@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from attribution_core.errors import InvalidInputError
+from attribution_core.strict_json import refuse_constant, without_repeats
 
 BATCH_ROWS = 1024
 MAX_LINE_BYTES = 64 << 20
@@ -138,16 +139,12 @@ def _values(column: pa.Array, name: str) -> list[Any]:
 
 def _record(line: bytes, number: int) -> dict[str, Any] | Unreadable:
     try:
-        record = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
+        record = json.loads(line.decode("utf-8"), parse_constant=refuse_constant, object_pairs_hook=without_repeats)
     except UnicodeDecodeError:
         return Unreadable(f"line {number} is not UTF-8")
     except (ValueError, RecursionError) as error:
-        return Unreadable(f"line {number} is not JSON: {error}")
+        return Unreadable(f"line {number} is not strict JSON: {error}")
     return record if isinstance(record, dict) else Unreadable(f"line {number} is not a JSON object")
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a JSON number")
 
 
 def _columns_of(records: Sequence[dict[str, Any] | Unreadable], columns: Sequence[str]) -> dict[str, list[Any]]:

@@ -13,6 +13,8 @@ from app.db.session import SessionMaker
 from app.db.tables import JobEvent
 from app.jobs import service as jobs
 from app.jobs.following import Following
+from app.storage.artifacts import ArtifactStore
+from attribution_core.errors import CorruptArtifactError
 from tests.conftest import Loaded
 from tests.service import wait_for
 
@@ -149,8 +151,6 @@ def test_publishing_survives_a_power_cut_at_every_point(tmp_path: Path, after: s
     import subprocess
     import sys
 
-    from app.storage.artifacts import ArtifactStore
-
     code = (
         "import sys; from pathlib import Path; from app.storage.artifacts import ArtifactStore\n"
         "store = ArtifactStore(Path(sys.argv[1])); store.prepare(); work = store.workspace('job') / 'out'; work.mkdir(exist_ok=True)\n"
@@ -169,3 +169,25 @@ def test_publishing_survives_a_power_cut_at_every_point(tmp_path: Path, after: s
     again = subprocess.run(command, cwd=Path(__file__).parents[2], check=True, capture_output=True, text=True)
     assert store.verify("indexes/one").exists()
     assert again.stdout.strip()
+
+
+def test_two_workers_that_publish_one_artifact_at_once_both_succeed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, rename = ArtifactStore(tmp_path), Path.rename
+
+    def made(worker: str, content: bytes) -> Path:
+        (store.workspace(worker) / "data").write_bytes(content)
+        return store.workspace(worker)
+
+    def overtaken(folder: Path, target: Path) -> Path:
+        monkeypatch.setattr(Path, "rename", rename)
+        store.publish(made("faster", b"1"), "indexes/one")
+        return rename(folder, target)
+
+    monkeypatch.setattr(Path, "rename", overtaken)
+    published = store.publish(made("slower", b"1"), "indexes/one")
+    assert (store.verify(published.name) / "data").read_bytes() == b"1"
+    assert not store.workspaces()
+    with pytest.raises(CorruptArtifactError, match="other content"):
+        store.publish(made("other", b"2"), "indexes/one")

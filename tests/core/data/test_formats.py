@@ -178,7 +178,8 @@ def lines(path: Path, *content: bytes) -> Path:
 
 
 def test_json_lines_that_cannot_be_read_are_numbered(tmp_path: Path) -> None:
-    bad = [b"{", b"[1]", b"1", b'{"input": NaN}', b'{"input": -Infinity}', b"\xff\xfe", b'{"input": ' + b"[" * 100_000,
+    bad = [b"{", b"[1]", b"1", b'{"input": NaN}', b'{"input": -Infinity}', b'{"input": 1, "input": 2}',
+           b'{"input": {"a": 1, "a": 2}}', b"\xff\xfe", b'{"input": ' + b"[" * 100_000,
            b'{"input": ' + b"1" * 5000 + b"}", b"\x00"]  # fmt: skip
     path = lines(tmp_path / "some.jsonl", b'{"input": 1}', b"", b"  ", *bad, b'{"input": 2}')
     found = read(path, "input")["input"]
