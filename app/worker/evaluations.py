@@ -23,7 +23,7 @@ async def lead_evaluation(runner: Runner, running: Running) -> Callable[[AsyncSe
     found = await computed(lambda: pipeline.conclude(files), running.progress)
     assert isinstance(found, Evaluated)
     running.progress.advance(0)
-    made = await computed(lambda: published_groups(runner.artifacts, work, banks, found.groups), running.progress)
+    made = await computed(lambda: published_groups(runner, running, banks, found.groups), running.progress)
     assert isinstance(made, list)
     calibration = None if found.calibration is None else found.calibration.as_json()
 

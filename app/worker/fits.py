@@ -33,7 +33,7 @@ async def lead_fit(runner: Runner, running: Running) -> Callable[[AsyncSession],
     summary = await computed(lambda: _assembled(pipeline, folder, files, running), running.progress)
     assert isinstance(summary, FitSummary)
     running.progress.advance(0)
-    bank, made = await _new_groups(runner, running, pipeline, work, files)
+    bank, made = await _new_groups(runner, running, pipeline, files)
     published = runner.artifacts.publish(folder, name)
     timings |= {"assemble": assemble_clock(), "total": clock()}
 
@@ -53,7 +53,7 @@ async def assist_fit(runner: Runner, running: Running) -> None:
 
 
 async def _new_groups(
-    runner: Runner, running: Running, pipeline: AnyPipeline, work: Path, files: list[Path]
+    runner: Runner, running: Running, pipeline: AnyPipeline, files: list[Path]
 ) -> tuple[str | None, list[tuple[str, dict[str, Any]]]]:
     """Publish what a fit retrained for its bank; return the bank's id and the rows that name the groups."""
     if not isinstance(pipeline, BankPipeline):
@@ -62,7 +62,7 @@ async def _new_groups(
         bank = await banks.find(session, await generations.bank_of(session, running.job.id))
     places = [(bank.id, banks.folder_of(bank))]
     made = await computed(
-        lambda: published_groups(runner.artifacts, work, places, pipeline.new_groups(files)), running.progress
+        lambda: published_groups(runner, running, places, pipeline.new_groups(files)), running.progress
     )
     assert isinstance(made, list)
     return bank.id, made

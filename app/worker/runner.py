@@ -270,10 +270,13 @@ async def computed(function: Callable[[], object], progress: JobProgress) -> obj
 
 
 def own_folder(runner: Runner, running: Running, name: str) -> Path:
-    """Return an empty folder of this attempt alone; a worker that was taken for dead may still write to that of an earlier one."""
+    """Return an empty folder of this attempt alone; a worker that was taken for dead may still write to that of an earlier one.
+
+    It may also come here late itself, so what a later attempt writes is left alone.
+    """
     workspace = runner.artifacts.workspace(running.job.id)
-    for earlier in workspace.glob(f"{name}-*"):
-        shutil.rmtree(earlier, ignore_errors=True)
+    for attempt in range(1, running.job.attempt):
+        shutil.rmtree(workspace / f"{name}-{attempt}", ignore_errors=True)
     folder = workspace / f"{name}-{running.job.attempt}"
     folder.mkdir()
     return folder

@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import cast
 
 import pytest
 from fastapi import Response
@@ -22,7 +23,7 @@ from app.replay import plans
 from app.settings import DatabaseSettings, Settings
 from app.storage.artifacts import ArtifactStore
 from app.web.idempotency import IdempotencyClaim
-from app.worker.runner import Effect, Kind, Runner, Running, wake_abandoned
+from app.worker.runner import Effect, Kind, Runner, Running, own_folder, wake_abandoned
 from app.worker.sweeping import sweep_files
 from attribution_core.errors import Cancelled
 from attribution_core.training.recipe import CheckpointInitialisation, Recipe, Sgd
@@ -377,6 +378,16 @@ async def test_a_retry_does_not_let_an_earlier_attempt_in(sessions: SessionMaker
         assert not await repository.finish_shard(session, late, "late")
         assert await repository.finish_shard(session, shard, "next")
     await finish(sessions, job_id)
+
+
+def test_an_attempt_clears_away_what_earlier_ones_left_and_nothing_of_later_ones(tmp_path: Path) -> None:
+    """A worker that was taken for dead goes on where it was, perhaps just before it lays out its result."""
+    runner = Runner(Settings(), cast(SessionMaker, None), ArtifactStore(tmp_path), "w", {})
+    folders = {number: own_folder(runner, Running(Job(id="job", attempt=number)), "artifact") for number in (1, 3)}
+    assert not folders[1].exists()
+    folders[2] = own_folder(runner, Running(Job(id="job", attempt=2)), "artifact")
+    assert folders[2].exists()
+    assert folders[3].exists()
 
 
 async def test_two_workers_never_claim_one_shard(sessions: SessionMaker) -> None:
