@@ -6,12 +6,9 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, Operation
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 # What a database that does not answer raises; of a `DBAPIError`, `is_outage` knows more.
-OUTAGE = (DBAPIError, InterfaceError, PoolTimeout, ConnectionError, TimeoutError, socket.gaierror)
-_OUTAGE_STATES = (
-    "08",
-    "53",
-    "57",
-)  # SQLSTATE classes: connection, resources, operator intervention (shutdown, timeouts)
+OUTAGE = (DBAPIError, PoolTimeout, ConnectionError, TimeoutError, socket.gaierror)
+# SQLSTATE classes: connection, resources, operator intervention (shutdown, timeouts).
+_OUTAGE_STATES = ("08", "53", "57")
 _DUPLICATE = "23505"
 
 
@@ -19,9 +16,9 @@ def is_outage(error: BaseException) -> bool:
     """Return whether the same statement may succeed once the database is back."""
     if isinstance(error, PoolTimeout | OperationalError | InterfaceError):
         return True
-    return isinstance(error, DBAPIError) and (
-        error.connection_invalidated or _state_of(error).startswith(_OUTAGE_STATES)
-    )
+    if not isinstance(error, DBAPIError):
+        return False
+    return error.connection_invalidated or _state_of(error).startswith(_OUTAGE_STATES)
 
 
 def is_duplicate(error: IntegrityError) -> bool:
