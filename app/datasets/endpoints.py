@@ -25,12 +25,13 @@ from app.errors import (
 from app.jobs.schemas import JobOut
 from app.jobs.service import shown as shown_job
 from app.web.boundary import TransactionalRoute
+from app.web.content import is_form, is_json
 from app.web.deps import IdempotencyKey, PageDep, PreferWait, ResourcesDep, SessionDep, answer_when_finished, require
 from app.web.effects import after_commit, undo_on_error
 from app.web.pagination import PageOf
 from app.web.resources import Resources
-from app.web.strict_json import is_json, parse_strictly
-from app.web.uploads import form_of, is_form, json_part, saved_file, validated
+from app.web.strict_json import parse_strictly
+from app.web.uploads import form_of, json_part, saved_file, validated
 from attribution_core.spec import DatasetSpec
 
 router = APIRouter(prefix="/datasets", tags=["datasets"], route_class=TransactionalRoute)
@@ -66,7 +67,7 @@ def _body(schema: dict[str, Any], spec: str, title: str, example: dict[str, Any]
 
 async def _sent(request: Request, resources: Resources, model: type[M]) -> tuple[M, tuple[Path, str] | None]:
     """Return a request's spec, and the uploaded file under a name of ours with the client's name for it."""
-    if is_form(request):
+    if is_form(request.headers):
         form = await form_of(request, "file", "spec")
         spec = json_part(form, "spec", model)
         async with saved_file(form, resources.uploads) as (path, name):
@@ -74,7 +75,7 @@ async def _sent(request: Request, resources: Resources, model: type[M]) -> tuple
             path.rename(kept)
             undo_on_error(request, lambda: kept.unlink(missing_ok=True))
         return spec, (kept, name)
-    if not is_json(request):
+    if not is_json(request.headers):
         raise UnsupportedMedia("This endpoint takes multipart/form-data or application/json.")
     return validated(model, parse_strictly(await request.body())), None
 

@@ -22,9 +22,10 @@ from app.auth.service import authenticate
 from app.db.failures import OUTAGE
 from app.errors import FieldProblem, InvalidRequest, NotFound, Problem, UnsupportedMedia
 from app.jobs.service import is_finished
+from app.web.content import is_json
 from app.web.idempotency import IdempotencyClaim, checked_key, request_hash
 from app.web.resources import Resources, resources_of
-from app.web.strict_json import is_json, parse_strictly
+from app.web.strict_json import parse_strictly
 from attribution_core.pointers import pointer_to
 
 MAX_WAIT_SECONDS = 60
@@ -125,12 +126,12 @@ def _refuse_unknown_parameters(request: Request, known: set[str]) -> None:
 
 def _refuse_other_content(request: Request, takes_json: bool) -> None:
     """Refuse what is said to be no JSON before any of it is read: uploads, which are larger, are not for every endpoint."""
-    if takes_json and not is_json(request):
+    if takes_json and not is_json(request.headers):
         raise UnsupportedMedia("This endpoint takes application/json.")
 
 
 async def _refuse_malformed_json(request: Request) -> None:
-    if request.method == "POST" and is_json(request):
+    if request.method == "POST" and is_json(request.headers):
         body = await request.body()
         if body:
             parse_strictly(body)

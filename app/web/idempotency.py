@@ -17,7 +17,8 @@ from starlette.datastructures import UploadFile
 from app.db.session import SessionMaker
 from app.db.tables import Idempotency
 from app.errors import IdempotencyInFlight, IdempotencyMismatch, InvalidRequest
-from app.web.uploads import is_form, parsed_form
+from app.web.content import is_form
+from app.web.uploads import parsed_form
 
 KEPT = "24 hours"
 CLAIMED = "2 minutes"
@@ -96,7 +97,7 @@ async def _in_future(session: AsyncSession, interval: str) -> datetime:
 async def request_hash(request: Request) -> str:
     """Return a hash of what a request asks for; a form by its parts, because its boundary differs each time."""
     digest = hashlib.sha256(f"{request.method} {request.url.path}?{request.url.query}\n".encode())
-    if is_form(request):
+    if is_form(request.headers):
         for name, value in (await parsed_form(request)).multi_items():
             digest.update(json.dumps([name, value if isinstance(value, str) else value.filename]).encode())
             if isinstance(value, UploadFile):

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.db.ids import new_id
 from app.errors import BadRequest, PayloadTooLarge
 from app.telemetry import REQUEST_SECONDS, REQUESTS
+from app.web.content import is_form
 
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
 _HEADERS = {
@@ -75,8 +76,7 @@ class LimitedBody:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        upload = headers.get("content-type", "").startswith("multipart/form-data")
-        limit = self.upload_bytes if upload else self.json_bytes
+        limit = self.upload_bytes if is_form(headers) else self.json_bytes
         length = headers.get("content-length", "")
         declared = int(length) if length.isdecimal() and len(length) < 20 else 0
         total = 0

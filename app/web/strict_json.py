@@ -3,19 +3,11 @@
 import json
 from typing import Any
 
-from fastapi import Request
-
 from app.errors import FieldProblem, InvalidRequest
 from attribution_core.pointers import Step, pointer_to
 from attribution_core.strict_json import refuse_constant, without_repeats
 
 MAX_DEPTH = 64
-
-
-def is_json(request: Request) -> bool:
-    """Return whether a body is said to be JSON, of whatever kind, or said to be nothing."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    return kind in ("", "application/json") or (kind.startswith("application/") and kind.endswith("+json"))
 
 
 def parse_strictly(body: bytes, at: tuple[Step, ...] = ()) -> Any:

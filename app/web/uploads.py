@@ -16,16 +16,12 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
 from app.errors import FieldProblem, InvalidRequest, StorageFull, UnsupportedMedia, field_problems
+from app.web.content import is_form
 from app.web.strict_json import parse_strictly
 from attribution_core.pointers import pointer_to
 
 _COPY_BYTES = 1 << 20
 M = TypeVar("M", bound=BaseModel)
-
-
-def is_form(request: Request) -> bool:
-    """Return whether a body is said to be a multipart form."""
-    return request.headers.get("content-type", "").startswith("multipart/form-data")
 
 
 async def parsed_form(request: Request) -> FormData:
@@ -49,7 +45,7 @@ async def form_of(request: Request, *parts: str) -> FormData:
         UnsupportedMedia: if the body is not a form.
         InvalidRequest: if a part is missing, unknown or repeated.
     """
-    if not is_form(request):
+    if not is_form(request.headers):
         raise UnsupportedMedia("This endpoint takes multipart/form-data.")
     form = await parsed_form(request)
     given = [name for name, _ in form.multi_items()]

@@ -205,6 +205,13 @@ def test_too_large_and_wrong_kinds_of_bodies(loaded: Loaded) -> None:
     is_problem(http.post("/v1/datasets", files=files, headers={"Idempotency-Key": "form"}), 422, "invalid-request")
 
 
+def test_names_of_content_types_have_no_case(loaded: Loaded) -> None:
+    form = b'--x\r\nContent-Disposition: form-data; name="spec"\r\n\r\n{}\r\n--x--\r\n'
+    headers = {"content-type": "Multipart/Form-Data; boundary=x", "Idempotency-Key": "no-case"}
+    answer = loaded.service.http.post("/v1/datasets", content=form, headers=headers)
+    assert is_problem(answer, 422, "invalid-request")["errors"][0]["pointer"] == "/file"
+
+
 def test_request_ids_are_kept_when_safe(loaded: Loaded) -> None:
     http = loaded.service.http
     assert http.get("/livez", headers={"x-request-id": "abc-1"}).headers["x-request-id"] == "abc-1"
