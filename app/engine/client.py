@@ -69,10 +69,11 @@ class EngineClient:
         self._waiting[number] = answer
         ENGINE_QUEUE.set(len(self._waiting))
         began = time.perf_counter()
+        until = time.monotonic() + self._settings.timeout_seconds  # a clock that the engine shares
         try:
             async with asyncio.timeout(self._settings.timeout_seconds):
                 await self._ready.wait()
-                await self._send({"number": number, "operation": operation, "payload": payload})
+                await self._send({"number": number, "until": until, "operation": operation, "payload": payload})
                 return _result(await answer)
         except TimeoutError:
             raise EngineUnavailable(f"The engine did not answer within {self._settings.timeout_seconds:g} s.") from None

@@ -82,7 +82,7 @@ def serve(inputs: BinaryIO, answers: Answers, operations: Operations) -> None:
     threading.Thread(target=_read_all, args=(inputs, waiting), daemon=True).start()
     threading.Thread(target=answers.beat, daemon=True).start()
     while (message := waiting.get()) is not None:
-        batch = [message, *_like(message, waiting)]
+        batch = _awaited([message, *_like(message, waiting)])
         with answers.computing():
             found = _answers(operations, batch)
         for answer in found:
@@ -117,6 +117,12 @@ def _like(first: Message, waiting: "queue.Queue[Message | None]") -> list[Messag
     for message in others:
         waiting.put(message)
     return taken
+
+
+def _awaited(batch: list[Message]) -> list[Message]:
+    """Return the requests whose callers still wait: after a batch that took long, the queue is full of others."""
+    now = time.monotonic()
+    return [message for message in batch if message["until"] > now]
 
 
 def _kind_of(message: Message) -> str:

@@ -15,7 +15,7 @@ from app.engine.cache import IndexCache
 from app.engine.client import EngineClient, _result
 from app.engine.frames import BEAT, LENGTH, decoded
 from app.engine.operations import Operations
-from app.engine.process import Answers, _answers, _framed
+from app.engine.process import Answers, _answers, _awaited, _framed
 from app.errors import EngineBusy, EngineUnavailable, InvalidRequest
 from app.indexes import service as indexes
 from app.settings import DatabaseSettings, EngineSettings, Settings
@@ -89,6 +89,20 @@ def test_an_engine_shows_that_it_lives_until_a_batch_takes_too_long(monkeypatch:
             beating.join(60)
             assert not beating.is_alive()
         assert not answers.hangs()
+
+
+async def test_requests_that_nobody_waits_for_are_not_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    client, sent = EngineClient(EngineSettings(timeout_seconds=0.2)), []
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+        assert _awaited([message]) == [message]
+
+    monkeypatch.setattr(client, "_send", send)
+    client._ready.set()
+    with pytest.raises(EngineUnavailable, match="did not answer"):
+        await client.call("describe_plugins", {})
+    assert _awaited(sent) == []
 
 
 async def test_an_engine_that_cannot_be_started_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
