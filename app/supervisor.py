@@ -22,7 +22,6 @@ from app.settings import Settings
 
 log = structlog.get_logger("headwater.serve")
 _GRACE_SECONDS = 12
-_RETRY_SECONDS = 2.0
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -112,31 +111,32 @@ async def _has_keys(settings: Settings) -> bool:
 
 
 async def _keep_worker() -> None:
-    """Keep one worker process running; when cancelled, let it give its leases back."""
-    backoff = 0.2
-    environment = os.environ | {"HEADWATER_SUPERVISED": "1"}
+    """Keep one worker process running."""
+    backoff, loop = 0.2, asyncio.get_running_loop()
     while True:
-        try:
-            process = await asyncio.create_subprocess_exec(sys.executable, "-m", "app.worker.main", env=environment)
-        except OSError as error:  # no process or no memory left to start one
-            log.error("worker could not be started", error=str(error))
-            await asyncio.sleep(_RETRY_SECONDS)
-            continue
-        loop = asyncio.get_running_loop()
         began = loop.time()
         try:
-            code = await process.wait()
-        except asyncio.CancelledError:
-            with contextlib.suppress(ProcessLookupError):
-                process.terminate()
-            try:
-                await asyncio.wait_for(process.wait(), _GRACE_SECONDS)
-            except TimeoutError:
-                process.kill()
-            raise
+            log.warning("worker ended", code=await _worker())
+        except OSError as error:  # no process or no memory left to start one
+            log.error("worker could not be started", error=str(error))
         backoff = 0.2 if loop.time() - began > 10 else min(2 * backoff, 10)
-        log.warning("worker ended; starting it again", code=code, seconds=backoff)
         await asyncio.sleep(backoff)
+
+
+async def _worker() -> int:
+    """Run a worker process until it ends; when cancelled, let it give its leases back."""
+    environment = os.environ | {"HEADWATER_SUPERVISED": "1"}
+    process = await asyncio.create_subprocess_exec(sys.executable, "-m", "app.worker.main", env=environment)
+    try:
+        return await process.wait()
+    except asyncio.CancelledError:
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+        try:
+            await asyncio.wait_for(process.wait(), _GRACE_SECONDS)
+        except TimeoutError:
+            process.kill()
+        raise
 
 
 def _locked(data_dir: Path) -> IO[str]:

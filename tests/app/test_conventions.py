@@ -1,23 +1,28 @@
 """What holds for every request: errors, ids, strict JSON, pages, idempotency, waiting."""
 
 import base64
+import errno
 import json
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
-from unittest.mock import AsyncMock
+from unittest.mock import AsyncMock, MagicMock
 
 import httpx2 as httpx
 import pytest
 from fastapi import FastAPI, Request, Response
 from fastapi.testclient import TestClient
 from sqlalchemy.exc import IntegrityError, OperationalError
+from starlette.datastructures import FormData, UploadFile
 
-from app.errors import Conflict
-from app.web.boundary import _run
+from app.errors import Conflict, NotFound, StorageFull
+from app.web.boundary import _run, _waited
+from app.web.deps import answer_when_finished
 from app.web.effects import undo_on_error
 from app.web.problems import install
+from app.web.uploads import parsed_form, saved_file
 from tests.conftest import MLP, Loaded
 from tests.service import wait_for
 
@@ -205,6 +210,20 @@ def test_too_large_and_wrong_kinds_of_bodies(loaded: Loaded) -> None:
     is_problem(http.post("/v1/datasets", files=files, headers={"Idempotency-Key": "form"}), 422, "invalid-request")
 
 
+@pytest.mark.parametrize(("number", "expected"), [(errno.ENOSPC, StorageFull), (errno.EACCES, PermissionError)])
+async def test_a_full_disk_is_told_to_who_uploads(tmp_path: Path, number: int, expected: type[Exception]) -> None:
+    """Large forms are spooled to the disk while they are parsed, and then copied."""
+    error = OSError(number, "refused")
+    request = MagicMock(form=AsyncMock(side_effect=error))
+    with pytest.raises(expected):
+        await parsed_form(request)
+    form = FormData([("file", UploadFile(MagicMock(seek=MagicMock(side_effect=error))))])
+    with pytest.raises(expected):
+        async with saved_file(form, tmp_path):
+            pass
+    assert not list(tmp_path.iterdir())
+
+
 def test_names_of_content_types_have_no_case(loaded: Loaded) -> None:
     form = b'--x\r\nContent-Disposition: form-data; name="spec"\r\n\r\n{}\r\n--x--\r\n'
     headers = {"content-type": "Multipart/Form-Data; boundary=x", "Idempotency-Key": "no-case"}
@@ -368,6 +387,18 @@ async def test_files_stay_where_a_commit_may_have_happened() -> None:
     with pytest.raises(Conflict):
         await _run(request, session, refused, None)
     assert undone == ["file", "file"], "of both requests, which are one here"
+
+
+@pytest.mark.parametrize("error", [OperationalError("SELECT", {}, Exception("lost")), NotFound("It was deleted.")])
+async def test_who_waits_for_a_job_is_told_of_it_whatever_happens_meanwhile(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """The job is there: an error would have the caller ask for it again."""
+    monkeypatch.setattr("app.web.boundary.is_finished", AsyncMock(return_value=True))
+    accepted = Response(status_code=202, headers={"location": "/v1/jobs/job_some"})
+    request = Request({"type": "http", "headers": [(b"prefer", b"wait=5")]})
+    answer_when_finished(request, AsyncMock(side_effect=error))
+    assert await _waited(request, MagicMock(), accepted) is accepted
 
 
 def test_a_client_that_goes_away_is_no_fault(loaded: Loaded) -> None:

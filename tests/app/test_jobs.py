@@ -9,6 +9,7 @@ from unittest.mock import MagicMock
 
 import pytest
 
+from app import supervisor
 from app.db.session import SessionMaker
 from app.db.tables import JobEvent
 from app.jobs import service as jobs
@@ -191,3 +192,22 @@ def test_two_workers_that_publish_one_artifact_at_once_both_succeed(
     assert not store.workspaces()
     with pytest.raises(CorruptArtifactError, match="other content"):
         store.publish(made("other", b"2"), "indexes/one")
+
+
+async def test_a_worker_that_cannot_be_started_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    outcomes: list[int | OSError] = [1, BlockingIOError(11, "Resource temporarily unavailable")]
+    again = asyncio.Event()
+
+    async def worker() -> int:
+        if not outcomes:
+            again.set()
+            await asyncio.Event().wait()
+        outcome = outcomes.pop()
+        if isinstance(outcome, OSError):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(supervisor, "_worker", worker)
+    keeping = asyncio.create_task(supervisor._keep_worker())
+    await asyncio.wait_for(again.wait(), 30)
+    keeping.cancel()
