@@ -272,10 +272,10 @@ async def computed(function: Callable[[], object], progress: JobProgress) -> obj
 def own_folder(runner: Runner, running: Running, name: str) -> Path:
     """Return an empty folder of this attempt alone; a worker that was taken for dead may still write to that of an earlier one.
 
-    It may also come here late itself, so what a later attempt writes is left alone.
+    It may also come here late itself, so what a later attempt writes is left alone. One that lost the database comes here again.
     """
     workspace = runner.artifacts.workspace(running.job.id)
-    for attempt in range(1, running.job.attempt):
+    for attempt in range(1, running.job.attempt + 1):
         shutil.rmtree(workspace / f"{name}-{attempt}", ignore_errors=True)
     folder = workspace / f"{name}-{running.job.attempt}"
     folder.mkdir()

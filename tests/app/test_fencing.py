@@ -388,6 +388,8 @@ def test_an_attempt_clears_away_what_earlier_ones_left_and_nothing_of_later_ones
     folders[2] = own_folder(runner, Running(Job(id="job", attempt=2)), "artifact")
     assert folders[2].exists()
     assert folders[3].exists()
+    (folders[3] / "half").write_bytes(b"1")
+    assert not list(own_folder(runner, Running(Job(id="job", attempt=3)), "artifact").iterdir())
 
 
 async def test_two_workers_never_claim_one_shard(sessions: SessionMaker) -> None:
