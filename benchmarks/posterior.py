@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from attribution_core.bank_methods.datamodels import ridge_datamodel
-from attribution_core.bank_methods.posterior import fit_posterior
+from attribution_core.bank_methods.posterior import condition, fit_posterior, learn
 from attribution_core.evaluate.calibration import fit_affine
 from attribution_core.evaluate.conformal import coverage, fit_intervals, squared_scores_removed
 from attribution_core.evaluate.retrainings import Retrainings
@@ -29,6 +29,7 @@ PRIORS = ("gauss_newton", "ekfac", "trak")
 SPLITS = 3
 _BANK_SEED = 4242
 _FIRST_SEED = 300_000
+_AT_ONCE = 20
 
 
 def prior_scores(workload: Workload) -> list[np.ndarray]:
@@ -83,12 +84,22 @@ def bank_rows(workload: Workload, truth: Truth, priors: list[np.ndarray], sizes:
     for size in sizes:
         bank = Retrainings(masks[:size], values[:size, None].astype(np.float64))
         began = time.process_time()
-        scores = fit_posterior(priors, bank).scores
+        scores = posterior_scores(priors, bank)
         took = time.process_time() - began
         ridge = float(truth.correlations(ridge_datamodel(bank).scores).mean())
         lds = float(truth.correlations(scores).mean())
         numbers = f"{ridge:.3f}", f"{lds:.3f}", f"{truth.slope(scores):.2f}", f"{each * size:.3g}", f"{took:.3g}"
         yield [workload.name, str(size), *numbers]
+
+
+def posterior_scores(priors: list[np.ndarray], bank: Retrainings) -> np.ndarray:
+    """Return the posterior means, (queries, n), conditioning a few queries at a time: each has a matrix of subsets × subsets."""
+    learned, found = learn(priors, bank), []
+    for start in range(0, bank.values.shape[2], _AT_ONCE):
+        part = slice(start, start + _AT_ONCE)
+        evidence = Retrainings(bank.masks, bank.values[:, :, part])
+        found.append(condition(learned, [scores[part] for scores in priors], evidence).scores)
+    return np.concatenate(found)
 
 
 def coverage_row(truth: Truth, priors: list[np.ndarray], fitted: int) -> dict[str, list[float]]:

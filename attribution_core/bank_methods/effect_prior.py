@@ -54,10 +54,13 @@ class EffectPrior:
 
     def between(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
         """Return `L Cov(δ_z) Rᵀ` for L (a, n) and R (b, n): (queries, a, b)."""
-        seen_left, seen_right = left @ self.directions.T, right @ self.directions.T
+        both_left = np.hstack([left, left @ self.directions.T])
+        both_right = both_left if right is left else np.hstack([right, right @ self.directions.T])
         found = np.empty((len(self.own), len(left), len(right)))
-        for query, (own, shared) in enumerate(zip(self.own, self.shared, strict=True)):
-            found[query] = (left * own) @ right.T + (seen_left * shared) @ seen_right.T
+        for query, variances in enumerate(np.hstack([self.own, self.shared])):
+            roots = both_left * np.sqrt(variances)
+            # A matrix times its own transpose is symmetric, and costs half of a product.
+            found[query] = roots @ (roots.T if right is left else (both_right * np.sqrt(variances)).T)
         return found
 
     def variances(self, contrasts: np.ndarray) -> np.ndarray:

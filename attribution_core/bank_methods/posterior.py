@@ -6,7 +6,8 @@
    each part gives to a contrast 1, and v_z is the variance that the prior mean leaves unexplained.
 3. Noise: `ε̃_z ~ N(0, v_z σ² I + s_z² I + v_z c_run Σ_p l_{zp} u_p u_pᵀ)`. s_z² is the variance between seeds, where a subset has several. With one seed
    each, u_p are the leading run factors: a retraining that happens to be worse is worse on many queries at once, which no attribution explains.
-4. `w`, `c_own`, `c_shared`, `c_run` and `σ²` by marginal likelihood pooled over queries (`variance_components.py`).
+4. `w`, `c_own`, `c_shared`, `c_run` and `σ²` by marginal likelihood pooled over queries (`variance_components.py`). A climb's cost grows with the cube of
+   the retrainings, and a handful of numbers needs only thousands of measurements: where there are more, a part of queries and subsets is enough.
 5. Posterior, in its dual form (m × m for each query): `M_z = X̃ D_z X̃ᵀ + Cov(ε̃_z)`,
    `E[β_z] = Σ_k w_k τ^(k) + D_z X̃ᵀ M_z⁻¹ (f̃_z − X̃ Σ_k w_k τ^(k))`, `Cov(β_z) = D_z − D_z X̃ᵀ M_z⁻¹ X̃ D_z`.
 
@@ -20,12 +21,14 @@ import numpy as np
 
 from attribution_core.bank_methods.contrasts import Contrasts
 from attribution_core.bank_methods.effect_prior import EffectPrior, unit_rows
-from attribution_core.bank_methods.variance_components import Problem, conditioned, generalised_least_squares, maximise
+from attribution_core.bank_methods.variance_components import Problem, generalised_least_squares, maximise
 from attribution_core.errors import InvalidInputError
 from attribution_core.evaluate.result import Result
 from attribution_core.evaluate.retrainings import Retrainings
 
 RUN_FACTORS = 2
+LEARNED_SUBSETS = 200
+LEARNED_VALUES = 10_000
 _EXPLAINED = 1e-10
 _STARTS = {"noise": 0.6, "own": 0.2, "shared": 0.1, "run": 0.5}
 
@@ -164,19 +167,24 @@ def learn(methods: Sequence[np.ndarray], retrainings: Retrainings, *, run_factor
     start = _least_squares(_seen(stacked, evidence), evidence.targets)
     floor = _EXPLAINED * float((evidence.targets**2).mean())
     directions = unit_rows(np.tensordot(start, np.stack(stacked), axes=1))
-    run = None
+    some, few = _spread_out(stacked, retrainings)
+    sample = Contrasts.of(few)
+    run, run_sample = None, None
     if retrainings.usable.seed_variance() is None and run_factors > 0:
         run = _run_directions(*_residuals(stacked, evidence, start, floor), run_factors)
-    given = _Given.of(stacked, retrainings, evidence, start, floor, directions, run)
-    found = maximise(np.array([_STARTS[name] for name in given.shapes]), given.problem)
-    chosen = dict(zip(given.shapes, found.variances.tolist(), strict=True))
+        run_sample = _run_directions(*_residuals(some, sample, start, floor), run_factors)
+    given = _Given.of(some, few, sample, start, floor, directions, run_sample)
+    shapes = given.shapes()
+    problem = Problem(list(shapes.values()), sample.targets, _seen(some, sample), given.known)
+    found = maximise(np.array([_STARTS[name] for name in shapes]), problem)
+    chosen = dict(zip(shapes, found.variances.tolist(), strict=True))
     hyperparameters = Hyperparameters(
         weights=tuple(found.weights.tolist()),
         noise=chosen["noise"],
         own=chosen["own"],
         shared=chosen["shared"],
         run=chosen.get("run"),
-        log_likelihood=found.log_likelihood / evidence.targets.size,
+        log_likelihood=found.log_likelihood / sample.targets.size,
         subsets=len(evidence.design) + 1,
         trainings=evidence.trainings,
     )
@@ -201,40 +209,38 @@ def condition(learned: Learned, methods: Sequence[np.ndarray], retrainings: Retr
     evidence, chosen = Contrasts.of(retrainings), learned.hyperparameters
     if (len(evidence.design) + 1, evidence.trainings) != (chosen.subsets, chosen.trainings):
         raise InvalidInputError("a query has no finite measurement under some of the retrainings conditioned on")
-    start = np.array(learned.start)
+    start, weights = np.array(learned.start), np.array(chosen.weights)
     given = _Given.of(stacked, retrainings, evidence, start, learned.floor, learned.directions, learned.run)
-    variances = {name: getattr(chosen, name) for name in given.shapes}
-    weights = np.array(chosen.weights)
-    inverses, alphas = conditioned(np.array(list(variances.values())), weights, given.problem)
-    prior = given.own.scaled(np.full(len(alphas), chosen.own)).plus(
-        given.shared.scaled(np.full(len(alphas), chosen.shared))
-    )
+    prior = given.prior(chosen)
+    inverses = np.linalg.inv(given.covariance(chosen))
+    unexplained = evidence.targets - _seen(stacked, evidence) @ weights
+    alphas = (inverses @ unexplained[:, :, None])[:, :, 0]
     mean = np.tensordot(weights, np.stack(stacked), axes=1)
-    unknown = [
-        variances[name] * np.trace(given.shapes[name], axis1=1, axis2=2)
-        for name in ("noise", "run")
-        if name in variances
-    ]
-    noise = given.problem.known + np.sum(unknown, axis=0) / evidence.targets.shape[1]
     scores = mean + prior.apply(alphas @ evidence.design)
-    return PosteriorDatamodel(scores, mean, prior, noise, chosen, evidence, inverses)
+    return PosteriorDatamodel(scores, mean, prior, given.noise(chosen), chosen, evidence, inverses)
 
 
 @dataclass(frozen=True)
 class _Given:
-    """Queries' evidence and the covariance shapes in it.
+    """What queries' contrasts vary by.
 
     Attributes:
+        design: X̃, (m − 1, n).
         own: each query's own part of D, of unit size.
         shared: the part that queries share.
-        shapes: by name, each (queries, m − 1, m − 1).
-        problem: the same for `variance_components`.
+        spread: v, (queries,).
+        known: s², the variance between seeds, (queries,); 0 where it is not known.
+        run: u, (factors, m − 1); None where seeds tell the noise.
+        loadings: l, (queries, factors).
     """
 
+    design: np.ndarray
     own: EffectPrior
     shared: EffectPrior
-    shapes: dict[str, np.ndarray]
-    problem: Problem
+    spread: np.ndarray
+    known: np.ndarray
+    run: np.ndarray | None
+    loadings: np.ndarray
 
     @classmethod
     def of(
@@ -249,17 +255,59 @@ class _Given:
     ) -> "_Given":
         residuals, spread = _residuals(methods, evidence, start, floor)
         own, shared = _prior_shapes(methods, start, evidence.design, spread, directions)
-        shapes = {
-            "own": own.between(evidence.design, evidence.design),
-            "shared": shared.between(evidence.design, evidence.design),
-            "noise": np.eye(residuals.shape[1]) * spread[:, None, None],
-        }
-        if run is not None:
-            shapes["run"] = _run_noise(residuals, run)
         between_seeds = retrainings.usable.seed_variance()
         known = np.zeros(len(spread)) if between_seeds is None else between_seeds
-        problem = Problem(list(shapes.values()), evidence.targets, _seen(methods, evidence), known)
-        return cls(own, shared, shapes, problem)
+        loadings = np.zeros((len(spread), 0)) if run is None else (residuals @ run.T) ** 2
+        return cls(evidence.design, own, shared, spread, known, run, loadings)
+
+    def shapes(self) -> dict[str, np.ndarray]:
+        """Return what each variance multiplies, (queries, m − 1, m − 1)."""
+        size = len(self.design)
+        found = {
+            "own": self.own.between(self.design, self.design),
+            "shared": self.shared.between(self.design, self.design),
+            "noise": np.eye(size) * self.spread[:, None, None],
+        }
+        if self.run is not None:
+            found["run"] = self._common_noise(self.run)
+        return found
+
+    def prior(self, chosen: Hyperparameters) -> EffectPrior:
+        """Return D."""
+        ones = np.ones(len(self.spread))
+        return self.own.scaled(chosen.own * ones).plus(self.shared.scaled(chosen.shared * ones))
+
+    def covariance(self, chosen: Hyperparameters) -> np.ndarray:
+        """Return M, (queries, m − 1, m − 1), without a copy of its parts."""
+        total = self.prior(chosen).between(self.design, self.design)
+        places = np.arange(len(self.design))
+        total[:, places, places] += (self.known + chosen.noise * self.spread)[:, None]
+        if self.run is not None:
+            total += self._common_noise(self.run, chosen.run)
+        return total
+
+    def noise(self, chosen: Hyperparameters) -> np.ndarray:
+        """Return the variance of one retraining around its expected output, (queries,)."""
+        common = (chosen.run or 0.0) * self.loadings.sum(1) / len(self.design)
+        return np.asarray(self.known + chosen.noise * self.spread + common)
+
+    def _common_noise(self, run: np.ndarray, variance: float | None = 1.0) -> np.ndarray:
+        """Return `c_run Σ_p l_{zp} u_p u_pᵀ`, (queries, m − 1, m − 1)."""
+        assert variance is not None
+        return np.asarray((run.T[None] * (variance * self.loadings)[:, None]) @ run)
+
+
+def _spread_out(methods: list[np.ndarray], retrainings: Retrainings) -> tuple[list[np.ndarray], Retrainings]:
+    """Return scores and retrainings of evenly spread queries and subsets, no more than a handful of numbers is learnt from."""
+    bank = retrainings.usable
+    subsets = _evenly(len(bank.masks), LEARNED_SUBSETS)
+    queries = _evenly(bank.values.shape[2], LEARNED_VALUES // len(subsets))
+    values = np.where(bank.finished[:, :, None], bank.values, np.nan)[subsets][:, :, queries]
+    return [scores[queries] for scores in methods], Retrainings(bank.masks[subsets], values)
+
+
+def _evenly(count: int, most: int) -> np.ndarray:
+    return np.linspace(0, count - 1, min(count, most)).round().astype(np.int64)
 
 
 def _seen(methods: list[np.ndarray], evidence: Contrasts) -> np.ndarray:
@@ -315,9 +363,3 @@ def _run_directions(residuals: np.ndarray, spread: np.ndarray, factors: int) -> 
     """Return what standardised residuals of queries have in common, u (factors, m − 1)."""
     _, _, directions = np.linalg.svd(residuals / np.sqrt(spread)[:, None], full_matrices=False)
     return np.asarray(directions[:factors])
-
-
-def _run_noise(residuals: np.ndarray, run: np.ndarray) -> np.ndarray:
-    """Return `Σ_p l_{zp} u_p u_pᵀ`, (queries, m − 1, m − 1): l is the squared loading."""
-    loadings = (residuals @ run.T) ** 2  # (queries, factors)
-    return np.asarray((run.T[None] * loadings[:, None]) @ run)

@@ -85,13 +85,6 @@ def at(variances: np.ndarray, problem: Problem) -> Components:
     return Components(variances, weights, value, alphas, inverses)
 
 
-def conditioned(variances: np.ndarray, weights: np.ndarray, problem: Problem) -> tuple[np.ndarray, np.ndarray]:
-    """Return M⁻¹ (queries, m, m) and M⁻¹(y − A w) (queries, m) at given variances and weights, each query for itself."""
-    inverses = np.linalg.inv(_total(variances, problem))
-    residuals = problem.targets - problem.regressors @ weights
-    return inverses, (inverses @ residuals[:, :, None])[:, :, 0]
-
-
 def maximise(start: np.ndarray, problem: Problem) -> Components:
     """Climb the marginal likelihood from given variances (components,), above 0, to where it is flat."""
     found = at(start, problem)

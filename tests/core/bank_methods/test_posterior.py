@@ -3,6 +3,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from attribution_core.bank_methods import posterior
 from attribution_core.bank_methods.contrasts import Contrasts
 from attribution_core.bank_methods.design import random_subsets, widest_subsets
 from attribution_core.bank_methods.effect_prior import EffectPrior
@@ -144,6 +145,26 @@ def test_queries_are_conditioned_by_what_a_pool_taught_whatever_is_beside_them(s
         values = bank.values[:, :, asked].copy()
         values[5] = np.inf
         condition(learned, [scores[asked]], Retrainings(bank.masks, values))
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_a_part_of_a_large_bank_teaches_what_all_of_it_does_and_all_of_it_is_conditioned_on(monkeypatch, seeds):
+    _, scores, bank = world(queries=30, subsets=200, seeds=seeds)
+    values = bank.values.copy()
+    values[7], values[11, 0, 3] = (
+        np.nan,
+        np.inf,
+    )  # one subset without a retraining, and one retraining whose loss shows in one query only
+    bank = Retrainings(bank.masks, values)
+    whole = fit_posterior([scores], bank)
+    monkeypatch.setattr(posterior, "LEARNED_SUBSETS", 80)
+    monkeypatch.setattr(posterior, "LEARNED_VALUES", 800)
+    part = fit_posterior([scores], bank)
+    assert part.hyperparameters != whole.hyperparameters
+    assert part.hyperparameters.weights == pytest.approx(whole.hyperparameters.weights, rel=0.1)
+    assert np.median(part.noise / whole.noise) == pytest.approx(1, abs=0.25)
+    assert part.inverses.shape == whole.inverses.shape
+    assert np.corrcoef(part.scores.ravel(), whole.scores.ravel())[0, 1] > 0.995
 
 
 def test_diverged_retrainings_do_not_matter():
