@@ -10,7 +10,7 @@ from app.replay import plans as replays
 from app.storage.artifacts import crash_point
 from app.worker.banks import published_groups
 from app.worker.runner import Kind, Runner, Running, computed
-from app.worker.sharded import assist, device_of, shard_files, work_through
+from app.worker.sharded import assist, device_of, settle, shard_files, work_through
 from attribution_core.evaluate.pipeline import Evaluated, EvaluationPipeline
 
 
@@ -50,6 +50,8 @@ async def _prepared(runner: Runner, running: Running) -> tuple[EvaluationPipelin
     async with runner.sessions.begin() as session:
         spec, banks = await replays.evaluation_plan(session, running.job.resource_id, runner.settings, runner.artifacts)
     work = runner.artifacts.workspace(running.job.id)
+    if spec.removal is not None:  # what it leaves out is chosen by the index; other retrainings are the bank's
+        settle(work, runner.artifacts.name_of(spec.folder))
     pipeline = await computed(lambda: EvaluationPipeline(spec, device_of(runner), running.progress), running.progress)
     assert isinstance(pipeline, EvaluationPipeline)
     return pipeline, work, banks

@@ -94,7 +94,7 @@ class Runner:
         if job.worker == self.name:
             await self._lead(Running(job))
         else:
-            with contextlib.suppress(LeaseLost, Cancelled, AttributionError):
+            with contextlib.suppress(LeaseLost, Cancelled, AttributionError, Problem):
                 assert kind.assist is not None
                 await kind.assist(self, Running(job))
         release_freed()

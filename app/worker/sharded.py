@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 
 from app.db.tables import Shard
+from app.errors import Conflict
 from app.jobs import repository
 from app.jobs.queue import Queue
 from app.worker.runner import LeaseLost, Runner, Running, computed, stopwatch
 from attribution_core.arrays import write_arrays
 from attribution_core.errors import AttributionError
-from attribution_core.fingerprint import sha256_file
+from attribution_core.fingerprint import sha256_file, sha256_of
 from attribution_core.sharding import Pipeline, Stage
 
 REDUCTION = -1
@@ -44,6 +45,23 @@ async def assist(runner: Runner, running: Running, prepared: Prepared) -> None:
     async with runner.heartbeat(running):
         while await _one_shard(runner, running, pipeline, work, stage):
             pass
+
+
+def settle(work: Path, subject: object) -> None:
+    """Note what a job's shards are about when the first of them are planned, and hold later attempts and helpers to it.
+
+    An index may get another generation or another damping while its job runs, and shards of both must not be mixed.
+
+    Raises:
+        Conflict: if it is another thing now.
+    """
+    mark, about = work / "subject", sha256_of(subject)
+    if not mark.exists():
+        part = mark.with_suffix(".part")
+        part.write_text(about)
+        part.rename(mark)
+    elif mark.read_text() != about:
+        raise Conflict("The index went over to another generation or damping since the job began: ask again.")
 
 
 def shard_files(work: Path, stage: Stage) -> list[Path]:

@@ -12,7 +12,7 @@ from app.models.schemas import CheckpointMeta
 from app.replay import plans as replays
 from app.replay.schemas import UnlearnedCreate
 from app.worker.runner import Kind, Runner, Running, computed, own_folder
-from app.worker.sharded import assist, device_of, shard_files, work_through
+from app.worker.sharded import assist, device_of, settle, shard_files, work_through
 from attribution_core.unlearning.pipeline import NewCheckpoint, UnlearnPipeline
 from attribution_core.weights import WeightsSummary, check_weights
 
@@ -53,6 +53,7 @@ async def _prepared(runner: Runner, running: Running) -> tuple[UnlearnPipeline, 
     async with runner.sessions() as session:
         spec = await replays.unlearning_plan(session, running.job.resource_id, runner.settings, runner.artifacts)
     work = runner.artifacts.workspace(running.job.id)
+    settle(work, runner.artifacts.name_of(spec.index))
     pipeline = await computed(lambda: UnlearnPipeline(spec, work, device_of(runner)), running.progress)
     assert isinstance(pipeline, UnlearnPipeline)
     return pipeline, work

@@ -14,7 +14,7 @@ from app.queries.service import Asked
 from app.replay import plans as replays
 from app.replay.service import verification_question
 from app.worker.runner import Kind, Runner, Running, computed
-from app.worker.sharded import assist, device_of, shard_files, work_through
+from app.worker.sharded import assist, device_of, settle, shard_files, work_through
 from attribution_core.progress import Progress
 from attribution_core.sharding import Stage
 from attribution_core.training.bank import Retrained, train_runs
@@ -153,10 +153,12 @@ async def _prepared(runner: Runner, running: Running) -> tuple[VerificationPipel
         asked = await queries.resolved(session, runner.settings, runner.artifacts, replay.index_id or "", question)
     payload = {
         **asked.engine,
+        "deleted": replay.left_out,  # what is deleted while the job runs changes no set
         "subsets": [queries.engine_subset(subset) for subset in request.subsets],
         **queries.group_question(asked, "additive", request.interval),
     }
-    settings, device = runner.settings, device_of(runner)
+    settings, device, work = runner.settings, device_of(runner), runner.artifacts.workspace(running.job.id)
+    settle(work, [payload["artifact"], payload["damping"]])
 
     def made() -> VerificationPipeline:
         cache = IndexCache(runner.artifacts, settings.engine.memory_bytes, device)
@@ -165,7 +167,7 @@ async def _prepared(runner: Runner, running: Running) -> tuple[VerificationPipel
 
     pipeline = await computed(made, running.progress)
     assert isinstance(pipeline, VerificationPipeline)
-    return pipeline, runner.artifacts.workspace(running.job.id), asked
+    return pipeline, work, asked
 
 
 VERIFICATION = Kind(lead_verification, assist_verification)

@@ -2,10 +2,21 @@
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
 import numpy as np
 import pytest
 
+from app.datasets import service as datasets
+from app.db.embedded import get_server
+from app.db.session import create_engine, create_sessionmaker
+from app.errors import Conflict
+from app.indexes import service as indexes
+from app.jobs import service as jobs
+from app.settings import DatabaseSettings, Settings
+from app.storage.artifacts import ArtifactStore
+from app.worker import verifications
+from app.worker.runner import Runner, Running
 from tests.conftest import MLP, Loaded, save_digits
 
 RECIPE: dict[str, Any] = {
@@ -231,6 +242,33 @@ def test_a_verification_lays_predictions_beside_retraining(trained: Loaded) -> N
         assert helpful["seed_noise"] >= 0
     listed = trained.service.get("/v1/indexes/retrained-ekfac/verifications")["items"]
     assert trained.service.get(f"/v1/indexes/retrained-ekfac/verifications/{found['id']}") == listed[0]
+
+
+async def test_a_verification_retrains_the_same_sets_in_every_attempt(
+    trained: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Examples that are deleted meanwhile change none, and with another generation of the index it does not go on."""
+    body = {"queries": [{"dataset": "test", "rows": [3]}], "subsets": [{"remove": {"top_positive": 60}}]}
+    job_id = trained.service.post("/v1/indexes/retrained-ekfac/verifications", body, 202)["id"]
+    trained.service.finished({"id": job_id})
+    data = trained.service.data.resolve()
+    database = create_engine(DatabaseSettings(url=get_server(data / "postgres", cleanup_mode=None).get_uri()))
+    sessions, artifacts = create_sessionmaker(database), ArtifactStore(data)
+    runner = Runner(Settings(data_dir=data), sessions, artifacts, "w", {})
+    monkeypatch.setattr(artifacts, "workspace", lambda job_id: tmp_path)
+    async with sessions() as session:
+        running = Running(await jobs.find(session, job_id))
+        index = await indexes.find_ready(session, "retrained-ekfac")
+    first, *_ = await verifications._prepared(runner, running)
+    monkeypatch.setattr(datasets, "deleted_rows", AsyncMock(return_value=first._rows[0][0][:5].tolist()))
+    again, *_ = await verifications._prepared(runner, running)
+    assert list(first._sets) == list(again._sets)
+    later = {"tuned": {"damping": 7.0}}
+    monkeypatch.setattr(indexes, "find_ready", AsyncMock(return_value=index))
+    monkeypatch.setattr(index, "quality", later)
+    with pytest.raises(Conflict, match="ask again"):
+        await verifications._prepared(runner, running)
+    await database.dispose()
 
 
 def test_checkpoints_are_unlearned_and_compared_with_retraining(trained: Loaded) -> None:
