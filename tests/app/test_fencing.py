@@ -16,6 +16,7 @@ from app.db.ids import new_id
 from app.db.references import by_reference
 from app.db.session import SessionMaker, create_engine, create_sessionmaker
 from app.db.tables import Dataset, Idempotency, Job, Model, Shard
+from app.errors import Conflict
 from app.jobs import repository
 from app.jobs.service import RESOURCES, Resource
 from app.models import service as models
@@ -390,6 +391,25 @@ def test_an_attempt_clears_away_what_earlier_ones_left_and_nothing_of_later_ones
     assert folders[3].exists()
     (folders[3] / "half").write_bytes(b"1")
     assert not list(own_folder(runner, Running(Job(id="job", attempt=3)), "artifact").iterdir())
+
+
+async def test_a_helper_that_finds_other_work_than_was_planned_goes_away(
+    sessions: SessionMaker, tmp_path: Path
+) -> None:
+    """Whoever leads the job finds it too, and ends it."""
+    job_id, asked = await new_job(sessions), 0
+
+    async def assist(runner: Runner, running: Running) -> None:
+        nonlocal asked
+        asked += 1
+        raise Conflict("It is of another generation.")
+
+    kinds = {"fit": Kind(assist, assist)}
+    await Runner(Settings(), sessions, ArtifactStore(tmp_path), "helper", kinds).handle(job_id)
+    assert asked == 1
+    async with sessions() as session:
+        assert await repository.state_of(session, job_id) == "running"
+    await finish(sessions, job_id)
 
 
 async def test_two_workers_never_claim_one_shard(sessions: SessionMaker) -> None:
