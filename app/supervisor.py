@@ -125,7 +125,7 @@ async def _keep_worker() -> None:
 
 async def _worker() -> int:
     """Run a worker process until it ends; when cancelled, let it give its leases back."""
-    environment = os.environ | {"HEADWATER_SUPERVISED": "1"}
+    environment = os.environ | {"HEADWATER_SUPERVISED": str(os.getpid())}
     process = await asyncio.create_subprocess_exec(sys.executable, "-m", "app.worker.main", env=environment)
     try:
         return await process.wait()

@@ -53,7 +53,7 @@ async def work(settings: Settings) -> None:
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    parent = asyncio.create_task(_parent_gone(os.getppid()))
+    parent = asyncio.create_task(_parent_gone())
     log.info("worker ready", worker=name)
     await asyncio.wait([asyncio.create_task(stop.wait()), parent, *tasks], return_when=asyncio.FIRST_COMPLETED)
     for task in tasks:
@@ -97,10 +97,10 @@ async def _sweep(runner: Runner) -> None:
         await asyncio.sleep(min(10.0, runner.lease_seconds / 2))
 
 
-async def _parent_gone(parent: int) -> None:
-    """Return when the supervisor that started this process is gone, so that no worker outlives its service."""
-    supervised = os.environ.get("HEADWATER_SUPERVISED") == "1"
-    while not supervised or os.getppid() == parent:
+async def _parent_gone() -> None:
+    """Return when the supervisor that started this process is gone, perhaps before it got here, so that no worker outlives its service."""
+    supervisor = os.environ.get("HEADWATER_SUPERVISED")
+    while supervisor in (None, str(os.getppid())):
         await asyncio.sleep(1)
 
 

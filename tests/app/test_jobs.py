@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import time
 from pathlib import Path
 from typing import cast
@@ -15,6 +16,7 @@ from app.db.tables import JobEvent
 from app.jobs import service as jobs
 from app.jobs.following import Following
 from app.storage.artifacts import ArtifactStore
+from app.worker.main import _parent_gone
 from attribution_core.errors import CorruptArtifactError
 from tests.conftest import Loaded
 from tests.service import wait_for
@@ -192,6 +194,15 @@ def test_two_workers_that_publish_one_artifact_at_once_both_succeed(
     assert not store.workspaces()
     with pytest.raises(CorruptArtifactError, match="other content"):
         store.publish(made("other", b"2"), "indexes/one")
+
+
+async def test_a_worker_whose_supervisor_ended_while_it_started_ends_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADWATER_SUPERVISED", "0")
+    await asyncio.wait_for(_parent_gone(), 30)
+    for alive in (str(os.getppid()), None):
+        monkeypatch.setenv("HEADWATER_SUPERVISED", alive) if alive else monkeypatch.delenv("HEADWATER_SUPERVISED")
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(_parent_gone(), 0.1)
 
 
 async def test_a_worker_that_cannot_be_started_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
