@@ -112,7 +112,7 @@ def system_of(workload: Workload) -> tuple[System, Tensor]:
         return flattened([turn.of(part) for part, turn in zip(gradients, factors.basis.rotations, strict=True)])
 
     order = np.random.default_rng(0).permutation(index.num_examples).reshape(-1, BATCH)
-    draw, exact = index.context._draws, Fisher("exact", 1, 0)
+    draw, exact = index.context.pseudo_gradients.draws, Fisher("exact", 1, 0)
     batches = [torch.cat([turned(part) for draws in draw(0, exact, np.sort(rows)) for part in draws]) for rows in order]
     vectors = turned(member.encode_query(batch_of(data, "query")[torch.arange(QUERIES)]).measured)
     damped = flattened([factors.damped(n, DAMPING).unsqueeze(0) for n in range(len(factors.eigenvalues))])[0]

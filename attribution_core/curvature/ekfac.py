@@ -6,7 +6,7 @@ Per block, with inputs `a` and pre-activation pseudo-gradients `g`: `A = Î£ aaáµ
 Sources: Martens & Grosse 2015 (K-FAC), George et al. 2018 (eigenvalue correction), Grosse et al. 2023 (sequences).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, overload
 
@@ -58,8 +58,12 @@ class Draws(Sequence[Sequence[LayerGradient]]):
 
     def compact(self) -> "Draws":
         """Return the same with whole gradients where these are smaller than their factors, and without the inputs."""
-        parts = [[gradient.compact() for gradient in part] for part in self.parts]
-        return Draws(parts, None if self.aligned else ())
+        return Draws([compact(part) for part in self.parts], None if self.aligned else ())
+
+
+def compact(gradients: Sequence[LayerGradient]) -> list[LayerGradient]:
+    """Return each block's gradients whole where that takes fewer numbers than their factors."""
+    return [gradient.compact() for gradient in gradients]
 
 
 def _rotates_inputs(block: Block) -> bool:
@@ -154,15 +158,10 @@ class EigenvalueSums:
         """Add a batch; positions are summed inside an example before squaring."""
         for number, rotation in enumerate(self.basis.rotations):
             parts = [draw[number] for draw in draws]
-            if draws.aligned and parts[0].rank_one and parts[0].block.inputs_fixed:
-                self.values[number] += _rank_one_squares(rotation, parts).double().cpu()
-                continue
-            for part in parts:
-                if part.rank_one:
-                    self.values[number] += _rank_one_squares(rotation, [part]).double().cpu()
-                    continue
-                for _, rotated in part.materialised(rotation):
-                    self.values[number] += rotated.square().sum(0).double().cpu()
+            same_inputs = draws.aligned and parts[0].rank_one and parts[0].block.inputs_fixed
+            for together in [parts] if same_inputs else [[part] for part in parts]:
+                for squares in _summed_squares(rotation, together):
+                    self.values[number] += squares.double().cpu()
 
     def arrays(self) -> Arrays:
         """Return the sums by name."""
@@ -306,6 +305,15 @@ def kronecker_eigenvalues(blocks: Sequence[Block], arrays: Mapping[str, np.ndarr
         product = outputs.astype(np.float64)[:, :, None] * inputs[:, None, :] / (num_examples * positions)
         found[f"eigenvalues.{number}"] = product.clip(min=0).astype(np.float32)
     return found
+
+
+def _summed_squares(rotation: Rotation, parts: Sequence[LayerGradient]) -> Iterator[Tensor]:
+    """Yield squared rotated gradients of a batch, summed over some of its examples; several parts are of rank one, with the same inputs."""
+    if parts[0].rank_one:
+        yield _rank_one_squares(rotation, parts)
+        return
+    for _, rotated in parts[0].materialised(rotation):
+        yield rotated.square().sum(0)
 
 
 def _rank_one_squares(rotation: Rotation, parts: Sequence[LayerGradient]) -> Tensor:

@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from attribution_core.curvature.ekfac import Draws
+from attribution_core.curvature.ekfac import Draws, compact
 from attribution_core.data.batch import Batch
 from attribution_core.gradients import LayerGradient, Pass
 from attribution_core.method_spec import FisherSampling
@@ -176,11 +176,6 @@ def observe(
     if slope is None:
         return Observed(batch, measured, run.gradients(task.loss(run.output, batch)), None, draws)
     return Observed(batch, measured, None, slope.detach(), draws)
-
-
-def compact(gradients: Sequence[LayerGradient]) -> list[LayerGradient]:
-    """Return each block's gradients whole where that takes fewer numbers than their factors."""
-    return [gradient.compact() for gradient in gradients]
 
 
 def scaled(gradients: Sequence[LayerGradient], weights: Tensor) -> list[LayerGradient]:

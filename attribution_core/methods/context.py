@@ -12,14 +12,11 @@ from attribution_core.checkpoints import load_model
 from attribution_core.curvature import Curvature, EkfacFactors, Identity
 from attribution_core.curvature.base import Multiple
 from attribution_core.curvature.dense import Spectral
-from attribution_core.curvature.ekfac import Draws
 from attribution_core.curvature.fisher import Fisher, Observed, observe
-from attribution_core.curvature.group import Group
 from attribution_core.curvature.iterative import ConjugateGradient, DataInf, GaussNewton, Lissa
 from attribution_core.curvature.products import HessianProducts
 from attribution_core.curvature.row_factor import RowFactor
-from attribution_core.curvature.rows import KeptRows, PseudoRows
-from attribution_core.curvature.selection import Frame, Selection
+from attribution_core.curvature.rows import PseudoRows
 from attribution_core.data.batch import Batch
 from attribution_core.data.collate import ExampleSource
 from attribution_core.data.reader import DatasetReader
@@ -36,7 +33,6 @@ from attribution_core.method_spec import (
     ExactMethod,
     ExplicitMethod,
     FisherMethod,
-    FisherSampling,
     GasMethod,
     GaussNewtonMethod,
     GradCosMethod,
@@ -57,6 +53,7 @@ from attribution_core.methods.exact import Exact
 from attribution_core.methods.grad_cos import GradCos
 from attribution_core.methods.linear_head import last_linear
 from attribution_core.methods.logra import Logra
+from attribution_core.methods.pseudo_gradients import PseudoGradients
 from attribution_core.methods.representation import Representation
 from attribution_core.methods.representer import Representer
 from attribution_core.methods.source import Source, Unrolled
@@ -70,9 +67,7 @@ Arrays = Mapping[str, np.ndarray]
 MAX_FACTORED_EXAMPLES = 100_000
 MAX_FACTOR_BYTES = 16 << 10
 FACTOR_BYTES = {"float32": 4, "float16": 2, "int8": 1}
-MAX_ROWS = 1 << 40
 _BATCH_BYTES = 48 << 20
-_CURVATURE_BYTES = 1 << 30
 _MAX_BATCH = 512
 # A language model's outputs are as large as its vocabulary, and its loss has several copies of them.
 _OUTPUT_BYTES = 512 << 20
@@ -82,8 +77,6 @@ MAX_GRADIENT_BYTES = 8 << 30
 RECALL_QUERIES = 16
 _GRADIENTS_HELD = 3 * RECALL_QUERIES
 _PROBED = 8
-# Examples on which it is judged which directions of the outputs matter.
-_JUDGED = 256
 # Examples of which targets are counted.
 _COUNTED = 64
 _LOWERED = {"float32": None, "bfloat16": torch.bfloat16}
@@ -124,10 +117,8 @@ class FitContext:
         self.training_rows = np.setdiff1d(np.arange(spec.dataset.num_examples), np.asarray(spec.left_out, np.int64))
         self._checkpoints: dict[int, Checkpoint] = {}
         self._probes: dict[int, Observed] = {}
-        self._fishers: dict[int, Fisher] = {}
         self._output_bytes: dict[int, int] = {}
-        # Shared by all that solve on training gradients: a fit, and the index by which it measures recall.
-        self._pseudo_gradients = KeptRows(_CURVATURE_BYTES)
+        self.pseudo_gradients = PseudoGradients(self)
 
     def source_of(self, folder: Path, dataset: DatasetSpec) -> ExampleSource:
         """Return batches of a data set as this model takes them."""
@@ -264,23 +255,23 @@ class FitContext:
         return self.source.batches(chosen, self.batch_size(number))
 
     def _curvature(self, number: int, fitted: Arrays) -> Curvature:
-        spec, blocks = self.spec.method, self.checkpoint(number).capture.blocks
+        spec, blocks, drawn = self.spec.method, self.checkpoint(number).capture.blocks, self.pseudo_gradients
         match spec:
             case GaussNewtonMethod():
-                make = partial(self._own_rows, number, fitted)
-                return self._gauss_newton(spec, number, fitted, partial(self._pseudo_gradients.get, number, make))
+                make = partial(drawn.chosen, number, fitted)
+                return self._gauss_newton(spec, number, fitted, partial(drawn.kept, number, make))
             case EkfacMethod() | KfacMethod() | DiagonalMethod():
                 return EkfacFactors.from_arrays(blocks, fitted, self.device)
             case DataInfMethod():
                 empirical = Fisher("empirical", 1, 0)
-                make = partial(self._pseudo_rows, number, empirical, spec.curvature_examples)
-                return DataInf(partial(self._pseudo_gradients.get, number, make))
+                make = partial(drawn.rows, number, empirical, spec.curvature_examples)
+                return DataInf(partial(drawn.kept, number, make))
             case ExplicitMethod():
                 return Spectral.from_arrays(blocks, fitted, self.device, self.products(number))
             case ArnoldiMethod():
                 return Spectral.from_arrays(blocks, fitted, self.device)
             case CgMethod():
-                used = self._spread(spec.curvature_examples)
+                used = self.spread(spec.curvature_examples)
                 batches = partial(self.batches, number, used)
                 return ConjugateGradient(self.products(number), batches, blocks, spec.iterations, spec.tolerance)
             case LissaMethod():
@@ -315,11 +306,6 @@ class FitContext:
         assert learning_rate is not None
         return learning_rate * len(self.spec.checkpoints) / len(self.spec.runs())
 
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of training gradients in memory, from the first solve on."""
-        return self._pseudo_gradients.nbytes
-
     def _gauss_newton(
         self, spec: GaussNewtonMethod, number: int, fitted: Arrays, rows: Callable[[], PseudoRows]
     ) -> GaussNewton:
@@ -342,67 +328,11 @@ class FitContext:
         """
         spec = self.spec.method
         assert isinstance(spec, GaussNewtonMethod)
-        rows = self._own_rows(number, fitted, progress)
+        rows = self.pseudo_gradients.chosen(number, fitted, progress)
         factor = self._gauss_newton(spec, number, fitted, lambda: rows).factorised(self.default_damping or 0.0)
         if rows.has_matrix:
             return {}
         return rows.selection.arrays() | ({} if factor is None else factor.arrays())
-
-    def _frame(self, number: int, fitted: Arrays) -> Frame:
-        spec = self.spec.method
-        assert isinstance(spec, GaussNewtonMethod)
-        factors = EkfacFactors.from_arrays(self.checkpoint(number).capture.blocks, fitted, self.device)
-        return Frame.of(factors, spec.negligible)
-
-    def _own_rows(self, number: int, fitted: Arrays, progress: Progress | None = None) -> PseudoRows:
-        """Return the pseudo-gradients that a fit chose; where it stored no choice, those that it would choose."""
-        spec, frame = self.spec.method, self._frame(number, fitted)
-        assert isinstance(spec, GaussNewtonMethod)
-        if "rows.examples" not in fitted:
-            return self._pseudo_rows(number, Fisher.of(spec), spec.curvature_examples, frame, progress)
-        selection = Selection.from_arrays(fitted)
-        return PseudoRows(self._draws(number, Fisher.of(spec), selection.used), frame=frame, selection=selection)
-
-    def _pseudo_rows(
-        self,
-        number: int,
-        fisher: Fisher,
-        examples: int | None,
-        frame: Frame | None = None,
-        progress: Progress | None = None,
-    ) -> PseudoRows:
-        """Return the pseudo-gradients of evenly spread training examples, as many as fit the memory set aside.
-
-        Where some rows are left out, examples of whose outputs nothing matters are not even drawn.
-        """
-        checkpoint = self.checkpoint(number)
-        first = self.source.batch(self.training_rows[:1])
-        draws = fisher.draws(checkpoint.run(first), self.task, first)
-        rows = self._spread(min(examples or MAX_ROWS, max(1, _CURVATURE_BYTES // PseudoRows([draws]).nbytes)))
-        if frame is None or frame.negligible == 0:
-            return PseudoRows(self._draws(number, fisher, rows), rows, frame=frame, progress=progress)
-        drawn = self._that_matter(number, rows)
-        return PseudoRows(self._draws(number, fisher, rows[drawn]), rows, drawn, frame, progress=progress)
-
-    def _that_matter(self, number: int, rows: np.ndarray) -> np.ndarray:
-        """Return the places of the training examples whose outputs' curvature matters, or of all if none does, ascending."""
-        fisher, checkpoint = self.fisher_of(number), self.checkpoint(number)
-        if not fisher.least:
-            return np.arange(len(rows))
-        matter = [fisher.matters(self.task, checkpoint.output(batch)) for batch in self.batches(number, rows)]
-        places: np.ndarray = np.flatnonzero(torch.cat(matter).cpu().numpy())
-        return places if len(places) else np.arange(len(rows))
-
-    def _draws(self, number: int, fisher: Fisher, rows: np.ndarray) -> Iterator[Draws]:
-        checkpoint = self.checkpoint(number)
-        for batch in self.batches(number, rows):
-            yield fisher.draws(checkpoint.run(batch), self.task, batch, checkpoint.run)
-
-    def group(self, number: int, rows: np.ndarray, weights: np.ndarray) -> Group:
-        """Return training examples that leave together, as one checkpoint sees them."""
-        fisher = self.fisher_of(number)
-        batches, draws = partial(self.batches, number, rows), partial(self._draws, number, fisher, rows)
-        return Group(rows, self.spec.num_training, weights, batches, draws)
 
     def _drawn(self, method: LissaMethod) -> Iterator[Batch]:
         """Yield LiSSA's mini-batches."""
@@ -412,7 +342,8 @@ class FitContext:
             chosen = generator.choice(len(rows), min(method.batch, len(rows)), replace=False)
             yield self.source.batch(rows[np.sort(chosen)])
 
-    def _spread(self, count: int | None) -> np.ndarray:
+    def spread(self, count: int | None) -> np.ndarray:
+        """Return so many training rows, evenly spread; all by default."""
         n = self.spec.num_training
         return self.training_rows[np.unique(np.linspace(0, n - 1, min(count or n, n)).round().astype(np.int64))]
 
@@ -421,33 +352,13 @@ class FitContext:
         probe = self._probe(number).compact()
         return probe.nbytes // len(probe)
 
-    def fisher_of(self, number: int) -> Fisher:
-        """Return how a checkpoint's pseudo-gradients are drawn, as told from its outputs on some training examples."""
-        if number not in self._fishers:
-            fisher, checkpoint = self.fisher or Fisher("auto", 1, 0), self.checkpoint(number)
-            one = checkpoint.output(self.source.batch(self.training_rows[:1]))
-            # K-FAC counts positions, which not every layer's inputs tell.
-            if fisher.chooses(self.task, one) and not isinstance(self.spec.method, KfacMethod):
-                judged = self.batches(number, self._spread(_JUDGED))
-                fisher = fisher.shortened(self.task, torch.cat([checkpoint.output(batch) for batch in judged]))
-            self._fishers[number] = fisher
-        return self._fishers[number]
-
-    @property
-    def fisher(self) -> Fisher | None:
-        """How the method draws pseudo-gradients, if it does, before any checkpoint was seen."""
-        method = self.spec.method
-        if isinstance(method, FisherSampling):
-            return Fisher.of(method)
-        return Fisher("auto", 1, method.projection.seed) if isinstance(method, TrakMethod) else None
-
     def _probe(self, number: int) -> Observed:
         """Return the gradients of a few training examples, from which sizes are told."""
         if number not in self._probes:
-            checkpoint, batch = self.checkpoint(number), self.source.batch(self._spread(_PROBED))
+            checkpoint, batch = self.checkpoint(number), self.source.batch(self.spread(_PROBED))
             run = checkpoint.run(batch)
             self._output_bytes[number] = max(1, run.output.nbytes // len(batch))
-            self._probes[number] = observe(run, self.task, batch, self.spec.measurement, self.fisher)
+            self._probes[number] = observe(run, self.task, batch, self.spec.measurement, self.pseudo_gradients.fisher)
         return self._probes[number]
 
     def _projection(self, method: GradientMethodBase, number: int) -> Projection:

@@ -134,7 +134,7 @@ class LoadedIndex:
     @property
     def bytes(self) -> int:
         """An estimate of what this index keeps in memory, which grows with the first query where a method solves on training gradients."""
-        return self._loaded_bytes + self.context.held_bytes
+        return self._loaded_bytes + self.context.pseudo_gradients.held_bytes
 
     @cached_property
     def _loaded_bytes(self) -> int:
@@ -277,7 +277,7 @@ class LoadedIndex:
                 continue
             weights = np.mean([self._train_weights(number, rows) for number in range(len(self.members))], axis=0)
             for number, member in enumerate(self.members):
-                group = self.context.group(number, rows, weights)
+                group = self.context.pseudo_gradients.group(number, rows, weights)
                 found = member.newton_effect(query.batch, group, query.damping or 0.0)
                 effects[:, place] += found.detach().double().cpu().numpy() / len(self.members)
         return effects

@@ -116,7 +116,7 @@ class NewtonUnlearner(Unlearner):
         own = method.l2 if isinstance(method, ExplicitMethod) else 0.0
         if self.spec.curvature == "all":
             return whole.penalised(self.l2 - own)
-        group = self.subject.context.group(number, forget, np.ones(len(forget)))
+        group = self.subject.context.pseudo_gradients.group(number, forget, np.ones(len(forget)))
         return whole.without(group).penalised(self.l2 * (n - len(forget)) / n - own)
 
     def _searched(self, number: int, step: _Step) -> float:

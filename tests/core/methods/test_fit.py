@@ -160,7 +160,7 @@ def test_directions_that_matter_are_few_and_the_same_however_a_fit_is_cut(
 ) -> None:
     given = sure(tmp_path)
     method = {"type": "ekfac", "damping": 0.1}
-    assert FitContext(given.with_(method=method)).fisher_of(0).least > 0
+    assert FitContext(given.with_(method=method)).pseudo_gradients.fisher_of(0).least > 0
     labels = given.fit("labels", method=method | {"fisher": "exact"})
     reference = given.fit("reference", method=method)
     expected = reference.scores(reference.query(given.queries(), None), ALL, rescore=False)

@@ -10,8 +10,8 @@ import torch
 from attribution_core.arrays import read_arrays
 from attribution_core.curvature.rows import PseudoRows
 from attribution_core.methods.artifact import FACTORS_FILE
-from attribution_core.methods.context import FitContext
 from attribution_core.methods.loaded import LoadedIndex
+from attribution_core.methods.pseudo_gradients import PseudoGradients
 from tests.core.methods.problems import Problem, classification, images, relative_error, sure
 
 EXACTLY = {
@@ -81,13 +81,13 @@ def test_only_examples_with_a_row_are_run_again(given: Problem, monkeypatch: pyt
     arrays, ran = stored(index), list[int]()
     used = arrays["0.rows.examples"][np.unique(arrays["0.rows.owners"])]
     assert 0 < len(used) < index.num_examples == len(arrays["0.rows.examples"])
-    draws = index.context._draws
+    draws = index.context.pseudo_gradients.draws
 
     def noted(number: int, fisher: Any, rows: np.ndarray) -> Any:
         ran.extend(rows if number == 0 else [])
         return draws(number, fisher, rows)
 
-    monkeypatch.setattr(index.context, "_draws", noted)
+    monkeypatch.setattr(index.context.pseudo_gradients, "draws", noted)
     index.query(given.queries(), None)
     assert ran == used.tolist()
 
@@ -96,13 +96,13 @@ def test_examples_whose_outputs_do_not_matter_have_no_row(tmp_path: Path, monkey
     """They are not even drawn, unless every row is to be kept; the rows of the others are those that they have anyway."""
     given, method = sure(tmp_path), {"type": "gauss_newton", "damping": 0.1}
     index = given.fit("some", method=method)
-    arrays, places = stored(index), index.context._that_matter(0, np.arange(60))
+    arrays, places = stored(index), index.context.pseudo_gradients.that_matter(0, np.arange(60))
     owners = set(arrays["0.rows.owners"].tolist())
     assert len(arrays["0.rows.examples"]) == 60 > len(places)
     assert owners <= set(places.tolist())
-    monkeypatch.setattr(FitContext, "_that_matter", lambda *_: pytest.fail("asked"))
+    monkeypatch.setattr(PseudoGradients, "that_matter", lambda *_: pytest.fail("asked"))
     given.fit("every", method=method | {"negligible": 0})
-    monkeypatch.setattr(FitContext, "_that_matter", lambda self, number, rows: np.arange(len(rows)))
+    monkeypatch.setattr(PseudoGradients, "that_matter", lambda self, number, rows: np.arange(len(rows)))
     everywhere = given.fit("all", method=method)
     assert owners == set(stored(everywhere)["0.rows.owners"].tolist()) & set(places.tolist())
     assert relative_error(scores(index, given), scores(everywhere, given)) < 0.1

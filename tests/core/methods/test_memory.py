@@ -44,7 +44,7 @@ def test_training_gradients_that_queries_keep_are_counted(problem: Problem, meth
     index = problem.fit("kept", method={"type": method})
     before = index.bytes
     index.query(problem.queries(), None)
-    kept = index.context._pseudo_gradients._kept
+    kept = index.context.pseudo_gradients._kept._kept
     assert sorted(kept) == ([] if method == "ekfac" else [0])
     assert index.bytes - before == sum(rows.nbytes for rows in kept.values())
 
@@ -57,18 +57,18 @@ def test_training_gradients_of_an_ensemble_are_kept_within_a_bound(
     index = ensemble.fit("bounded", method={"type": method})
     queries, rows = ensemble.queries(), np.arange(index.num_examples)
     expected = index.scores(index.query(queries, None), rows, rescore=True)
-    kept, everything = index.context._pseudo_gradients, index.context.held_bytes
+    kept, everything = index.context.pseudo_gradients._kept, index.context.pseudo_gradients.held_bytes
     kept._limit = everything // 2
     kept._kept.clear()
     for _ in range(2):
         assert np.array_equal(index.scores(index.query(queries, None), rows, rescore=True), expected)
-        assert 0 < index.context.held_bytes <= everything // 2
-    made, draws = list[int](), index.context._draws
+        assert 0 < index.context.pseudo_gradients.held_bytes <= everything // 2
+    made, draws = list[int](), index.context.pseudo_gradients.draws
 
     def noted(number: int, *given: Any) -> Any:
         made.append(number)
         return draws(number, *given)
 
-    monkeypatch.setattr(index.context, "_draws", noted)
+    monkeypatch.setattr(index.context.pseudo_gradients, "draws", noted)
     index.query(queries, None)
     assert made == [number for number in range(len(index.members)) if number not in kept._kept]
