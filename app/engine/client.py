@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import itertools
-import os
 import sys
 import time
 from typing import Any
@@ -115,7 +114,6 @@ class EngineClient:
             "app.engine.process",
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            env=os.environ | {"HEADWATER_ENGINE_CHILD": "1"},
         )
         assert self._process.stdout is not None
         try:
