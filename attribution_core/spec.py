@@ -53,6 +53,7 @@ class Normalization(Spec):
         return self
 
 
+# Of one input.
 MAX_DIMENSIONS, MAX_SIDE = 8, 2**24
 
 

@@ -39,6 +39,7 @@ from app.web.deps import release
 from app.web.pagination import Page, PageOf, next_cursor
 from app.web.resources import Resources
 from attribution_core.method_spec import METHODS, GroupEstimator
+from attribution_core.sampling import evenly_spread
 from attribution_core.spec import Selector
 
 Json = dict[str, Any]
@@ -221,7 +222,8 @@ async def unlearning(
     kept = np.setdiff1d(
         np.arange(asked.training.num_examples or 0), np.asarray([*rows, *asked.deleted], dtype=np.int64)
     )
-    samples = [_sample(np.asarray(rows, dtype=np.int64)), _sample(kept)]
+    sets = (np.asarray(rows, dtype=np.int64), kept)
+    samples = [part[evenly_spread(len(part), SAMPLED_EXAMPLES)] for part in sets]
     training = {key: asked.engine["training"][key] for key in ("folder", "spec")}
     extra = [{**training, "rows": sample.tolist()} for sample in samples if len(sample)]
     payload = {
@@ -415,12 +417,6 @@ def engine_subset(subset: Subset) -> Json:
     assert selector is not None
     dumped = selector.model_dump(mode="json", by_alias=True, exclude_none=True)
     return {"selector": dumped, "keep": subset.keep is not None}
-
-
-def _sample(rows: np.ndarray) -> np.ndarray:
-    """Return up to 32 of the rows, evenly spread."""
-    places = np.unique(np.linspace(0, len(rows) - 1, min(SAMPLED_EXAMPLES, len(rows))).round().astype(int))
-    return np.asarray(rows[places])
 
 
 def _set_output(values: np.ndarray, predicted: np.ndarray) -> SetOutput:

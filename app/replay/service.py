@@ -37,6 +37,7 @@ from app.web.resources import Resources
 from attribution_core.errors import InvalidInputError, located
 from attribution_core.evaluate.checks import check_evaluation
 from attribution_core.method_spec import METHODS
+from attribution_core.sampling import evenly_spread
 from attribution_core.training.spec import TrainSpec
 
 Json = dict[str, Any]
@@ -344,8 +345,7 @@ def _rows_of(asked: QuerySet, dataset: Dataset, deleted: list[int], pointer: str
     total = dataset.num_examples or 0
     if asked.rows is None:
         rows = np.setdiff1d(np.arange(total), np.asarray(deleted, np.int64))
-        places = np.linspace(0, len(rows) - 1, min(asked.count, len(rows))).round().astype(int)
-        return [int(row) for row in rows[np.unique(places)]]
+        return [int(row) for row in rows[evenly_spread(len(rows), asked.count)]]
     if max(asked.rows) >= total or len(set(asked.rows)) != len(asked.rows):
         raise InvalidRequest(f"Rows must differ and be below {total}.", pointer=pointer)
     if gone := sorted(set(asked.rows) & set(deleted)):

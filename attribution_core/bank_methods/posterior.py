@@ -25,8 +25,10 @@ from attribution_core.bank_methods.variance_components import Problem, generalis
 from attribution_core.errors import InvalidInputError
 from attribution_core.evaluate.result import Result
 from attribution_core.evaluate.retrainings import Retrainings
+from attribution_core.sampling import evenly_spread
 
 RUN_FACTORS = 2
+# Of how many subsets, and of how many measurements (subsets × queries), hyper-parameters are learnt at most.
 LEARNED_SUBSETS = 200
 LEARNED_VALUES = 10_000
 _EXPLAINED = 1e-10
@@ -269,7 +271,7 @@ class _Given:
             "noise": np.eye(size) * self.spread[:, None, None],
         }
         if self.run is not None:
-            found["run"] = self._common_noise(self.run)
+            found["run"] = self._common_noise(self.run, 1.0)
         return found
 
     def prior(self, chosen: Hyperparameters) -> EffectPrior:
@@ -282,7 +284,7 @@ class _Given:
         total = self.prior(chosen).between(self.design, self.design)
         places = np.arange(len(self.design))
         total[:, places, places] += (self.known + chosen.noise * self.spread)[:, None]
-        if self.run is not None:
+        if self.run is not None and chosen.run is not None:
             total += self._common_noise(self.run, chosen.run)
         return total
 
@@ -291,23 +293,18 @@ class _Given:
         common = (chosen.run or 0.0) * self.loadings.sum(1) / len(self.design)
         return np.asarray(self.known + chosen.noise * self.spread + common)
 
-    def _common_noise(self, run: np.ndarray, variance: float | None = 1.0) -> np.ndarray:
+    def _common_noise(self, run: np.ndarray, variance: float) -> np.ndarray:
         """Return `c_run Σ_p l_{zp} u_p u_pᵀ`, (queries, m − 1, m − 1)."""
-        assert variance is not None
         return np.asarray((run.T[None] * (variance * self.loadings)[:, None]) @ run)
 
 
 def _spread_out(methods: list[np.ndarray], retrainings: Retrainings) -> tuple[list[np.ndarray], Retrainings]:
     """Return scores and retrainings of evenly spread queries and subsets, no more than a handful of numbers is learnt from."""
     bank = retrainings.usable
-    subsets = _evenly(len(bank.masks), LEARNED_SUBSETS)
-    queries = _evenly(bank.values.shape[2], LEARNED_VALUES // len(subsets))
+    subsets = evenly_spread(len(bank.masks), LEARNED_SUBSETS)
+    queries = evenly_spread(bank.values.shape[2], LEARNED_VALUES // len(subsets))
     values = np.where(bank.finished[:, :, None], bank.values, np.nan)[subsets][:, :, queries]
     return [scores[queries] for scores in methods], Retrainings(bank.masks[subsets], values)
-
-
-def _evenly(count: int, most: int) -> np.ndarray:
-    return np.linspace(0, count - 1, min(count, most)).round().astype(np.int64)
 
 
 def _seen(methods: list[np.ndarray], evidence: Contrasts) -> np.ndarray:

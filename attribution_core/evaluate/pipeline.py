@@ -28,6 +28,7 @@ from attribution_core.methods.bank import GroupPiece, NewGroup, group_pieces
 from attribution_core.methods.opening import AnyIndex, open_index
 from attribution_core.methods.representation import Representation
 from attribution_core.progress import NoProgress, Progress, watched
+from attribution_core.sampling import evenly_spread
 from attribution_core.sharding import Stage
 from attribution_core.training.bank import Bank, Retrained, train_group, train_runs
 from attribution_core.training.pipeline import RunGroup, run_groups
@@ -329,8 +330,7 @@ class _SetsToRetrain:
         assert pipeline.spec.loo is not None
         order = np.abs(pipeline.scores(None)).mean(0).argsort(kind="stable")
         n = len(order)
-        places = np.linspace(0, n - 1, min(pipeline.spec.loo.examples, n)).round().astype(int)
-        return [np.arange(n) != place for place in order[np.unique(places)]]
+        return [np.arange(n) != place for place in order[evenly_spread(n, pipeline.spec.loo.examples)]]
 
     @cached_property
     def _rankings(self) -> dict[str, np.ndarray]:

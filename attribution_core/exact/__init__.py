@@ -8,7 +8,7 @@ from attribution_core.exact.glm import Estimator, GeneralizedLinear, Regulariser
 from attribution_core.exact.linear import RidgeRegression
 from attribution_core.exact.logistic import LogisticRegression
 from attribution_core.exact.measurements import Measurement, measure, measured_changes, measurement_gradients
-from attribution_core.exact.optimum import Optimality, optimality
+from attribution_core.exact.optimum import Optimality, optimality, relative_gradient
 
 __all__ = [
     "Estimator",
@@ -22,4 +22,5 @@ __all__ = [
     "measured_changes",
     "measurement_gradients",
     "optimality",
+    "relative_gradient",
 ]

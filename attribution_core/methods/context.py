@@ -60,6 +60,7 @@ from attribution_core.methods.source import Source, Unrolled
 from attribution_core.methods.trak import Trak
 from attribution_core.progress import Progress
 from attribution_core.projection import FactoredProjection, Projection, build_projection
+from attribution_core.sampling import evenly_spread
 from attribution_core.spec import DatasetSpec
 from attribution_core.tasks import build_task
 
@@ -345,7 +346,8 @@ class FitContext:
     def spread(self, count: int | None) -> np.ndarray:
         """Return so many training rows, evenly spread; all by default."""
         n = self.spec.num_training
-        return self.training_rows[np.unique(np.linspace(0, n - 1, min(count or n, n)).round().astype(np.int64))]
+        rows: np.ndarray = self.training_rows[evenly_spread(n, count or n)]
+        return rows
 
     def kept_bytes(self, number: int) -> int:
         """Return the bytes of one training example's gradients and draws, as one pass keeps them for the next."""

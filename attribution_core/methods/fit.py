@@ -251,10 +251,8 @@ class FitPipeline:
 
     def _draws(self, stage: str, shard: Shard, progress: Progress) -> Iterator[Draws]:
         """Yield a shard's pseudo-gradients."""
-        fisher, batches = (
-            self.context.pseudo_gradients.fisher_of(shard.checkpoint),
-            partial(self._counted, shard, progress),
-        )
+        fisher = self.context.pseudo_gradients.fisher_of(shard.checkpoint)
+        batches = partial(self._counted, shard, progress)
         if stage == "covariance":
             return self._kept.first_draws(shard, batches, fisher)
         return self._kept.later_draws(shard, batches, fisher, progress.advance)
@@ -291,10 +289,8 @@ class FitPipeline:
         }
 
     def _kernel_sum(self, shard: Shard, progress: Progress) -> Arrays:
-        method, fisher = (
-            self.context.method(shard.checkpoint, {}),
-            self.context.pseudo_gradients.fisher_of(shard.checkpoint),
-        )
+        method = self.context.method(shard.checkpoint, {})
+        fisher = self.context.pseudo_gradients.fisher_of(shard.checkpoint)
         assert isinstance(method, Trak)
         return {
             "kernel": sum((method.fisher_sum(batch, fisher) for batch in self._counted(shard, progress)), np.zeros(()))

@@ -9,14 +9,15 @@ import numpy as np
 
 from attribution_core.methods.context import RECALL_QUERIES
 from attribution_core.methods.loaded import LoadedIndex, Query, top_rows
+from attribution_core.sampling import evenly_spread
 
 TOP = 10
 
 
 def recall_rows(training_rows: np.ndarray) -> np.ndarray:
     """Return the training rows that are asked for."""
-    n = len(training_rows)
-    return training_rows[np.unique(np.linspace(0, n - 1, min(RECALL_QUERIES, n)).astype(np.int64))]
+    rows: np.ndarray = training_rows[evenly_spread(len(training_rows), RECALL_QUERIES)]
+    return rows
 
 
 def measured_recall(index: LoadedIndex, queries: Callable[[], Query], exact: Callable[[Query], np.ndarray]) -> float:

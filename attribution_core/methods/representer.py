@@ -21,7 +21,7 @@ import torch
 
 from attribution_core.data.batch import Batch
 from attribution_core.errors import InvalidInputError, located
-from attribution_core.exact import optimality
+from attribution_core.exact import relative_gradient
 from attribution_core.method_spec import RepresenterMethod
 from attribution_core.methods.base import Arrays, Checkpoint, FeatureMethod, QuerySide, TrainRows
 from attribution_core.methods.linear_head import (
@@ -85,8 +85,7 @@ class Representer(FeatureMethod):
             check_optimum(model, "refit")
         with located("/method/l2"):  # only more penalty mends it
             refit = model.polished() if self.spec.optimum == "refit" else model
-        found = optimality(model)
-        distance = [found.relative_gradient, found.in_examples, _correlation(model.outputs, refit.outputs)]
+        distance = [relative_gradient(model), _correlation(model.outputs, refit.outputs)]
         return {"head": refit.parameters, "distance": np.array(distance)}
 
     def encode_train(self, batch: Batch) -> TrainRows:
@@ -94,20 +93,24 @@ class Representer(FeatureMethod):
         seen = Examples.of(self.checkpoint, [batch])
         model = linear_model(self.checkpoint.task, seen, self.head, self.spec.l2)
         alphas = -model.slopes / (self.checkpoint.num_examples * self.spec.l2)  # (batch, C)
-        query = self.encode_query(batch).rows
-        rows = torch.from_numpy(_outer(alphas, seen.features)).to(query)
-        return TrainRows(rows, torch.ones_like(rows[:, 0]), (query * rows).sum(1))
+        rows, own = _outer(alphas, seen.features), _outer(self._slopes(seen.features, batch), seen.features)
+        stored = torch.from_numpy(rows).to(batch.inputs.device, torch.float32)
+        return TrainRows(stored, torch.ones_like(stored[:, 0]), torch.from_numpy((own * rows).sum(1)).to(stored))
 
     def encode_query(self, batch: Batch) -> QuerySide:
         """Return `(∂m_z/∂o) a_zᵀ`, flat, at the outputs of the optimum; the outputs told are the checkpoint's own."""
         run = self.checkpoint.run(batch)
-        task = self.checkpoint.task
         features = inputs_of(run, run.output.reshape(len(batch), -1).sum(1))
-        outputs = torch.from_numpy(features @ self.head.T).to(run.output.device).reshape(run.output.shape)
-        outputs.requires_grad_()
-        (slopes,) = torch.autograd.grad(task.measure(outputs, batch, self.checkpoint.measurement).sum(), outputs)
-        rows = _outer(slopes.reshape(len(batch), -1).cpu().numpy(), features)
-        return QuerySide(run.output.detach(), torch.from_numpy(rows).to(run.output))
+        rows = torch.from_numpy(_outer(self._slopes(features, batch), features))
+        return QuerySide(run.output.detach(), rows.to(run.output))
+
+    def _slopes(self, features: np.ndarray, batch: Batch) -> np.ndarray:
+        """Return `∂m/∂o` at the optimum's outputs, (batch, C)."""
+        outputs = torch.from_numpy(features @ self.head.T).to(batch.inputs.device).requires_grad_()
+        measured = self.checkpoint.task.measure(outputs, batch, self.checkpoint.measurement)
+        (slopes,) = torch.autograd.grad(measured.sum(), outputs)
+        found: np.ndarray = slopes.cpu().numpy()
+        return found
 
     def _check_output(self, features: np.ndarray, batch: Batch) -> None:
         """Refuse models that do something to the layer's output, or use it several times."""
@@ -128,10 +131,10 @@ class Representer(FeatureMethod):
 def described(distance: np.ndarray) -> dict[str, float | None]:
     """Return how far a checkpoint's last layer was from its optimum; null where that is not a number.
 
-    `relative_gradient`: of the objective, as a share of all examples' gradients. `in_examples`: how many typical examples' influences away.
-    `correlation`: of the outputs for training examples before and after the refit.
+    `relative_gradient`: of the objective, as a share of all examples' gradients. `correlation`: of the outputs for training examples before and
+    after the refit.
     """
-    names = ("relative_gradient", "in_examples", "correlation")
+    names = ("relative_gradient", "correlation")
     return {name: value if np.isfinite(value) else None for name, value in zip(names, distance.tolist(), strict=True)}
 
 
