@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from attribution_core.errors import InvalidInputError, SingularCurvatureError
-from attribution_core.exact import LogisticRegression, Regulariser, measured_changes, measurement_gradients
+from attribution_core.exact import LogisticRegression, Regulariser, measured_changes, measurement_gradients, newton
 from attribution_core.exact.losses import CrossEntropy
 from attribution_core.exact.newton import minimise
 from tests.core.exact.data import classes, correlation, digits, relative_error, slope
@@ -226,3 +226,21 @@ def test_targets_that_are_no_classes_are_refused(targets: np.ndarray) -> None:
     features, _ = classes()
     with pytest.raises(InvalidInputError, match=r"integer target|classes 0 … 2"):
         LogisticRegression(features, targets, np.zeros((3, 5)), 1.0)
+
+
+@pytest.mark.parametrize(("count", "width"), WIDTHS)
+@pytest.mark.parametrize("penalty", [1e-3, 5.0])
+def test_optima_of_many_parameters_are_found_without_forming_their_curvature(
+    count: int, width: int, penalty: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(count, width)
+    weights = np.random.default_rng(2).uniform(0.5, 2, len(model.features))
+    problem = (model.loss, model.features, model.targets, penalty, np.zeros_like(model.parameters))
+    formed = minimise(*problem, weights=weights)
+    monkeypatch.setattr(newton, "FORMED", 0)
+    monkeypatch.setattr(newton, "hessian", lambda *_: pytest.fail("formed"))
+    found = minimise(*problem, weights=weights)
+    assert relative_error(found, formed) < 1e-7
+    assert np.abs(found - formed).max() < 1e-7
+    again = minimise(*problem[:-1], found, weights=weights)
+    assert np.abs(again - found).max() < 1e-9, "an optimum stays"
