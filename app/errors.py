@@ -250,6 +250,9 @@ COMMON: tuple[type[Problem], ...] = (
     InternalError,
     DatabaseUnavailable,
 )
+# What operations that take a body can answer beside, and those that ask the engine.
+OF_BODIES: tuple[type[Problem], ...] = (IdempotencyInFlight, PayloadTooLarge, UnsupportedMedia)
+OF_ENGINE: tuple[type[Problem], ...] = (EngineBusy, EngineUnavailable)
 
 
 def problems(*types: type[Problem]) -> dict[int | str, dict[str, Any]]:

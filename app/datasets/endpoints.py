@@ -10,14 +10,13 @@ from pydantic import BaseModel
 from app.datasets import service
 from app.datasets.schemas import DatasetOut, DeletionCreate, DeletionOut, ExampleOut, VersionCreate
 from app.errors import (
+    OF_BODIES,
     CorruptArtifact,
     Gone,
-    IdempotencyInFlight,
     InUse,
     NameTaken,
     NotFound,
     NotReady,
-    PayloadTooLarge,
     StorageFull,
     UnsupportedMedia,
     problems,
@@ -89,7 +88,7 @@ async def _sent(request: Request, resources: Resources, model: type[M]) -> tuple
     openapi_extra=_body(_SPEC, "A data set spec as JSON text.", "from a root", _EXAMPLE),
     responses={
         200: {"model": DatasetOut, "description": "The imported data set, with `Prefer: wait`."},
-        **problems(NameTaken, IdempotencyInFlight, PayloadTooLarge, UnsupportedMedia, StorageFull),
+        **problems(NameTaken, *OF_BODIES, StorageFull),
     },
 )
 async def create_dataset(
@@ -134,9 +133,7 @@ async def create_dataset(
             NotFound,
             NotReady,
             NameTaken,
-            IdempotencyInFlight,
-            PayloadTooLarge,
-            UnsupportedMedia,
+            *OF_BODIES,
             StorageFull,
             CorruptArtifact,
         ),
@@ -170,7 +167,7 @@ async def create_version(
     "/{dataset}/deletions",
     summary="Delete examples",
     dependencies=[require("write")],
-    responses=problems(NotFound, NotReady, IdempotencyInFlight, PayloadTooLarge, UnsupportedMedia, CorruptArtifact),
+    responses=problems(NotFound, NotReady, *OF_BODIES, CorruptArtifact),
 )
 async def delete_examples(
     session: SessionDep,

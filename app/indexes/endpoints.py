@@ -6,6 +6,7 @@ from fastapi import APIRouter, Request, Response
 
 from app.db.tables import Job
 from app.errors import (
+    OF_BODIES,
     Conflict,
     CorruptArtifact,
     IdempotencyInFlight,
@@ -15,7 +16,6 @@ from app.errors import (
     NotReady,
     PayloadTooLarge,
     RecipeMissing,
-    UnsupportedMedia,
     problems,
 )
 from app.indexes import creation, generations, service
@@ -59,9 +59,7 @@ async def list_methods() -> Methods:
             NotReady,
             RecipeMissing,
             NameTaken,
-            IdempotencyInFlight,
-            PayloadTooLarge,
-            UnsupportedMedia,
+            *OF_BODIES,
             CorruptArtifact,
         ),
     },
@@ -115,9 +113,7 @@ async def delete_index(request: Request, session: SessionDep, resources: Resourc
     dependencies=[require("write")],
     responses={
         200: {"model": IndexOut, "description": "The extended index, with `Prefer: wait`."},
-        **problems(
-            NotFound, NotReady, Conflict, IdempotencyInFlight, PayloadTooLarge, UnsupportedMedia, CorruptArtifact
-        ),
+        **problems(NotFound, NotReady, Conflict, *OF_BODIES, CorruptArtifact),
     },
 )
 async def create_extension(

@@ -5,16 +5,13 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from app.errors import (
+    OF_BODIES,
+    OF_ENGINE,
     Conflict,
-    EngineBusy,
-    EngineUnavailable,
-    IdempotencyInFlight,
     InUse,
     NameTaken,
     NotFound,
-    PayloadTooLarge,
     StorageFull,
-    UnsupportedMedia,
     problems,
 )
 from app.models import service
@@ -26,7 +23,6 @@ from app.web.pagination import PageOf
 from app.web.uploads import form_of, json_part, saved_file
 
 router = APIRouter(tags=["models"], route_class=TransactionalRoute)
-_ENGINE = (EngineBusy, EngineUnavailable)
 _CHECKPOINT_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -50,7 +46,7 @@ _CHECKPOINT_BODY: dict[str, Any] = {
 
 
 @router.get(
-    "/architectures", summary="List architectures", dependencies=[require("read")], responses=problems(*_ENGINE)
+    "/architectures", summary="List architectures", dependencies=[require("read")], responses=problems(*OF_ENGINE)
 )
 async def list_architectures(session: SessionDep, resources: ResourcesDep) -> Architectures:
     """Return every allowed architecture with the JSON Schema of its arguments. Installed packages may add some."""
@@ -63,7 +59,7 @@ async def list_architectures(session: SessionDep, resources: ResourcesDep) -> Ar
     summary="Register a model",
     status_code=201,
     dependencies=[require("write")],
-    responses=problems(NameTaken, IdempotencyInFlight, PayloadTooLarge, UnsupportedMedia, *_ENGINE),
+    responses=problems(NameTaken, *OF_BODIES, *OF_ENGINE),
 )
 async def create_model(
     response: Response, session: SessionDep, resources: ResourcesDep, model: ModelCreate, _: IdempotencyKey = None
@@ -104,7 +100,7 @@ async def delete_model(request: Request, session: SessionDep, resources: Resourc
     status_code=201,
     dependencies=[require("write")],
     openapi_extra=_CHECKPOINT_BODY,
-    responses=problems(NotFound, Conflict, IdempotencyInFlight, PayloadTooLarge, UnsupportedMedia, StorageFull),
+    responses=problems(NotFound, Conflict, *OF_BODIES, StorageFull),
 )
 async def create_checkpoint(
     request: Request,

@@ -5,14 +5,11 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query
 
 from app.errors import (
+    OF_BODIES,
+    OF_ENGINE,
     CorruptArtifact,
-    EngineBusy,
-    EngineUnavailable,
-    IdempotencyInFlight,
     NotFound,
     NotReady,
-    PayloadTooLarge,
-    UnsupportedMedia,
     problems,
 )
 from app.queries import service
@@ -33,11 +30,8 @@ router = APIRouter(prefix="/indexes/{index}", tags=["queries"], route_class=Tran
 _POST = problems(
     NotFound,
     NotReady,
-    IdempotencyInFlight,
-    PayloadTooLarge,
-    UnsupportedMedia,
-    EngineBusy,
-    EngineUnavailable,
+    *OF_BODIES,
+    *OF_ENGINE,
     CorruptArtifact,
 )
 
@@ -86,7 +80,7 @@ async def predict_unlearning(
     "/self-influence",
     summary="Which training examples are atypical?",
     dependencies=[require("query")],
-    responses=problems(NotFound, NotReady, EngineBusy, EngineUnavailable, CorruptArtifact),
+    responses=problems(NotFound, NotReady, *OF_ENGINE, CorruptArtifact),
 )
 async def list_self_influence(
     session: SessionDep,

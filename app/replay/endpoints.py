@@ -4,16 +4,13 @@ from fastapi import APIRouter, Request, Response
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.errors import (
+    OF_BODIES,
+    OF_ENGINE,
     Conflict,
     CorruptArtifact,
-    EngineBusy,
-    EngineUnavailable,
-    IdempotencyInFlight,
     NotFound,
     NotReady,
-    PayloadTooLarge,
     RecipeMissing,
-    UnsupportedMedia,
     problems,
 )
 from app.jobs.schemas import JobOut
@@ -39,11 +36,8 @@ _REFUSALS = problems(
     NotReady,
     RecipeMissing,
     Conflict,
-    IdempotencyInFlight,
-    PayloadTooLarge,
-    UnsupportedMedia,
-    EngineBusy,
-    EngineUnavailable,
+    *OF_BODIES,
+    *OF_ENGINE,
     CorruptArtifact,
 )
 
