@@ -3,8 +3,10 @@
 A worker that is killed between publishing and committing leaves files behind, an api between committing a deletion and removing them.
 """
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import structlog
@@ -12,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.banks import service as banks
 from app.datasets import service as datasets
+from app.db.failures import OUTAGE
 from app.db.session import SessionMaker
 from app.db.tables import Job
 from app.errors import Problem
@@ -57,7 +60,9 @@ _PUBLISHED = (
 async def sweep_files(
     sessions: SessionMaker, artifacts: ArtifactStore, kept_hours: float, orphan_seconds: float = ORPHAN_SECONDS
 ) -> None:
-    """Remove what is not needed any more.
+    """Remove what is not needed any more; what is wrong with one thing is logged and leaves the others to be swept.
+
+    Files are removed in a thread: large folders take longer than this worker's leases may wait for their renewal.
 
     Args:
         sessions: of the database.
@@ -73,15 +78,27 @@ async def sweep_files(
         await repository.forget_progress(session, _PROGRESS_HOURS)
     for name in artifacts.workspaces():
         if name.startswith("job_"):
-            await _sweep_workspace(sessions, artifacts, name, kept_hours)
-    artifacts.drop_unfinished_before(before)
+            with _apart(name):
+                await _sweep_workspace(sessions, artifacts, name, kept_hours)
+    await asyncio.to_thread(artifacts.drop_unfinished_before, before)
     for names in _some_at_once(artifacts.uploads_before(before)):
         async with sessions() as session:
             needed = await datasets.needed_uploads(session, names)
         for name in set(names) - needed:
-            artifacts.drop_upload(name)
+            await asyncio.to_thread(artifacts.drop_upload, name)
     for kind in _PUBLISHED:
-        await _sweep_published(sessions, artifacts, kind, before)
+        with _apart(kind.pattern):
+            await _sweep_published(sessions, artifacts, kind, before)
+
+
+@contextmanager
+def _apart(name: str) -> Iterator[None]:
+    try:
+        yield
+    except OUTAGE:
+        raise
+    except Exception:
+        log.exception("not swept", name=name)
 
 
 async def _ours(sessions: SessionMaker, artifacts: ArtifactStore) -> bool:
@@ -106,7 +123,7 @@ async def _sweep_published(sessions: SessionMaker, artifacts: ArtifactStore, kin
             async with sessions() as session:
                 if await repository.any_unfinished(session, kind.makers) or await kind.named(session, [name]):
                     continue
-            artifacts.delete(name)
+            await asyncio.to_thread(artifacts.delete, name)
 
 
 async def _sweep_workspace(sessions: SessionMaker, artifacts: ArtifactStore, job_id: str, kept_hours: float) -> None:
@@ -118,7 +135,7 @@ async def _sweep_workspace(sessions: SessionMaker, artifacts: ArtifactStore, job
         job = await repository.get(session, job_id, lock=True)
         if job is None or await _over(session, job, kept_hours):
             await repository.drop_shards(session, job_id)
-            artifacts.drop_workspace(job_id)
+            await asyncio.to_thread(artifacts.drop_workspace, job_id)
 
 
 async def _over(session: AsyncSession, job: Job, kept_hours: float) -> bool:

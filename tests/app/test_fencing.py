@@ -1,75 +1,36 @@
 """Claims, leases and fences of jobs and shards, straight on the rows, in the running service's database."""
 
-from collections.abc import AsyncIterator
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import cast
 
 import pytest
 from fastapi import Response
-from sqlalchemy import func, select, text, update
+from sqlalchemy import text, update
 from sqlalchemy.exc import DataError, IntegrityError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from app.db.embedded import get_server
 from app.db.ids import new_id
 from app.db.references import by_reference
-from app.db.session import SessionMaker, create_engine, create_sessionmaker
-from app.db.tables import Dataset, Idempotency, Job, Model, Shard
+from app.db.session import SessionMaker
+from app.db.tables import Dataset, Job, Model, Shard
 from app.errors import Conflict
 from app.jobs import repository
-from app.jobs.service import RESOURCES, Resource
 from app.models import service as models
 from app.replay import plans
-from app.settings import DatabaseSettings, Settings
+from app.settings import Settings
 from app.storage.artifacts import ArtifactStore
 from app.web.idempotency import IdempotencyClaim
 from app.worker.runner import Effect, Kind, Runner, Running, own_folder, wake_abandoned
-from app.worker.sweeping import sweep_files
 from attribution_core.errors import Cancelled
 from attribution_core.training.recipe import CheckpointInitialisation, Recipe, Sgd
+from tests.app.job_rows import finish, new_job
 from tests.conftest import Loaded
-
-
-@pytest.fixture
-async def sessions(loaded: Loaded) -> AsyncIterator[SessionMaker]:
-    server = get_server(loaded.service.data.resolve() / "postgres", cleanup_mode=None)
-    database = create_engine(DatabaseSettings(url=server.get_uri()))
-    yield create_sessionmaker(database)
-    await database.dispose()
-
-
-async def new_job(sessions: SessionMaker, shards: int = 0) -> str:
-    """A running job that a worker with an hour of lease holds, so that the service's own worker leaves it alone."""
-    job = Job(
-        id=new_id("job"),
-        kind="fit",
-        state="running",
-        resource_type="index",
-        resource_id="none",
-        progress_unit="examples",
-        attempt=1,
-    )
-    async with sessions.begin() as session:
-        job.lease_expires_at = await session.scalar(select(repository.lease(3600)))
-        session.add(job)
-        await session.flush()
-        rows = [
-            Shard(job_id=job.id, stage=0, ordinal=n, state="queued", units=10 if n >= 0 else 0)
-            for n in (*range(shards), -1)
-        ]
-        await repository.add_shards(session, rows)
-    return job.id
 
 
 async def expire(sessions: SessionMaker, job_id: str) -> None:
     async with sessions.begin() as session:
         await session.execute(update(Shard).where(Shard.job_id == job_id).values(lease_expires_at=repository.lease(-1)))
-
-
-async def finish(sessions: SessionMaker, job_id: str) -> None:
-    async with sessions.begin() as session:
-        await repository.finish_job(session, job_id, None, "cancelled", None)
 
 
 async def test_a_late_worker_changes_nothing(sessions: SessionMaker) -> None:
@@ -230,100 +191,6 @@ async def test_a_stored_answer_outlives_a_commit_that_seemed_to_fail(sessions: S
     again = await claim.take()
     assert again is not None
     assert (again.status_code, again.body) == (201, b"made")
-
-
-async def test_files_that_nothing_needs_are_swept(sessions: SessionMaker, loaded: Loaded) -> None:
-    """As a killed worker leaves them: weights without a row, workspaces of jobs that are over or whose thing is gone."""
-    store = ArtifactStore(loaded.service.data)
-    (store.workspace("orphan-weights") / "weights.safetensors").write_bytes(b"1")
-    orphan = store.publish(store.workspace("orphan-weights"), "checkpoints/ckpt_orphan").name
-    alive, gone = await new_job(sessions), await new_job(sessions)  # the index that both make does not exist
-    for job in (alive, gone):
-        (store.workspace(job) / "part").write_bytes(b"1")
-    await finish(sessions, gone)
-    await sweep_files(sessions, store, 72)
-    assert store.open(orphan).exists(), "it may be about to be committed"
-    assert (alive in store.workspaces(), gone in store.workspaces()) == (True, False)
-    await sweep_files(sessions, store, 72, orphan_seconds=-1)
-    assert not (loaded.service.data / "artifacts" / orphan).exists()
-    for checkpoint in loaded.checkpoints:
-        store.verify(f"checkpoints/{checkpoint}")
-    await finish(sessions, alive)
-
-
-async def test_every_kind_of_leftover_is_swept(sessions: SessionMaker, loaded: Loaded) -> None:
-    """What was published or uploaded by killed processes, and what a deletion was about to remove; never what a row names."""
-    store, root = ArtifactStore(loaded.service.data), loaded.service.data
-    names = ("datasets/ds_gone", "indexes/idx_gone", "indexes/idx_gone.2", "banks/mdl_gone/bank_gone/000001")
-    for name in names:
-        (store.workspace("leftover") / "part").write_bytes(b"1")
-        store.publish(store.workspace("leftover"), name)
-    left = [root / "uploads" / "killed.upload", root / "uploads" / "gone.data", root / "work" / "ckpt_gone" / "part"]
-    left[-1].parent.mkdir()
-    for path in left:
-        path.write_bytes(b"1")
-    dataset = loaded.service.get("/v1/datasets/digits")["id"]
-    failed = Dataset(id=new_id("ds"), name=new_id("name"), status="failed", spec={}, upload="wanted.data")
-    (root / "uploads" / "wanted.data").write_bytes(b"1")
-    async with sessions.begin() as session:
-        session.add(failed)
-        old = Idempotency(
-            owner="someone", key="old", request_hash="", claim="", expires_at=datetime(2020, 1, 1, tzinfo=UTC)
-        )
-        session.add(old)
-    await sweep_files(sessions, store, 72)
-    assert all(path.exists() for path in left), "they may be about to be named"
-    await sweep_files(sessions, store, 72, orphan_seconds=-1)
-    assert not any(path.exists() for path in left)
-    assert not any((root / "artifacts" / name).exists() for name in names)
-    assert (root / "uploads" / "wanted.data").exists(), "a retry imports it"
-    store.verify(f"datasets/{dataset}")
-    async with sessions.begin() as session:
-        assert await session.get(Idempotency, ("someone", "old")) is None
-        await session.delete(await session.get(Dataset, failed.id))
-
-
-async def test_shards_of_a_job_that_failed_are_kept_for_a_while(
-    sessions: SessionMaker, loaded: Loaded, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def accepted(session: AsyncSession, job: Job) -> None: ...
-
-    monkeypatch.setitem(RESOURCES, "fit", Resource(accepted, RESOURCES["fit"].fail))
-    store, job = ArtifactStore(loaded.service.data), await new_job(sessions, shards=2)
-    (store.workspace(job) / "shard").write_bytes(b"1")
-    await finish(sessions, job)
-    await sweep_files(sessions, store, kept_hours=72)
-    assert job in store.workspaces()
-    await sweep_files(sessions, store, kept_hours=0)
-    assert job not in store.workspaces()
-    async with sessions() as session:
-        assert not await repository.has_shards(session, job), "a retry plans them again"
-
-
-async def test_progress_of_jobs_that_ended_long_ago_is_forgotten(sessions: SessionMaker) -> None:
-    kept = {}
-    for age in (1, 30):
-        job = await new_job(sessions)
-        await finish(sessions, job)
-        async with sessions.begin() as session:
-            for kind in ("progress", "state"):
-                await repository.add_event(session, job, kind, {})
-            ended = func.clock_timestamp() - timedelta(hours=age)
-            await session.execute(update(Job).where(Job.id == job).values(finished_at=ended))
-            await repository.forget_progress(session, 24)
-            kept[age] = [event.type for event in await repository.events_after(session, job, 0)]
-    assert kept == {1: ["progress", "state"], 30: ["state"]}
-
-
-async def test_nothing_is_swept_for_another_database(sessions: SessionMaker, tmp_path: Path) -> None:
-    """A service that was pointed at an empty database must not take every file for a leftover."""
-    store = ArtifactStore(tmp_path)
-    (store.workspace("some") / "part").write_bytes(b"1")
-    store.publish(store.workspace("some"), "datasets/ds_of_the_other")
-    store.claim("job_of_the_other")
-    await sweep_files(sessions, store, 72, orphan_seconds=-1)
-    store.verify("datasets/ds_of_the_other")
-    assert store.owner() == "job_of_the_other"
 
 
 async def test_a_job_that_ends_its_worker_each_time_is_given_up(sessions: SessionMaker, tmp_path: Path) -> None:
