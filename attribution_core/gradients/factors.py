@@ -136,18 +136,28 @@ class LayerGradient:
         return not self.one_hot and ghost <= self.block.d_in * (queries + self.positions)
 
     def _ghost(self, matrices: Tensor) -> Tensor:
-        """Return `⟨M_q, Σ_t g_t a_tᵀ⟩ = Σ_t ⟨M_q a_t, g_t⟩`, (queries, batch), holding `M_q a_t` of a few queries and examples."""
-        groups, positions = self.block.groups, self.positions
-        queries = max(1, min(len(matrices), _GHOST_NUMBERS // (_GHOST_EXAMPLES * positions * self.block.d_out)))
-        examples = max(1, _GHOST_NUMBERS // (queries * groups * positions * self.block.d_out))
-        products = self.inputs.new_empty(len(matrices), len(self))
-        inputs, outputs = self.inputs.transpose(0, 1), self.outputs.transpose(0, 1)  # (groups, batch, positions, d)
+        """Return `⟨M_q, Σ_t g_t a_tᵀ⟩ = Σ_t ⟨M_q a_t, g_t⟩`, (queries, batch), holding `M_q a_t` of a few queries and examples.
+
+        Outputs that no example moves, such as those of dead ReLUs, are not multiplied.
+        """
+        moves = self.outputs.flatten(0, 2).any(0)
+        groups, positions, d_out = self.block.groups, self.positions, int(moves.sum())
+        products = self.inputs.new_zeros(len(matrices), len(self))
+        if d_out == 0:
+            return products
+        kept = slice(None) if d_out == len(moves) else moves
+        queries = max(1, min(len(matrices), _GHOST_NUMBERS // (_GHOST_EXAMPLES * positions * d_out)))
+        examples = max(1, _GHOST_NUMBERS // (queries * groups * positions * d_out))
+        inputs, outputs = (
+            self.inputs.transpose(0, 1),
+            self.outputs[..., kept].transpose(0, 1),
+        )  # (groups, batch, positions, d)
         for first in range(0, len(matrices), queries):
-            chosen = matrices[first : first + queries]
+            chosen = matrices[first : first + queries, :, kept]
             rows = chosen.transpose(0, 1).flatten(1, 2)  # (groups, queries · d_out, d_in)
             for start in range(0, len(self), examples):
                 part = slice(start, start + examples)
-                moved = (inputs[:, part].flatten(1, 2) @ rows.mT).view(-1, len(chosen), self.block.d_out)
+                moved = (inputs[:, part].flatten(1, 2) @ rows.mT).view(-1, len(chosen), d_out)
                 matched = outputs[:, part].flatten(0, 2).unsqueeze(-1)
                 found = moved @ matched  # (groups · examples · positions, queries, 1)
                 summed = found.view(groups, -1, positions, len(chosen)).sum((0, 2))

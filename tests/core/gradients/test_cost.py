@@ -98,6 +98,20 @@ def test_ghost_products_are_those_of_whole_gradients(
     torch.testing.assert_close(gradient._ghost(matrices), whole, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("moving", [0, 3, 9])
+def test_outputs_that_no_example_moves_cost_nothing(moving: int) -> None:
+    torch.manual_seed(0)
+    batch, d_in, d_out, queries = 5, 7, 9, 4
+    block = Block("layer", 1, d_out, d_in)
+    outputs = torch.randn(batch, 1, 1, d_out)
+    outputs[..., torch.randperm(d_out)[moving:]] = 0
+    gradient = LayerGradient(block, torch.randn(batch, 1, 1, d_in), outputs)
+    matrices = torch.randn(queries, *block.shape)
+    whole = matrices.flatten(1) @ gradient.materialise().flatten(1).T
+    torch.testing.assert_close(gradient.inner(matrices), whole)
+    assert flops(lambda: gradient.inner(matrices)) == 2 * queries * batch * (d_in + 1) * moving
+
+
 @pytest.mark.parametrize("shape", [(4, 20), (20, 4), (12, 12)])
 @pytest.mark.parametrize("positions", [1, 5, 9, 13, 40])
 @pytest.mark.parametrize("sides", ["both", "inputs", "outputs"])
