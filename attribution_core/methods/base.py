@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from attribution_core.curvature import Curvature
-from attribution_core.curvature.fisher import Fisher, Observed, observe
+from attribution_core.curvature.fisher import Fisher, Observed, observe, scaled
 from attribution_core.curvature.group import Group
 from attribution_core.data.batch import Batch
 from attribution_core.errors import InvalidInputError
@@ -257,9 +257,10 @@ class GradientMethod(FeatureMethod):
 
     def precondition(self, query: QuerySide, damping: float) -> QuerySide:
         """Return `(1/n)(H̄ + λ)⁻¹ ∇m_z`, unprojected and projected."""
-        solved = self.curvature.solve_factored(query.measured, damping)
-        for number, gradient in enumerate(solved):  # one at a time, as all of them twice would be the peak of memory
-            solved[number] = _without_subnormals(gradient / self.checkpoint.num_examples)
+        # 1/n goes into the factors: a second copy of what is solved would be the peak of memory.
+        share = query.measured[0].inputs.new_full((len(query.output),), 1 / self.checkpoint.num_examples)
+        solved = self.curvature.solve_factored(scaled(query.measured, share), damping)
+        solved = [_without_subnormals(gradient) for gradient in solved]
         rows = query.rows if self.projection is None else self.projection.project(solved)
         return QuerySide(query.output, rows, solved)
 

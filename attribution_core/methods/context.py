@@ -73,7 +73,7 @@ _MAX_BATCH = 512
 # A language model's outputs are as large as its vocabulary, and its loss has several copies of them.
 _OUTPUT_BYTES = 512 << 20
 _OUTPUT_COPIES = 4
-# Whole gradients held at once: of the queries by which recall is measured, as they are, preconditioned and scaled.
+# Whole gradients held at once: of the queries by which recall is measured, as they are, divided by n and preconditioned.
 MAX_GRADIENT_BYTES = 8 << 30
 RECALL_QUERIES = 16
 _GRADIENTS_HELD = 3 * RECALL_QUERIES

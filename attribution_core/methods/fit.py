@@ -358,7 +358,9 @@ def build_pipeline(spec: FitSpec, work: Path, device: str = "cpu") -> AnyPipelin
 
 def fit(spec: FitSpec, work: Path, into: Path, progress: Progress, device: str = "cpu") -> FitSummary:
     """Run a whole fit in this process; the service runs the same parts as jobs."""
-    return run(build_pipeline(spec, work, device), into, progress)
+    summary = run(build_pipeline(spec, work, device), into, progress)
+    release_freed()
+    return summary
 
 
 def run(pipeline: AnyPipeline, into: Path, progress: Progress) -> FitSummary:
