@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo serve test lint openapi bench bench-quick bench-scaling clean
+.PHONY: install demo serve test test-library test-service lint openapi bench bench-quick bench-scaling clean
 
 install: $(STAMP)
 
@@ -24,8 +24,17 @@ demo: install
 serve: install
 	$(BIN)/headwater serve --host 127.0.0.1 --port 8000
 
+# The library computes while the service mostly waits for its processes: both at once take little more than the longer one, if their
+# threads do not wait for one another.
+test test-library test-service: export OMP_NUM_THREADS = 1
 test: install
-	$(BIN)/python -m pytest
+	$(MAKE) --jobs=2 test-library test-service
+
+test-library: install
+	$(BIN)/python -m pytest tests/core
+
+test-service: install
+	$(BIN)/python -m pytest --ignore=tests/core
 
 lint: install
 	$(BIN)/ruff check .
