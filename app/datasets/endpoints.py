@@ -129,14 +129,7 @@ async def create_dataset(
     ),
     responses={
         200: {"model": DatasetOut, "description": "The new version, with `Prefer: wait`."},
-        **problems(
-            NotFound,
-            NotReady,
-            NameTaken,
-            *OF_BODIES,
-            StorageFull,
-            CorruptArtifact,
-        ),
+        **problems(NotFound, NotReady, NameTaken, *OF_BODIES, StorageFull, CorruptArtifact),
     },
 )
 async def create_version(

@@ -54,14 +54,7 @@ async def list_methods() -> Methods:
     dependencies=[require("write")],
     responses={
         200: {"model": IndexOut, "description": "The fitted index, with `Prefer: wait`."},
-        **problems(
-            NotFound,
-            NotReady,
-            RecipeMissing,
-            NameTaken,
-            *OF_BODIES,
-            CorruptArtifact,
-        ),
+        **problems(NotFound, NotReady, RecipeMissing, NameTaken, *OF_BODIES, CorruptArtifact),
     },
 )
 async def create_index(

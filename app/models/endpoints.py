@@ -4,16 +4,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from app.errors import (
-    OF_BODIES,
-    OF_ENGINE,
-    Conflict,
-    InUse,
-    NameTaken,
-    NotFound,
-    StorageFull,
-    problems,
-)
+from app.errors import OF_BODIES, OF_ENGINE, Conflict, InUse, NameTaken, NotFound, StorageFull, problems
 from app.models import service
 from app.models.schemas import Architectures, CheckpointMeta, CheckpointOut, ModelCreate, ModelOut
 from app.web.boundary import TransactionalRoute

@@ -4,14 +4,7 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query
 
-from app.errors import (
-    OF_BODIES,
-    OF_ENGINE,
-    CorruptArtifact,
-    NotFound,
-    NotReady,
-    problems,
-)
+from app.errors import OF_BODIES, OF_ENGINE, CorruptArtifact, NotFound, NotReady, problems
 from app.queries import service
 from app.queries.schemas import (
     AttributionAnswer,
@@ -27,13 +20,7 @@ from app.web.deps import IdempotencyKey, PageDep, ResourcesDep, SessionDep, requ
 from app.web.pagination import PageOf
 
 router = APIRouter(prefix="/indexes/{index}", tags=["queries"], route_class=TransactionalRoute)
-_POST = problems(
-    NotFound,
-    NotReady,
-    *OF_BODIES,
-    *OF_ENGINE,
-    CorruptArtifact,
-)
+_POST = problems(NotFound, NotReady, *OF_BODIES, *OF_ENGINE, CorruptArtifact)
 
 
 @router.post(

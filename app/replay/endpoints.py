@@ -3,16 +3,7 @@
 from fastapi import APIRouter, Request, Response
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from app.errors import (
-    OF_BODIES,
-    OF_ENGINE,
-    Conflict,
-    CorruptArtifact,
-    NotFound,
-    NotReady,
-    RecipeMissing,
-    problems,
-)
+from app.errors import OF_BODIES, OF_ENGINE, Conflict, CorruptArtifact, NotFound, NotReady, RecipeMissing, problems
 from app.jobs.schemas import JobOut
 from app.jobs.service import shown as shown_job
 from app.replay import plans, service
@@ -31,15 +22,7 @@ from app.web.deps import IdempotencyKey, PageDep, PreferWait, ResourcesDep, Sess
 from app.web.pagination import PageOf
 
 router = APIRouter(tags=["replay"], route_class=TransactionalRoute)
-_REFUSALS = problems(
-    NotFound,
-    NotReady,
-    RecipeMissing,
-    Conflict,
-    *OF_BODIES,
-    *OF_ENGINE,
-    CorruptArtifact,
-)
+_REFUSALS = problems(NotFound, NotReady, RecipeMissing, Conflict, *OF_BODIES, *OF_ENGINE, CorruptArtifact)
 
 
 @router.post(

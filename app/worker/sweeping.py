@@ -62,7 +62,8 @@ async def sweep_files(
 ) -> None:
     """Remove what is not needed any more; what is wrong with one thing is logged and leaves the others to be swept.
 
-    Files are removed in a thread: large folders take longer than this worker's leases may wait for their renewal.
+    What no row names is removed in a thread, as leases are renewed meanwhile. A workspace is not: were the worker stopped in the middle,
+    its rows would come back and its files would not.
 
     Args:
         sessions: of the database.
@@ -135,7 +136,7 @@ async def _sweep_workspace(sessions: SessionMaker, artifacts: ArtifactStore, job
         job = await repository.get(session, job_id, lock=True)
         if job is None or await _over(session, job, kept_hours):
             await repository.drop_shards(session, job_id)
-            await asyncio.to_thread(artifacts.drop_workspace, job_id)
+            artifacts.drop_workspace(job_id)
 
 
 async def _over(session: AsyncSession, job: Job, kept_hours: float) -> bool:

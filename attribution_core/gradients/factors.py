@@ -148,10 +148,8 @@ class LayerGradient:
         kept = slice(None) if d_out == len(moves) else moves
         queries = max(1, min(len(matrices), _GHOST_NUMBERS // (_GHOST_EXAMPLES * positions * d_out)))
         examples = max(1, _GHOST_NUMBERS // (queries * groups * positions * d_out))
-        inputs, outputs = (
-            self.inputs.transpose(0, 1),
-            self.outputs[..., kept].transpose(0, 1),
-        )  # (groups, batch, positions, d)
+        inputs = self.inputs.transpose(0, 1)  # (groups, batch, positions, d_in)
+        outputs = self.outputs[..., kept].transpose(0, 1)  # (groups, batch, positions, d_out)
         for first in range(0, len(matrices), queries):
             chosen = matrices[first : first + queries, :, kept]
             rows = chosen.transpose(0, 1).flatten(1, 2)  # (groups, queries · d_out, d_in)

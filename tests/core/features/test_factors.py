@@ -1,12 +1,15 @@
 """Stored gradients of many shards: what is read is what was written, and a file is opened once."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import psutil
+import pytest
 import torch
 
 from attribution_core.arrays import mapped_arrays, write_arrays
+from attribution_core.features import factors
 from attribution_core.features.factors import GradientStore, encoded, write_gradients
 from attribution_core.gradients import Block, LayerGradient
 
@@ -47,3 +50,19 @@ def test_gradients_come_back_from_many_shards_with_one_mapping_each(tmp_path: Pa
         for number, gradient in enumerate(gradients):
             expected = outputs[rows[places], number, :, 0].unsqueeze(-1) * inputs[rows[places], number, :, 0, None]
             torch.testing.assert_close(gradient.materialise(), expected)
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 512])
+@pytest.mark.parametrize("rows", [range(10), [0, 1, 2, 7, 4, 9], []])
+def test_rows_are_the_same_however_many_are_decoded_at_once(
+    at_once: int, rows: Sequence[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(factors, "_ROWS_AT_ONCE", at_once)
+    inputs, outputs = (torch.from_numpy(RNG.normal(size=(10, 1, 1, d)).astype(np.float32)) for d in (5, 4))
+    write_gradients(tmp_path, 0, [encoded([LayerGradient(BLOCKS[0], inputs, outputs)], "float32")])
+    store, asked = GradientStore(tmp_path, np.array([0, 10]), BLOCKS[:1]), np.array(rows, dtype=np.int64)
+    found = torch.full((len(asked), 4, 5), torch.nan)
+    for places, (gradient,) in store.read(0, asked):
+        assert len(places) <= at_once
+        found[places] = gradient.materialise()[:, 0]
+    torch.testing.assert_close(found, (outputs[:, 0, 0, :, None] * inputs[:, 0, 0, None, :])[asked])
