@@ -1,6 +1,7 @@
 """Everything a fit depends on, as one value: made by whoever submits it, read by whoever runs it; free of torch."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -48,6 +49,18 @@ class PriorRef(Spec):
     id: str
     folder: Path
     fit: "FitSpec"
+
+
+@dataclass(frozen=True)
+class Member:
+    """One of the models that scores are averaged over.
+
+    Attributes:
+        copy: 0 is the checkpoint itself, others are its perturbed copies.
+    """
+
+    checkpoint: CheckpointRef
+    copy: int
 
 
 class FitSpec(Spec):
@@ -137,6 +150,9 @@ class FitSpec(Spec):
         )
         weights = [self._identity(checkpoint) for checkpoint in self.checkpoints]
         tokenizer = sha256_file(self.tokenizer_path) if self.tokenizer_path else None
+        if not self.method.copies:
+            # As it was before there were copies.
+            decides["method"].pop("perturbation", None)
         base = None if self.base is None else self.base.model_dump(mode="json", exclude={"folder"})
         data = [self.dataset.reading(), self.dataset.sha256, self.queries and self.queries.sha256]
         priors = [prior.fit.fingerprint() for prior in self.priors]
@@ -149,11 +165,17 @@ class FitSpec(Spec):
             runs.setdefault(checkpoint.run, []).append(number)
         return [sorted(numbers, key=lambda number: self.checkpoints[number].step or 0) for numbers in runs.values()]
 
+    @cached_property
+    def members(self) -> tuple[Member, ...]:
+        """The models that scores are averaged over: every checkpoint, followed by its perturbed copies."""
+        copies = range(1 + self.method.copies)
+        return tuple(Member(checkpoint, copy) for checkpoint in self.checkpoints for copy in copies)
+
     def answering(self) -> list[int]:
-        """Return the checkpoints whose mean output is the index's: all, or the ends of the trainings that a method follows."""
+        """Return the members whose mean output is the index's: all checkpoints, or the ends of the trainings that a method follows."""
         if self.method.follows_training:
             return [run[-1] for run in self.runs()]
-        return list(range(len(self.checkpoints)))
+        return [number for number, member in enumerate(self.members) if member.copy == 0]
 
     def check_trajectory(self) -> None:
         """Refuse checkpoints that do not say what the method needs to know of the training they come from.
@@ -222,10 +244,10 @@ class FitSpec(Spec):
         return [segments([points[number] for number in run], method.segments) for run in self.runs()]
 
     def curvature_groups(self) -> list[tuple[int, ...]]:
-        """Return which checkpoints share a curvature: those of a segment, else each has its own."""
+        """Return which members share a curvature: those of a segment, else each has its own."""
         if isinstance(self.method, SourceMethod):
             return [segment.checkpoints for run in self.segments(self.method) for segment in run]
-        return [(number,) for number in range(len(self.checkpoints))]
+        return [(number,) for number in range(len(self.members))]
 
     def _training(self) -> object:
         """Return what decides weights that the method trains."""

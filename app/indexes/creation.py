@@ -238,7 +238,7 @@ def _work(spec: FitSpec) -> tuple[str, int | None]:
         return "steps", None
     if isinstance(spec.method, MagicMethod) and spec.recipe is not None:
         return "steps", spec.recipe.epochs * spec.recipe.steps_per_epoch(spec.num_training) * spec.method.trainings
-    return "examples", spec.num_training * len(spec.checkpoints) * len(spec.method.stages)
+    return "examples", spec.num_training * len(spec.members) * len(spec.method.stages)
 
 
 def _check_layers(index: Index, model: Model) -> None:

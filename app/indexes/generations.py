@@ -174,7 +174,7 @@ async def _submitted(
     passes = min(2, len(spec.method.stages)) if base else len(spec.method.stages)
     covered = base["num_examples"] if base else 0
     rows = spec.dataset.num_examples - covered - sum(row >= covered for row in left_out)
-    total = rows * len(spec.checkpoints) * passes
+    total = rows * len(spec.members) * passes
     job = await jobs.submit(session, kind, "index", index.id, unit="examples", total=total)
     generation.job_id = job.id
     session.add(generation)

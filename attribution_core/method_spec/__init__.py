@@ -23,6 +23,8 @@ from attribution_core.method_spec.base import (
     GroupEstimator,
     MethodBase,
     Notion,
+    Perturbation,
+    PerturbedMethodBase,
     ProjectionSpec,
     QueryRows,
 )
@@ -82,6 +84,8 @@ __all__ = [
     "MethodBase",
     "MethodSpec",
     "Notion",
+    "Perturbation",
+    "PerturbedMethodBase",
     "PosteriorMethod",
     "ProjectionSpec",
     "QueryRows",

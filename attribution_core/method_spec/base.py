@@ -57,11 +57,46 @@ class MethodBase(Spec):
         """Passes over the training set that a fit takes, in order."""
         return ("features",)
 
+    @property
+    def copies(self) -> int:
+        """Perturbed copies of each checkpoint, which are members of the ensemble as it is."""
+        return 0
+
 
 class GradientMethodBase(MethodBase):
     """A method whose scores are inner products of gradients."""
 
     projection: ProjectionSpec = ProjectionSpec()
+
+
+class Perturbation(Spec):
+    """Copies of each checkpoint with noise on their weights, over which scores are averaged beside it."""
+
+    copies: int = Field(
+        default=9, ge=1, le=64, description="Of each checkpoint; a fit and a query cost that many times more."
+    )
+    noise: float = Field(
+        default=0.3,
+        gt=0,
+        le=1,
+        description="Standard deviation, as a multiple of the root mean square of each parameter tensor, which a copy keeps.",
+    )
+    seed: Seed = 0
+
+
+class PerturbedMethodBase(GradientMethodBase):
+    """A method of gradients under checkpoints that are an ensemble, which copies of them can enlarge."""
+
+    perturbation: Perturbation | None = Field(
+        default=None,
+        description="An ensemble out of each checkpoint: scores are averaged over it and copies of it with noisy weights, which ranks retrainings "
+        "better for as many times the cost (docs/studies/perturbation.md). Off by default.",
+    )
+
+    @property
+    def copies(self) -> int:
+        """Perturbed copies of each checkpoint."""
+        return 0 if self.perturbation is None else self.perturbation.copies
 
 
 class QueryRows(Spec):

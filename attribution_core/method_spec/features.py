@@ -7,15 +7,15 @@ from pydantic import Field
 from attribution_core.method_spec.base import (
     LAYER_DAMPING,
     Damping,
-    GradientMethodBase,
     GroupEstimator,
     MethodBase,
     Notion,
+    PerturbedMethodBase,
     ProjectionSpec,
 )
 
 
-class LograMethod(GradientMethodBase):
+class LograMethod(PerturbedMethodBase):
     """Influence functions in a space where each layer's input and output gradient were projected apart, with that space's Fisher matrix."""
 
     extends: ClassVar[bool] = True
@@ -27,7 +27,7 @@ class LograMethod(GradientMethodBase):
     damping: Damping = Field(default=0.3, description=LAYER_DAMPING)
 
 
-class TrakMethod(GradientMethodBase):
+class TrakMethod(PerturbedMethodBase):
     """TRAK: the linearised model's one-step update, in a random projection, averaged over checkpoints."""
 
     extends: ClassVar[bool] = True
@@ -52,7 +52,7 @@ class TrakMethod(GradientMethodBase):
         return ("kernel", "features") if self.curvature == "fisher" else ("features",)
 
 
-class GradDotMethod(GradientMethodBase):
+class GradDotMethod(PerturbedMethodBase):
     """Inner product of the query's and the training example's gradients (one-checkpoint TracIn, identity curvature)."""
 
     extends: ClassVar[bool] = True
@@ -60,7 +60,7 @@ class GradDotMethod(GradientMethodBase):
     type: Literal["grad_dot"]
 
 
-class GradCosMethod(GradientMethodBase):
+class GradCosMethod(PerturbedMethodBase):
     """Cosine of the query's and the training example's gradients."""
 
     extends: ClassVar[bool] = True

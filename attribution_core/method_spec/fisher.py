@@ -4,7 +4,13 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from attribution_core.method_spec.base import LAYER_DAMPING, Damping, GradientMethodBase, GroupEstimator
+from attribution_core.method_spec.base import (
+    LAYER_DAMPING,
+    Damping,
+    GradientMethodBase,
+    GroupEstimator,
+    PerturbedMethodBase,
+)
 from attribution_core.spec import Seed
 
 # Default dampings: from the least that keeps rounding small to that of the largest ratio which was measured.
@@ -24,7 +30,7 @@ class FisherSampling(GradientMethodBase):
     seed: Seed = 0
 
 
-class FisherMethod(FisherSampling):
+class FisherMethod(FisherSampling, PerturbedMethodBase):
     """A method that inverts the Fisher matrix."""
 
     estimators: ClassVar[tuple[GroupEstimator, ...]] = ("additive", "newton")
@@ -130,7 +136,7 @@ class GaussNewtonMethod(FisherMethod):
         return ("covariance", "eigenvalues", "features")
 
 
-class DataInfMethod(GradientMethodBase):
+class DataInfMethod(PerturbedMethodBase):
     """Influence functions with each layer's empirical Fisher, the inverse of a mean replaced by the mean of inverses."""
 
     self_influence: ClassVar[bool] = False

@@ -4,11 +4,11 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from attribution_core.method_spec.base import Damping, GradientMethodBase, GroupEstimator
+from attribution_core.method_spec.base import Damping, GroupEstimator, PerturbedMethodBase
 from attribution_core.spec import Seed
 
 
-class HessianMethod(GradientMethodBase):
+class HessianMethod(PerturbedMethodBase):
     """A method whose curvature is the mean loss's Hessian, or its Gauss-Newton part."""
 
     damping: Damping = Field(

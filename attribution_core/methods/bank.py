@@ -235,7 +235,7 @@ class BankIndex(ScoredIndex):
         Raises:
             InvalidInputError: if the queries do not fit the model.
         """
-        checkpoints = [self.context.checkpoint(number) for number in range(len(self.spec.checkpoints))]
+        checkpoints = [self.context.checkpoint(number) for number in self.spec.answering()]
         found = [checkpoint.output(batch) for checkpoint in checkpoints]
         task, measurement = self.context.task, self.spec.measurement
         described = task.describe(torch.stack(found).mean(0), batch, measurement)

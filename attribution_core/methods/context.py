@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import nn
 
 from attribution_core.checkpoints import load_model
 from attribution_core.curvature import Curvature, EkfacFactors, Identity
@@ -23,7 +24,7 @@ from attribution_core.data.reader import DatasetReader
 from attribution_core.data.tokenizers import load_tokenizer
 from attribution_core.errors import FingerprintMismatchError, InvalidInputError
 from attribution_core.features.factors import numbers_kept
-from attribution_core.fit_spec import FitSpec
+from attribution_core.fit_spec import FitSpec, Member
 from attribution_core.method_spec import (
     ArnoldiMethod,
     CgMethod,
@@ -41,6 +42,7 @@ from attribution_core.method_spec import (
     KfacMethod,
     LissaMethod,
     LograMethod,
+    PerturbedMethodBase,
     RepresentationMethod,
     RepresenterMethod,
     SourceMethod,
@@ -58,6 +60,7 @@ from attribution_core.methods.representation import Representation
 from attribution_core.methods.representer import Representer
 from attribution_core.methods.source import Source, Unrolled
 from attribution_core.methods.trak import Trak
+from attribution_core.perturbation import perturb
 from attribution_core.progress import Progress
 from attribution_core.projection import FactoredProjection, Projection, build_projection
 from attribution_core.sampling import evenly_spread
@@ -127,7 +130,7 @@ class FitContext:
         return ExampleSource(DatasetReader(folder, dataset), self.spec.task, tokenizer, self.device)
 
     def checkpoint(self, number: int) -> Checkpoint:
-        """Return one loaded checkpoint.
+        """Return one member's loaded checkpoint, or perturbed copy of it.
 
         Raises:
             CorruptArtifactError: if its file is missing.
@@ -136,9 +139,7 @@ class FitContext:
             InvalidInputError: if a layer cannot be attributed, or the method's gradients would not fit in memory.
         """
         if number not in self._checkpoints:
-            reference = self.spec.checkpoints[number]
-            reference.verify()
-            module = load_model(self.spec.architecture, reference.path, self.device)
+            module = self._module(self.spec.members[number])
             # The name of a model that is one layer is empty.
             last = isinstance(self.spec.method, RepresenterMethod) and last_linear(module)[0]
             capture = CheckedCapture(module, [last] if last else self.spec.layers, _LOWERED[self.spec.precision])
@@ -151,6 +152,15 @@ class FitContext:
                 capture=capture,
             )
         return self._checkpoints[number]
+
+    def _module(self, member: Member) -> nn.Module:
+        member.checkpoint.verify()
+        module = load_model(self.spec.architecture, member.checkpoint.path, self.device)
+        if member.copy:
+            assert isinstance(self.spec.method, PerturbedMethodBase)
+            assert self.spec.method.perturbation is not None
+            perturb(module, self.spec.method.perturbation, member.checkpoint.sha256, member.copy)
+        return module
 
     def batch_size(self, number: int) -> int:
         """Return how many examples go through at once: bounded by the memory of their gradients, not by n."""

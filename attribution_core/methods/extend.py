@@ -164,7 +164,7 @@ class ExtensionPipeline(FitPipeline):
 
     def _drift(self, appended: Arrays) -> dict[str, object]:
         members, layers = [], dict[str, str]()
-        for number in range(len(self.spec.checkpoints)):
+        for number in range(len(self.spec.members)):
             kept = self._kept_means(number)
             sums = [of_checkpoint(of_checkpoint(appended, number), half) for half in _HALVES]
             halves = [self._means(number, part) for part in sums if part["count"][0] > 0]

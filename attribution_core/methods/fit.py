@@ -137,7 +137,7 @@ class FitPipeline:
             InvalidInputError: if the data does not fit the model.
             Cancelled: if the work should stop.
         """
-        size = len(shard_files) // len(self.spec.checkpoints)
+        size = len(shard_files) // len(self.spec.members)
         reduced: Arrays = {}
         for group in self.spec.curvature_groups():
             files = [path for number in group for path in shard_files[number * size : (number + 1) * size]]
@@ -197,7 +197,7 @@ class FitPipeline:
     def _recall_queries(self, index: LoadedIndex) -> Query:
         """Return the queries by which recall is measured, as they were preconditioned for the features if they were."""
         batch = self.context.source.batch(recall_rows(self.context.training_rows))
-        sides = [self._encoder(number).recall_side for number in range(len(self.spec.checkpoints))]
+        sides = [self._encoder(number).recall_side for number in range(len(self.spec.members))]
         made = [side for side in sides if side is not None]
         return index.joined(made, batch, index.default_damping) if len(made) == len(sides) else index.query(batch, None)
 
@@ -214,7 +214,7 @@ class FitPipeline:
         found = {"percent": first.percent, "covered": list(first.covered), "skipped": list(first.skipped)}
         if "head" not in self.spec.method.stages:
             return found
-        heads, count = self._reduced("head"), len(self.spec.checkpoints)
+        heads, count = self._reduced("head"), len(self.spec.members)
         return {**found, "head": [representer.described(heads[f"{number}.distance"]) for number in range(count)]}
 
     def _summary(self, into: Path, index: LoadedIndex, recall: float) -> FitSummary:
@@ -230,7 +230,7 @@ class FitPipeline:
         ranges = shard_ranges(n, n if stage == "krylov" else size)
         return tuple(
             Shard(checkpoint * len(ranges) + number, checkpoint, start, stop)
-            for checkpoint in range(len(self.spec.checkpoints))
+            for checkpoint in range(len(self.spec.members))
             for number, (start, stop) in enumerate(ranges)
         )
 

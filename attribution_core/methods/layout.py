@@ -77,7 +77,7 @@ def exact_scores(context: FitContext, files: Sequence[Path], progress: Progress,
 
 def _ranges(context: FitContext, files: Sequence[Path]) -> Iterator[list[Arrays]]:
     """Yield the shards of all checkpoints, one range of rows after the other."""
-    ranges = len(files) // len(context.spec.checkpoints)
+    ranges = len(files) // len(context.spec.members)
     for number in range(ranges):
         yield [read_arrays(path) for path in files[number::ranges]]
 

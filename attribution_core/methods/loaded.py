@@ -119,7 +119,7 @@ class LoadedIndex:
         self.store = FeatureStore(folder / FEATURES_FOLDER, spec.dataset.num_examples)
         fitted = read_arrays(folder / FACTORS_FILE)
         self.gradients = self._gradient_store(device)
-        self.members: list[FeatureMethod] = [self.context.method(n, fitted) for n in range(len(spec.checkpoints))]
+        self.members: list[FeatureMethod] = [self.context.method(n, fitted) for n in range(len(spec.members))]
 
     @property
     def num_examples(self) -> int:

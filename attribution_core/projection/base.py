@@ -1,4 +1,4 @@
-"""What every projection shares: counter-based random numbers and the sum over blocks of coordinates.
+"""What every projection shares: the sum over blocks of coordinates.
 
 Entry (i, j) of a projection is a pure function of (seed, i, j), so a projection is the same on every machine, for any
 batch size, and no matrix needs to be stored beside an index. `method_spec.PROJECTION_VERSION` is part of every fingerprint.
@@ -7,24 +7,10 @@ batch size, and no matrix needs to be stored beside an index. `method_spec.PROJE
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from attribution_core.gradients.factors import LayerGradient
-
-
-def hashed(seed: int, counters: np.ndarray) -> np.ndarray:
-    """Return 64 uniform bits per counter (uint64), by two rounds of splitmix64 over seed and counter."""
-    with np.errstate(over="ignore"):
-        state = _mixed(np.uint64(seed) + np.uint64(0x9E3779B97F4A7C15))
-        return _mixed(_mixed(counters.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + state) ^ state)
-
-
-def _mixed(bits: np.ndarray | np.uint64) -> np.ndarray:
-    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.asarray(bits ^ (bits >> np.uint64(31)))
 
 
 class Projection(ABC):

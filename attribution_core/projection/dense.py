@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attribution_core.projection.base import Projection, hashed
+from attribution_core.projection.base import Projection
+from attribution_core.random_numbers import hashed, normal
 
 _ENTRIES_AT_ONCE = 1 << 22
 
@@ -37,11 +38,7 @@ class RademacherProjection(DenseProjection):
 
 
 class GaussianProjection(DenseProjection):
-    """Standard normal entries, by the Box-Muller transform of two uniforms."""
+    """Standard normal entries."""
 
     def _entries(self, counters: np.ndarray) -> np.ndarray:
-        bits = hashed(self.seed, counters)
-        first = ((bits >> np.uint64(32)).astype(np.float64) + 0.5) / 2**32
-        second = (bits & np.uint64(0xFFFFFFFF)).astype(np.float64) / 2**32
-        normal: np.ndarray = np.sqrt(-2 * np.log(first)) * np.cos(2 * np.pi * second)
-        return normal
+        return normal(self.seed, counters)

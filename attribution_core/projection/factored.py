@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from attribution_core.gradients import Block, LayerGradient
-from attribution_core.projection.base import Projection, hashed
+from attribution_core.projection.base import Projection
 from attribution_core.projection.sjlt import SparseProjection
+from attribution_core.random_numbers import hashed
 
 
 @dataclass(frozen=True)

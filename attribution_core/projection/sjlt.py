@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attribution_core.projection.base import Projection, hashed
+from attribution_core.projection.base import Projection
+from attribution_core.random_numbers import hashed
 
 
 class SparseProjection(Projection):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attribution_core.data.batch import Batch
 from attribution_core.errors import InvalidInputError
-from attribution_core.projection.base import hashed
+from attribution_core.random_numbers import hashed
 
 FisherKind = Literal["exact", "sampled", "empirical"]
 

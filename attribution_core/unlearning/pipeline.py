@@ -153,7 +153,7 @@ class UnlearnPipeline:
             arrays, path = read_arrays(files[place]), folder / f"{place:03d}.safetensors"
             save_checkpoint(self._module(place, arrays), path)
             report = {name.removeprefix(_REPORT): float(value[0]) for name, value in _reported(arrays).items()}
-            written.append(NewCheckpoint(self.spec.fit.checkpoints[number].id, path, report))
+            written.append(NewCheckpoint(self.spec.fit.members[number].checkpoint.id, path, report))
         return written, self._evaluation() if self.spec.oracles else None
 
     def _oracles(self) -> list[Shard]:
@@ -196,7 +196,7 @@ class UnlearnPipeline:
 
     def _module(self, place: int, arrays: Arrays) -> nn.Module:
         """Return a checkpoint with new weights; what is no parameter stays the checkpoint's."""
-        reference = self.spec.fit.checkpoints[self.checkpoints[place]]
+        reference = self.spec.fit.members[self.checkpoints[place]].checkpoint
         module = load_model(self.spec.fit.architecture, reference.path, self.subject.device)
         for name, value in _weights(arrays).items():
             module.get_parameter(name).copy_(torch.from_numpy(value))

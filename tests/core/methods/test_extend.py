@@ -26,6 +26,7 @@ from tests.core.methods.problems import SMALL, N, Problem
 FIRST, SECOND = 27, 44  # neither ends a shard of 16
 METHODS_EXTENDED: list[dict[str, Any]] = [
     {"type": "ekfac", "damping": 0.1},
+    {"type": "ekfac", "damping": 0.1, "perturbation": {"copies": 2}},
     {"type": "kfac", "damping": 0.1},
     {"type": "diagonal", "damping": 0.1},
     {"type": "gauss_newton", "damping": 0.1},
@@ -122,7 +123,7 @@ def test_an_extension_equals_one_fit_with_the_same_factors(
 ) -> None:
     store = {"layout": layout}
     spec, counted = extended(problem, tmp_path, method, store=store)
-    assert counted.done == (N - SECOND) * min(2, len(spec.method.stages))
+    assert counted.done == (N - SECOND) * min(2, len(spec.method.stages)) * len(spec.members)
     found = LoadedIndex(tmp_path / "2", spec)
     whole = of(problem, spec.dataset, method, store=store)
     if method["type"] == "trak":  # its kernel is a sum: the kept one stands for as many examples as there are now
