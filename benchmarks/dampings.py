@@ -32,7 +32,7 @@ class Sweep:
 
     label: str
     method: dict[str, Any]
-    dampings: tuple[float, ...]
+    dampings: tuple[float | None, ...]
 
 
 def _gauss_newton(shrinkage: float) -> Sweep:
@@ -50,7 +50,7 @@ SWEEPS = (
 )  # fmt: skip
 
 
-def judged(workload: Workload, sweep: Sweep, checkpoints: int) -> Iterator[tuple[float, np.ndarray, float]]:
+def judged(workload: Workload, sweep: Sweep, checkpoints: int) -> Iterator[tuple[float | None, np.ndarray, float]]:
     """Fit once and yield each damping with every query's correlation, and the slope of predicted on true outputs."""
     data, truth = prepare(workload), Truth.read(workload.truth)
     spec = fit_spec(workload, dataset_of(workload, data), checkpoints, method=sweep.method, shard_size=4096)
