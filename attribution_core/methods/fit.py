@@ -187,7 +187,7 @@ class FitPipeline:
         write_features(self.context, self._member, into, feature_files, progress)
         write_search(self.context, into, progress)
         self._describe(into, recall=None)
-        index = LoadedIndex(into, self.spec, self.context)
+        index = LoadedIndex(into, self.spec, self.context, holds_rows=False)
         queries = partial(self._recall_queries, index)
         exact = partial(exact_scores, self.context, feature_files, progress)
         recall = measured_recall(index, queries, exact)

@@ -26,6 +26,7 @@ from attribution_core.methods.artifact import (
 from attribution_core.methods.base import FeatureMethod, GradientMethod, QuerySide, summed
 from attribution_core.methods.context import FitContext
 from attribution_core.progress import NoProgress, Progress
+from attribution_core.search.exact import BlockSearch
 from attribution_core.spec import SearchSpec
 
 if TYPE_CHECKING:
@@ -102,17 +103,26 @@ class LoadedIndex:
         spec: what the artifact must have been fitted from.
         context: reused if the fit has one.
         device: where torch computes.
+        holds_rows: whether a flat search may copy all rows into memory, which pays for many searches.
 
     Raises:
         FingerprintMismatchError: if the artifact was fitted from something else.
         CorruptArtifactError: if a file is missing, damaged or inconsistent.
     """
 
-    def __init__(self, folder: Path, spec: FitSpec, context: FitContext | None = None, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        spec: FitSpec,
+        context: FitContext | None = None,
+        device: str = "cpu",
+        *,
+        holds_rows: bool = True,
+    ) -> None:
         described = read_description(folder)
         if described["fingerprint"] != spec.fingerprint():
             raise FingerprintMismatchError("the index was fitted to other weights, data or parameters; fit it again")
-        self.folder, self.spec = folder, spec
+        self.folder, self.spec, self._holds_rows = folder, spec, holds_rows
         self.recall: float | None = described["recall"]
         self._segments: list[tuple[int, int]] = described["segments"]
         self.context = context or FitContext(spec, device)
@@ -324,10 +334,13 @@ class LoadedIndex:
         return mask if allowed is None else mask & allowed
 
     @cached_property
-    def _search(self) -> "VectorIndex":
+    def _search(self) -> "VectorIndex | BlockSearch":
+        searched = (self.folder / SEARCH_FILE).exists()
+        if not searched and not self._holds_rows:
+            return BlockSearch(self.store)
         from attribution_core.search.faiss_index import VectorIndex  # noqa: PLC0415, megabytes that few indexes need
 
-        if (self.folder / SEARCH_FILE).exists():
+        if searched:
             return VectorIndex.read(self.folder / SEARCH_FILE, self.store)
         return VectorIndex.build(SearchSpec(), self.store)
 

@@ -15,7 +15,7 @@ out, and twice as many again until its list is full.
 Sources: Jégou et al. 2011, Product Quantization for Nearest Neighbor Search; Johnson et al. 2019 (FAISS).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,7 @@ import numpy as np
 from attribution_core.arrays import read_arrays, write_arrays
 from attribution_core.errors import CorruptArtifactError
 from attribution_core.progress import NoProgress, Progress, watched
+from attribution_core.search.exact import Blocks
 from attribution_core.search.merge import Ranked, ordered
 from attribution_core.spec import SearchSpec
 
@@ -45,7 +46,7 @@ _DIMS_PER_CODE = 4
 _DEVIATIONS = 2.0
 
 
-class Rows(Protocol):
+class Rows(Blocks, Protocol):
     """What is searched: n rows, each multiplied by its weight."""
 
     @property
@@ -53,9 +54,6 @@ class Rows(Protocol):
         """Numbers per row."""
 
     def __len__(self) -> int: ...
-
-    def weighted_blocks(self) -> Iterable[tuple[int, np.ndarray]]:
-        """Yield `(first row, rows)` from the first to the last, float32."""
 
     def read_weighted(self, rows: np.ndarray) -> np.ndarray:
         """Return the given rows, (len(rows), dim) float32."""

@@ -8,7 +8,7 @@ import pytest
 
 from attribution_core.errors import CorruptArtifactError
 from attribution_core.search import faiss_index
-from attribution_core.search.exact import exact_top
+from attribution_core.search.exact import BlockSearch, exact_top
 from attribution_core.search.faiss_index import RADII_FILE_NAME, VectorIndex
 from attribution_core.search.merge import Ranked, merged
 from attribution_core.spec import SearchSpec
@@ -72,6 +72,16 @@ def test_faiss_finds_the_top_of_both_signs(spec: SearchSpec, size: int, sign: in
     np.testing.assert_array_equal(found.rows, expected)
     for number, line in enumerate(expected):
         np.testing.assert_allclose(found.scores[number], sign * rows[line] @ queries[number], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 20, 10**9])
+def test_rows_that_are_read_for_every_search_give_the_same(k: int) -> None:
+    rows, queries = data()
+    searches = VectorIndex.build(FLAT, Rows(rows, 37)), BlockSearch(Rows(rows, 37))
+    for mask in (None, np.arange(N) % 3 > 0, np.zeros(N, bool)):
+        held, read = (search.search(queries, k, mask) for search in searches)
+        np.testing.assert_array_equal(held.rows, read.rows)
+        np.testing.assert_allclose(held.scores, read.scores, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("scanned", [0, 1000])
