@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import run
+from benchmarks import report, run
 from benchmarks.cost import damping_name
 from benchmarks.lds import Truth
 from benchmarks.plan import Damping, Entry
@@ -107,3 +107,42 @@ def test_a_row_of_other_options_is_not_kept(bench, monkeypatch):
     monkeypatch.setattr(run, "ENTRIES", (other, PEER))
     results, _ = bench(["peer"])
     assert [row["error"] for row in _rows(results, "headwater")] == [NOT_MEASURED] * 2
+
+
+def _row(peer: str, method: str, lds: float, seconds: float):
+    quality = {"lds": lds, "low": lds - 0.05, "high": lds + 0.05}
+    costs = {"feature_seconds": seconds, "query_seconds": seconds, "peak_memory_mb": 100.0}
+    return {
+        "peer": peer,
+        "method": method,
+        "checkpoints": 1,
+        "best": "default",
+        "dampings": {"default": quality},
+        **costs,
+    }
+
+
+def test_losses_are_those_of_our_default_and_of_our_best():
+    rows = [_row("headwater", "ekfac", 0.5, 1.0), _row("headwater", "slow", 0.7, 9.0), _row("peer", "TRAK", 0.6, 2.0)]
+    lines = report._losses({"rows": rows})
+    assert [line for line in lines if line.startswith("*")] == [
+        "* 1 checkpoint(s): our ekfac loses in LDS at its default damping to peer TRAK.",
+        "* 1 checkpoint(s): our ekfac loses in LDS at its best damping to peer TRAK.",
+        "* 1 checkpoint(s): our slow loses in feature seconds to peer TRAK.",
+        "* 1 checkpoint(s): our slow loses in query seconds to peer TRAK.",
+    ]
+    assert report._losses({"rows": [rows[0], _row("peer", "TRAK", 0.4, 2.0)]}) == [
+        "Where we lose: nowhere in this table."
+    ]
+
+
+@pytest.mark.parametrize(("lds", "expected"), [(0.59, "overlap"), (0.61, "disjoint"), (0.39, "disjoint")])
+def test_a_comparison_says_whether_intervals_are_disjoint(lds: float, expected: str):
+    ours, peer = (
+        {**row, **row["dampings"]["default"]} for row in (_row("headwater", "a", lds, 1), _row("peer", "b", 0.5, 1))
+    )
+    pair = {"ours": ours, "peer": peer, "difference": {"lds": lds - 0.5, "low": 0.01, "high": 0.2}}
+    page = report._summary([{"workload": "made-up", "ceiling": 1.0, "compared": {"1": pair, "5": {}}}])
+    assert f"| win | {expected} |" in page
+    assert page.endswith("if overlap meant a tie, the others would be ties.")
+    assert f"{int(expected == 'disjoint')} of 1 pairs" in page
