@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo serve test test-library test-service lint openapi bench bench-quick bench-scaling clean
+.PHONY: install demo serve test test-library test-service lint openapi bench bench-quick bench-scaling bench-search clean
 
 install: $(STAMP)
 
@@ -54,6 +54,10 @@ bench-quick: install
 
 bench-scaling: install
 	$(BIN)/python -m benchmarks.scaling
+
+# A million rows: minutes, and 2 GB of disk and of memory per set.
+bench-search: install
+	$(BIN)/python -m benchmarks.search $(BENCH)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,6 +1,7 @@
 """The first search stage at scale: recall, latency, bytes and build time of every kind of index, as ratios to the exhaustive one.
 
-`python -m benchmarks.search --rows 1000000 --dim 512` prints a table per set of rows. Both sets are made once, into `benchmarks/.cache/search`:
+`make bench-search` (`python -m benchmarks.search --rows 1000000 --dim 512`) prints a table per set of rows and writes it to
+`benchmarks/results/search.json`, where sets and sizes of other runs stay. Both sets are made once, into `benchmarks/.cache/search`:
 
 * `gradients`: real features. Loss gradients of the workload mnist-mlp's first checkpoint at digits that are made brighter and noisy and sometimes
   shifted at random (2 % get a wrong label), projected; queries are margin gradients of other such digits, preconditioned with the rows' own second moment.
@@ -33,6 +34,7 @@ from benchmarks.data import CACHE, load
 from benchmarks.workloads import WORKLOADS, prepare
 
 FOLDER = CACHE / "search"
+RESULTS = Path(__file__).parent / "results" / "search.json"
 QUERIES = 256
 TOP = 100
 _CHUNK = 4096
@@ -180,6 +182,14 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def write(name: str, queries: int, rows: Rows, results: list[dict[str, Any]]) -> None:
+    """Put one set's results into the file, in place of a former run's of the same size."""
+    written = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    kept = [{key: value for key, value in result.items() if key != "found"} for result in results]
+    measured = {"rows": len(rows), "dim": rows.dim, "queries": queries, "top": TOP, "batch": _BATCH, "results": kept}
+    RESULTS.write_text(json.dumps(written | {f"{name}-{len(rows)}-{rows.dim}": measured}, indent=1) + "\n")
+
+
 def main() -> None:
     """Measure every kind of index on every set of rows."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -193,10 +203,12 @@ def main() -> None:
     torch.set_num_threads(1)
     for name in arguments.sets:
         queries, mapped = made(name, arguments.rows, arguments.dim)
+        rows, queries = Rows(mapped), queries[: arguments.queries]
         results: list[dict[str, Any]] = []
         for search in ({"type": "flat"}, *arguments.searches):
             wanted = results[0]["found"] if results else None
-            results.append(measured(SearchSpec(**search), Rows(mapped), queries[: arguments.queries], wanted))
+            results.append(measured(SearchSpec(**search), rows, queries, wanted))
+            write(name, len(queries), rows, results)
             gc.collect()
             print(f"{name}, {len(mapped):,} rows of {mapped.shape[1]}\n\n{table(results)}\n", flush=True)
 
