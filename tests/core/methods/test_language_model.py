@@ -84,10 +84,12 @@ def test_neither_padding_nor_batches_change_scores(tmp_path: Path, method: str) 
     mixed = source.batch(np.array([3, 0]))  # padded to the longer one
     scores = first.scores(first.query(mixed, None), ALL, rescore=True)
     assert np.isfinite(scores).all()
-    assert relative_error(second.scores(second.query(mixed, None), ALL, rescore=True), scores) < 1e-4
+    assert relative_error(second.scores(second.query(mixed, None), ALL, rescore=True), scores) < 1e-5
     alone = first.scores(first.query(source.batch(np.array([0])), None), ALL, rescore=True)
-    assert relative_error(alone[0], scores[1]) < 1e-4
-    assert relative_error(second.self_influence(), first.self_influence()) < 1e-4
+    assert relative_error(alone[0], scores[1]) < 1e-5
+    # TRAK's kernel of 15 texts multiplies rounding by its condition number.
+    limit = 1e-4 if method == "trak" else 1e-5
+    assert relative_error(second.self_influence(), first.self_influence()) < limit
 
 
 def test_grad_dot_is_autograd_on_the_text_alone(tmp_path: Path) -> None:
@@ -103,10 +105,10 @@ def test_grad_dot_is_autograd_on_the_text_alone(tmp_path: Path) -> None:
     expected = rows[[3, 0]] @ rows.T / len(TEXTS)
     module.float().requires_grad_(False)
     query = index.query(index.context.source.batch(np.array([3, 0])), None)
-    assert relative_error(index.scores(query, ALL, rescore=True), expected) < 1e-4
+    assert relative_error(index.scores(query, ALL, rescore=True), expected) < 1e-5
     groups = [ALL[::2], ALL[:3]]
     sums = np.stack([expected[:, rows].sum(1) for rows in groups], axis=1)
-    assert relative_error(index.group_effects(query, groups, rescore=True), sums) < 1e-4
+    assert relative_error(index.group_effects(query, groups, rescore=True), sums) < 1e-5
 
 
 @pytest.mark.parametrize("stage", ["covariance", "features"])
