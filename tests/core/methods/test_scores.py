@@ -13,9 +13,11 @@ from attribution_core.gradients import DenseGradient
 from attribution_core.method_spec import METHODS, FisherMethod, ProjectionSpec
 from attribution_core.methods.grad_cos import unit_length
 from attribution_core.methods.loaded import LoadedIndex
+from attribution_core.methods.logra import Logra
 from attribution_core.projection import build_projection
 from attribution_core.tasks import build_task
 from tests.core.methods.problems import SMALL, Problem, gradients, relative_error, training_batch
+from tests.core.methods.test_fit import EVERY_METHOD
 
 ALL = np.arange(60)
 SHARP = {"type": "gaussian", "dim": 64, "seed": 1}
@@ -281,8 +283,27 @@ def test_a_fit_whose_own_damping_is_too_small_names_its_methods(problem: Problem
     assert caught.value.pointer == "/method/damping"
 
 
-def test_an_ensemble_is_the_mean_of_its_members(ensemble: Problem) -> None:
-    method = {"type": "ekfac", "projection": SMALL}
+@pytest.mark.parametrize("damping", [0.03, 1.0])
+def test_logra_is_the_dense_solve_of_projected_gradients(ensemble: Problem, damping: float) -> None:
+    index = ensemble.fit("logra", method={"type": "logra", "projection": {"type": "factored", "dim": 40, "seed": 2}})
+    expected = torch.zeros(4, 60, dtype=torch.float64)
+    for module, member in zip(ensemble.modules(), index.members, strict=True):
+        assert isinstance(member, Logra)
+        first, second = torch.eye(57, dtype=torch.float64).split([36, 21], dim=1)  # a unit vector per parameter
+        sketch = member.projection.project([first.view(57, 1, 6, 6), second.view(57, 1, 3, 7)])  # (57, dim)
+        query, train = measured(ensemble, module, "margin") @ sketch, negative_loss(ensemble, module) @ sketch
+        for part in member.projection.slices:
+            fisher = train[:, part].T @ train[:, part] / 60
+            damped = fisher + damping * fisher.trace() / len(fisher) * torch.eye(len(fisher), dtype=torch.float64)
+            expected += query[:, part] @ torch.linalg.solve(damped, train[:, part].T) / 60 / len(index.members)
+    assert relative_error(scores(index, ensemble, damping), expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "name", ["ekfac", "kfac", "diagonal", "datainf", "gauss_newton", "explicit", "cg", "lissa", "arnoldi"]
+)
+def test_an_ensemble_is_the_mean_of_its_members(ensemble: Problem, name: str) -> None:
+    method = EVERY_METHOD.get(name, {"type": name, "projection": SMALL})
     together = scores(ensemble.fit("together", method=method), ensemble)
     alone = [
         scores(ensemble.fit("alone", method=method, checkpoints=[reference]), ensemble)
