@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -87,7 +88,7 @@ def test_rows_that_are_read_for_every_search_give_the_same(k: int) -> None:
 @pytest.mark.parametrize("scanned", [0, 1000])
 @pytest.mark.parametrize("spec", [FLAT, ALL_LISTS, FEW_LISTS, CODES])
 @pytest.mark.parametrize("count", [0, 1, 3, 40])
-def test_filters_are_exact_and_filled(
+def test_filters_are_filled_and_exact_where_rows_are_few(
     spec: SearchSpec, count: int, scanned: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(faiss_index, "SCANNED_ROWS", scanned)
@@ -98,7 +99,29 @@ def test_filters_are_exact_and_filled(
     assert found.rows.shape == (5, min(10, count))
     if spec not in (FEW_LISTS, CODES) or count < 40 or scanned:
         np.testing.assert_array_equal(found.rows, brute_force(queries, rows, 10, allowed))
+    assert (found.rows >= 0).all()
     assert allowed[found.rows].all()
+
+
+@pytest.mark.parametrize("kind", ["ivf", "ivfpq"])
+@pytest.mark.parametrize("share", [0.5, 0.1])
+def test_searches_of_many_allowed_rows_are_filled_and_widened(
+    kind: Literal["ivf", "ivfpq"], share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are not exact, as without a filter, but find more of the best: the fewer are allowed, the more clusters are visited."""
+    monkeypatch.setattr(faiss_index, "SCANNED_ROWS", 100)
+    rng = np.random.default_rng(6)
+    rows, queries = (rng.normal(size=(count, DIM)).astype(np.float32) for count in (4000, 40))
+    allowed = rng.random(4000) < share
+    index = VectorIndex.build(SearchSpec(type=kind, lists=64, probes=8), Rows(rows, 1000))
+    recalls = []
+    for mask in (None, allowed):
+        found = index.search(queries, 20, mask).rows
+        assert (found >= 0).all()
+        assert mask is None or mask[found].all()
+        wanted = brute_force(queries, rows, 20, mask)
+        recalls.append(np.mean([np.isin(a, b).mean() for a, b in zip(wanted, found, strict=True)]))
+    assert 0.8 < recalls[0] < recalls[1] > 0.9
 
 
 @pytest.mark.parametrize("spec", [FLAT, ALL_LISTS])
