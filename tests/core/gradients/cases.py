@@ -138,6 +138,18 @@ class Transformed(nn.Linear):
         return 3 * super().forward(x).square()
 
 
+class Paired(nn.Module):
+    """A bilinear layer of an input and of what another layer makes of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 4)
+        self.pair = nn.Bilinear(4, 5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pair(self.first(x).tanh(), x)
+
+
 class Renamed(nn.Linear):
     """A subclass that computes what its base does."""
 
@@ -245,7 +257,8 @@ CASES: dict[str, Case] = {
     "encoder, sequence first": (lambda: Encoder(batch_first=False), sequences),
     "parameters of its own": (Custom, sequences),
     "no rule, by keywords": (Named, sequences),
-    "prelu, bilinear": (lambda: nn.Sequential(nn.Linear(5, 4), nn.PReLU(4), Transformed(4, 2)), vectors),
+    "prelu, forward of its own": (lambda: nn.Sequential(nn.Linear(5, 4), nn.PReLU(4), Transformed(4, 2)), vectors),
+    "bilinear": (Paired, vectors),
 }
 
 

@@ -15,7 +15,7 @@ from tests.core.gradients.cases import objective, prepared
 
 NAMES = [
     "transposed strided", "conv 3d", "embedding", "instance norm", "tied weights, own bias", "attention, other widths",
-    "attention, added keys", "encoder, sequence first", "parameters of its own", "prelu, bilinear",
+    "attention, added keys", "encoder, sequence first", "parameters of its own", "prelu, forward of its own", "bilinear",
 ]  # fmt: skip
 
 
