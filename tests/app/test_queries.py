@@ -24,7 +24,7 @@ from app.storage.artifacts import ArtifactStore
 from app.web.pagination import Page
 from app.web.resources import Resources
 from attribution_core.fit_spec import CheckpointRef, DatasetRef, FitSpec
-from attribution_core.method_spec import METHODS
+from attribution_core.method_spec import METHODS, OFFERED
 from attribution_core.methods.loaded import LoadedIndex
 from attribution_core.spec import DatasetSpec, Filter, Selector
 from tests.conftest import MLP, Loaded, load_digits
@@ -67,7 +67,10 @@ def test_methods_are_described(loaded: Loaded) -> None:
     assert items["ekfac"]["estimators"] == ["additive", "newton"]
     assert items["grad_dot"]["estimators"] == ["additive"]
     assert items["representation"]["notion"] == "corroborative"
-    assert items["trak"]["parameters"]["properties"]["projection"]
+    for name, item in items.items():
+        # Each method's own, not a neighbour's.
+        assert item["parameters"] == OFFERED[name].model_json_schema()
+        assert item["parameters"]["properties"]["type"]["const"] == name
     assert all(item["reference"] and item["needs"] for item in items.values())
 
 
@@ -79,6 +82,15 @@ def test_an_index_reports_what_it_is(steady: Loaded) -> None:
     assert set(index["timings"]) >= {"covariance", "eigenvalues", "features", "total"}
     assert index["quality"] is None
     assert steady.service.get("/v1/indexes/steady/quality") == {"index": index["id"], "quality": None}
+
+
+def test_an_index_of_some_layers_says_what_it_skipped(loaded: Loaded) -> None:
+    job = loaded.fit("head", {"type": "grad_dot", "projection": {"dim": 64}}, layers=["output"])
+    assert loaded.service.finished(job)["state"] == "succeeded"
+    coverage = loaded.service.get("/v1/indexes/head")["coverage"]
+    assert coverage["covered"] == ["output"]
+    assert [skipped["name"] for skipped in coverage["skipped"]] == ["hidden_0"]
+    assert coverage["percent"] == pytest.approx(100 * 170 / (170 + 16 * 785), abs=0.01)
 
 
 @pytest.mark.parametrize("name", ["steady", "trak"])
