@@ -3,6 +3,8 @@
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +24,22 @@ from app.settings import DatabaseSettings, EngineSettings, Settings
 from app.storage.artifacts import ArtifactStore
 from tests.conftest import Loaded
 from tests.core.methods.problems import classification
+from tests.service import ROOT
+
+# Starts what a module starts, on a machine that projects as others do or otherwise.
+STARTED = """
+import importlib, sys
+from attribution_core.projection import check
+module, alike = importlib.import_module(sys.argv[1]), sys.argv[2] == "alike"
+if not alike:
+    check.GOLDEN["sjlt"] = "of another machine"
+
+async def work(settings):
+    pass
+
+module.work = work  # the worker's own looks for a database
+module.main()
+"""
 
 
 async def test_a_full_queue_refuses_and_a_slow_engine_times_out() -> None:
@@ -196,3 +214,22 @@ def test_an_index_that_grows_with_its_answers_makes_room(tmp_path: Path) -> None
     assert first.bytes > before
     assert cache.get(*fits[0]) is first
     assert cache.get(*fits[1]) is not second
+
+
+@pytest.mark.parametrize("module", ["app.engine.process", "app.worker.main"])
+@pytest.mark.parametrize("machine", ["alike", "other"])
+def test_neither_engine_nor_worker_runs_where_projections_come_out_differently(
+    module: str, machine: str, tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", STARTED, module, machine],
+        cwd=ROOT,
+        env={**os.environ, "HEADWATER_DATA_DIR": str(tmp_path)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode == 0) is (machine == "alike"), done.stderr
+    assert ("ProjectionMismatchError: projections of type sjlt" in done.stderr) is (machine == "other")
