@@ -1,9 +1,13 @@
-"""How a whole EK-FAC fit's cost grows with examples, parameters and sequence length: `benchmarks/results/scaling.json` and `docs/scaling.svg`."""
+"""How a whole EK-FAC fit's time and memory grow with examples, parameters and sequence length: `benchmarks/results/scaling.json` and `docs/scaling.svg`.
+
+Every point is measured in a process of its own; memory is the largest resident size during the fit. Linux only.
+"""
 
 import json
+import multiprocessing
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +17,37 @@ from safetensors.torch import save_file
 
 from attribution_core.methods.fit import fit
 from attribution_core.progress import NoProgress
-from benchmarks.cost import plain_passes
+from benchmarks.cost import peak_megabytes, plain_passes
 from benchmarks.ours import dataset_of, fit_spec
 from benchmarks.workloads import WORKLOADS, Workload
 
 _HERE = Path(__file__).parent
 _METHOD = {"type": "ekfac", "fisher": "sampled"}
 _PANELS = {"examples": (250, 500, 1000, 2000), "parameters": (16, 64, 256, 1024), "tokens": (16, 32, 64)}
+Point = dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """A row of panels: what is drawn, in colours, and how numbers become heights."""
+
+    lines: dict[str, str]
+    unit: str
+    logarithmic: bool
+
+    def heights(self, values: np.ndarray) -> tuple[np.ndarray, float, float]:
+        """Return heights between 0 and 1, and what 0 and 1 stand for."""
+        if not self.logarithmic:
+            return values / values.max(), 0.0, float(values.max())
+        logarithms = np.log10(values)
+        return (logarithms - logarithms.min()) / np.ptp(logarithms), float(values.min()), float(values.max())
+
+
+_SCALES = (
+    _Scale({"fit": "EK-FAC fit", "plain": "forward + backward"}, "s", logarithmic=True),
+    _Scale({"peak": "peak of the fit", "before": "before the fit"}, "MB", logarithmic=False),
+)
+_COLOURS = ("#c33", "#36c")
 
 
 def _made(folder: Path, what: str, size: int) -> tuple[Workload, dict[str, np.ndarray], int]:
@@ -55,50 +83,65 @@ class _Elsewhere(Workload):
         return self.root / self.name
 
 
-def measured(what: str, size: int) -> dict[str, float]:
-    """Return CPU seconds of a fit and of a plain forward and backward pass over the same training set."""
+def measured(what: str, size: int) -> Point:
+    """Return CPU seconds of a fit and of a plain forward and backward pass over the same training set, and the fit's peak memory in MB."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         workload, data, place = _made(folder, what, size)
         spec = fit_spec(workload, dataset_of(workload, data), 1, method=_METHOD)
-        began = time.process_time()
+        Path("/proc/self/clear_refs").write_text("5")  # the largest resident size is now the present one
+        before, began = peak_megabytes(), time.process_time()
         fit(spec, folder / "work", folder / "index", NoProgress())
-        return {"size": place, "fit": time.process_time() - began, "plain": plain_passes(workload, data).train}
+        found = {"size": place, "fit": time.process_time() - began, "before": before, "peak": peak_megabytes()}
+        return {**found, "plain": plain_passes(workload, data).train}
 
 
-def drawn(found: dict[str, list[dict[str, float]]]) -> str:
-    """Return a picture of double-logarithmic panels, one per quantity."""
+def _alone(what: str, size: int) -> Point:
+    """Measure in a process that has made a small fit before, as the first pays for imports."""
+    torch.set_num_threads(1)
+    measured(what, min(_PANELS[what]))
+    return measured(what, size)
+
+
+def drawn(found: dict[str, list[Point]]) -> str:
+    """Return a picture of panels, a row for time and one for memory, one column per quantity."""
     parts = [
-        '<svg xmlns="http://www.w3.org/2000/svg" width="950" height="300" font-family="sans-serif" font-size="12">'
+        '<svg xmlns="http://www.w3.org/2000/svg" width="950" height="580" font-family="sans-serif" font-size="12">'
     ]
-    for place, (what, rows) in enumerate(found.items()):
-        left = 80 + 310 * place
-        x = np.log10([row["size"] for row in rows])
-        y = np.log10([[row["fit"], row["plain"]] for row in rows])
-        across = left + 220 * (x - x.min()) / np.ptp(x)
-        up = 240 - 200 * (y - y.min()) / np.ptp(y)
-        parts.append(f'<rect x="{left - 8}" y="32" width="236" height="216" fill="none" stroke="#999"/>')
-        parts.append(f'<text x="{left + 110}" y="285" text-anchor="middle">{what}</text>')
-        parts += [
-            f'<text x="{left - 10}" y="{level}" text-anchor="end">{value:.2g} s</text>'
-            for level, value in ((45, 10 ** y.max()), (245, 10 ** y.min()))
-        ]
-        parts += [
-            f'<text x="{at:.0f}" y="264" text-anchor="middle">{row["size"]:.0f}</text>'
-            for at, row in zip(across, rows, strict=True)
-        ]
-        for column, (colour, label) in enumerate((("#c33", "EK-FAC fit"), ("#36c", "forward + backward"))):
-            line = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(across, up[:, column], strict=True))
-            parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
-            parts.append(f'<text x="{left + 120 * column}" y="22" fill="{colour}">{label}</text>')
+    for row, scale in enumerate(_SCALES):
+        for column, (what, points) in enumerate(found.items()):
+            parts += _panel(80 + 310 * column, 280 * row, what, points, scale)
     return "\n".join([*parts, "</svg>", ""])
+
+
+def _panel(left: int, top: int, what: str, points: list[Point], scale: _Scale) -> list[str]:
+    x = np.log10([point["size"] for point in points])
+    across = left + 220 * (x - x.min()) / np.ptp(x)
+    heights, low, high = scale.heights(np.array([[point[name] for name in scale.lines] for point in points]))
+    up = top + 240 - 200 * heights
+    parts = [
+        f'<rect x="{left - 8}" y="{top + 32}" width="236" height="216" fill="none" stroke="#999"/>',
+        f'<text x="{left + 110}" y="{top + 285}" text-anchor="middle">{what}</text>',
+        f'<text x="{left - 10}" y="{top + 45}" text-anchor="end">{high:.3g} {scale.unit}</text>',
+        f'<text x="{left - 10}" y="{top + 245}" text-anchor="end">{low:.2g} {scale.unit}</text>',
+    ]
+    parts += [
+        f'<text x="{at:.0f}" y="{top + 264}" text-anchor="middle">{point["size"]:.0f}</text>'
+        for at, point in zip(across, points, strict=True)
+    ]
+    for number, (colour, label) in enumerate(zip(_COLOURS, scale.lines.values(), strict=True)):
+        line = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(across, up[:, number], strict=True))
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        parts.append(f'<text x="{left + 120 * number}" y="{top + 22}" fill="{colour}">{label}</text>')
+    return parts
 
 
 def main() -> None:
     """Measure, write the numbers and the picture."""
-    torch.set_num_threads(1)
-    measured("examples", 250)  # the first fit of a process pays for imports
-    found = {what: [measured(what, size) for size in sizes] for what, sizes in _PANELS.items()}
+    places = [(what, size) for what, sizes in _PANELS.items() for size in sizes]
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        points = pool.starmap(_alone, places, chunksize=1)
+    found = {what: [point for (name, _), point in zip(places, points, strict=True) if name == what] for what in _PANELS}
     (_HERE / "results" / "scaling.json").write_text(json.dumps(found, indent=1) + "\n")
     (_HERE.parent / "docs" / "scaling.svg").write_text(drawn(found))
 
