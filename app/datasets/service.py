@@ -162,6 +162,7 @@ async def delete(session: AsyncSession, reference: str, artifacts: ArtifactStore
 
     def remove() -> None:
         artifacts.delete(artifact)
+        _reader.cache_clear()
         if upload is not None:
             (uploads / upload).unlink(missing_ok=True)
 
@@ -333,7 +334,7 @@ def dataset_ref(dataset: Dataset, artifacts: ArtifactStore, like: Dataset | None
 
 
 def reader_of(artifacts: ArtifactStore, dataset: Dataset) -> DatasetReader:
-    """Return a reader of a ready data set; readers are kept."""
+    """Return a reader of a ready data set; readers are kept until a data set is deleted."""
     assert dataset.artifact is not None
     return _reader(artifacts.open(dataset.artifact), spec_of(dataset).model_dump_json())
 
@@ -387,7 +388,8 @@ async def unless_deleted(session: AsyncSession, dataset: Dataset) -> AsyncIterat
 
 @lru_cache(maxsize=32)
 def _reader(folder: Path, spec: str) -> DatasetReader:
-    return DatasetReader(folder, DatasetSpec.model_validate_json(spec))
+    # Previews are of single rows: whole row groups of images must not stay.
+    return DatasetReader(folder, DatasetSpec.model_validate_json(spec), keep_groups=False)
 
 
 def _selected(reader: DatasetReader, selector: Selector) -> np.ndarray:

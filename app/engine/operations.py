@@ -316,7 +316,7 @@ def _top(index: Index, query: Query, subset: Json, payload: Json) -> list[np.nda
 
 @lru_cache(maxsize=64)
 def _reader(folder: str, spec: str) -> DatasetReader:
-    return DatasetReader(Path(folder), DatasetSpec.model_validate_json(spec))
+    return DatasetReader(Path(folder), DatasetSpec.model_validate_json(spec), keep_groups=False)
 
 
 def _queries(index: Index, queries: Sequence[Json]) -> Batch:

@@ -48,11 +48,16 @@ class Examples:
 class DatasetReader:
     """An imported data set. Safe to share between threads: every read opens the file anew.
 
+    Args:
+        folder: the data set's artifact.
+        spec: how its values are read.
+        keep_groups: whether the row groups of the last read stay in memory, for those who read batch after batch.
+
     Raises:
         CorruptArtifactError: if the file is missing or unreadable.
     """
 
-    def __init__(self, folder: Path, spec: DatasetSpec) -> None:
+    def __init__(self, folder: Path, spec: DatasetSpec, *, keep_groups: bool = True) -> None:
         self.path = folder / FILE_NAME
         self.spec = spec
         try:
@@ -60,6 +65,7 @@ class DatasetReader:
         except (OSError, pa.ArrowInvalid) as error:
             raise CorruptArtifactError(f"data set {spec.name} cannot be read: {error}") from error
         self._schema = self._metadata.schema.to_arrow_schema()
+        self._keep_groups = keep_groups
         self._last: tuple[list[int], pa.Table] | None = None
 
     @property
@@ -183,12 +189,15 @@ class DatasetReader:
         return pq.read_table(self.path, columns=columns, partitioning=None)
 
     def _read_groups(self, groups: np.ndarray) -> pa.Table:
-        wanted = groups.tolist()
-        if self._last is None or self._last[0] != wanted:
+        wanted, last = groups.tolist(), self._last
+        if last is not None and last[0] == wanted:
+            return last[1]
+        with pq.ParquetFile(self.path) as file:
+            table = file.read_row_groups(wanted, use_threads=False)
+        if self._keep_groups:
             # Batches are smaller than groups: the next one mostly wants the same.
-            with pq.ParquetFile(self.path) as file:
-                self._last = wanted, file.read_row_groups(wanted, use_threads=False)
-        return self._last[1]
+            self._last = wanted, table
+        return table
 
     def _examples(self, rows: np.ndarray, table: pa.Table) -> Examples:
         names = [name for name in table.column_names if name.startswith(METADATA_PREFIX)]

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from app.datasets import service as datasets
+from app.datasets.previews import preview_of
 from app.db.embedded import get_server
 from app.db.session import create_engine, create_sessionmaker
 from app.db.tables import Dataset
@@ -20,6 +21,9 @@ from app.errors import NotFound
 from app.settings import DatabaseSettings
 from app.storage.artifacts import ArtifactStore
 from app.web.pagination import Page
+from attribution_core.data.importer import import_dataset
+from attribution_core.progress import NoProgress
+from attribution_core.spec import DatasetSpec
 from tests.conftest import Loaded
 
 ROWS = [{"x": [0.5, 1.0 + n], "y": n % 2, "name": f"e{n}", "group": "ab"[n % 2]} for n in range(20)]
@@ -133,6 +137,17 @@ def test_images_of_all_encodings_and_their_previews(loaded: Loaded, tmp_path: Pa
         assert answer.headers["content-type"] == "image/png"
         assert answer.headers["x-content-type-options"] == "nosniff"
         np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(answer.content))), pixels)
+
+
+def test_previews_keep_no_row_groups(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path)
+    spec = {"kind": "tensor", "input": "x", "target": "y", "name": "kept"}
+    (folder := store.workspace("job")).mkdir(exist_ok=True)
+    import_dataset(write(tmp_path, "parquet"), DatasetSpec.model_validate(spec), folder, NoProgress())
+    store.publish(folder, "datasets/ds_kept")
+    reader = datasets.reader_of(store, Dataset(id="ds_kept", spec=spec, artifact="datasets/ds_kept"))
+    assert b"0.5" in preview_of(reader, 3).content
+    assert reader._last is None
 
 
 def test_text_previews_are_plain_text(loaded: Loaded, tmp_path: Path) -> None:

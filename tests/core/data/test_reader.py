@@ -1,8 +1,10 @@
 """Rows of a canonical data set by number, by id and by a filter."""
 
+import weakref
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from attribution_core.data.reader import FILE_NAME, DatasetReader
@@ -45,6 +47,31 @@ def test_no_rows_are_no_examples(reader: DatasetReader) -> None:
 
 def test_a_range_is_its_rows(reader: DatasetReader) -> None:
     assert reader.read_range(1020, 1030).ids == reader.read(range(1020, 1030)).ids
+
+
+def test_readers_of_other_rows_at_the_same_time_do_not_mix(
+    reader: DatasetReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = DatasetReader(reader.path.parent, reader.spec)
+
+    class Overtaken(pq.ParquetFile):
+        """While the first one ends, another thread reads other rows."""
+
+        def __exit__(self, *error: object) -> None:
+            super().__exit__(*error)
+            monkeypatch.undo()
+            assert again.read([2000]).ids == ["k2000"]
+
+    monkeypatch.setattr(pq, "ParquetFile", Overtaken)
+    assert again.read([5]).ids == ["k5"]
+
+
+def test_row_groups_are_kept_for_the_next_batch_unless_told_otherwise(reader: DatasetReader) -> None:
+    for kept in (True, False):
+        opened_again = DatasetReader(reader.path.parent, reader.spec, keep_groups=kept)
+        opened_again.read([1])
+        weak = weakref.ref(opened_again._read_groups(np.array([0])))
+        assert (weak() is not None) == kept
 
 
 @pytest.mark.parametrize("row", [-1, COUNT, 2**62])
