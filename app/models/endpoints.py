@@ -8,7 +8,7 @@ from app.errors import OF_BODIES, OF_ENGINE, Conflict, InUse, NameTaken, NotFoun
 from app.models import service
 from app.models.schemas import Architectures, CheckpointMeta, CheckpointOut, ModelCreate, ModelOut
 from app.web.boundary import TransactionalRoute
-from app.web.deps import IdempotencyKey, PageDep, ResourcesDep, SessionDep, require
+from app.web.deps import IdempotencyKey, PageDep, ResourcesDep, SessionDep, release, require
 from app.web.effects import after_commit, undo_on_error
 from app.web.pagination import PageOf
 from app.web.uploads import form_of, json_part, saved_file
@@ -106,6 +106,7 @@ async def create_checkpoint(
     Names, shapes, dtypes and finiteness are checked against the model, and every problem is listed at once.
     """
     found = await service.find(session, model)
+    await release(session)  # the body may take its time
     form = await form_of(request, "file", "meta")
     meta = json_part(form, "meta", CheckpointMeta)
     async with saved_file(form, resources.uploads) as (path, _name):

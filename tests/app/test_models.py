@@ -5,12 +5,15 @@ import pickle
 import struct
 import zipfile
 from pathlib import Path
+from unittest.mock import AsyncMock, MagicMock
 
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
 
+from app.errors import StorageFull
+from app.models import endpoints, service
 from tests.conftest import KEYS, MLP, Loaded
 
 SHAPES = {"hidden_0.weight": (16, 784), "hidden_0.bias": (16,), "output.weight": (10, 16), "output.bias": (10,)}
@@ -77,6 +80,19 @@ def test_a_good_checkpoint_is_kept(loaded: Loaded, tmp_path: Path) -> None:
     assert found in loaded.service.get("/v1/models/mlp/checkpoints")["items"]
     status, problem = upload(loaded, tmp_path / "w", step=7)
     assert (status, problem["type"]) == (409, "/problems/conflict")
+
+
+async def test_an_upload_holds_no_connection_while_its_body_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = AsyncMock()
+
+    async def read(*_: object) -> None:
+        session.close.assert_awaited()
+        raise StorageFull("no more is needed")
+
+    monkeypatch.setattr(service, "find", AsyncMock())
+    monkeypatch.setattr(endpoints, "form_of", read)
+    with pytest.raises(StorageFull):
+        await endpoints.create_checkpoint(MagicMock(), MagicMock(), session, MagicMock(), "mlp")
 
 
 def test_every_problem_of_a_checkpoint_is_listed(loaded: Loaded, tmp_path: Path) -> None:
