@@ -1,5 +1,6 @@
 """The api's composition root; nothing else happens at import."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -37,8 +38,13 @@ Long work is a **job**. Every error is a problem document (RFC 9457) of a stable
 """
 
 
-def create_app(settings: Settings) -> FastAPI:
-    """Return the application; connections and the engine start with its lifespan, and it starts without a database too."""
+def create_app(settings: Settings, stopping: asyncio.Event | None = None) -> FastAPI:
+    """Return the application; connections and the engine start with its lifespan, and it starts without a database too.
+
+    Args:
+        settings: the configuration.
+        stopping: set by whoever runs the application when it is told to end, before requests are waited for.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -48,7 +54,14 @@ def create_app(settings: Settings) -> FastAPI:
         artifacts.prepare()
         engine = EngineClient(settings.engine)
         app.state.resources = Resources(
-            settings, database, sessions, artifacts, engine, KeyRing(sessions), Following(sessions)
+            settings,
+            database,
+            sessions,
+            artifacts,
+            engine,
+            KeyRing(sessions),
+            Following(sessions),
+            stopping or asyncio.Event(),
         )
         await engine.start()
         try:

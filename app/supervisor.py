@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import IO
 
 import structlog
@@ -57,27 +58,36 @@ def serve_api(settings: Settings, host: str, port: int) -> None:
     Raises:
         StartError: if the address needs keys first.
     """
-    asyncio.run(_api(settings, host, port))
+    asyncio.run(_api(settings, host, port, asyncio.Event()))
 
 
 async def _supervised(settings: Settings, host: str, port: int) -> None:
-    worker = asyncio.create_task(_keep_worker())
+    stopping = asyncio.Event()
+    worker = asyncio.create_task(_worker_until(stopping))
     try:
-        await _api(settings, host, port)
+        await _api(settings, host, port, stopping)
     finally:
-        worker.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await worker
+        stopping.set()
+        await worker
 
 
-async def _api(settings: Settings, host: str, port: int) -> None:
+async def _worker_until(stopping: asyncio.Event) -> None:
+    """Keep a worker until the signal, so that it ends while the api answers what is left."""
+    worker = asyncio.create_task(_keep_worker())
+    await stopping.wait()
+    worker.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await worker
+
+
+async def _api(settings: Settings, host: str, port: int, stopping: asyncio.Event) -> None:
     if host not in _LOOPBACK and not await _has_keys(settings):
         raise StartError(
             f"Refusing to listen on {host} without API keys: every caller could do everything. "
             "Make one first: headwater keys create NAME --scope admin"
         )
     config = uvicorn.Config(
-        create_app(settings),
+        create_app(settings, stopping),
         host=host,
         port=port,
         log_config=None,
@@ -86,11 +96,25 @@ async def _api(settings: Settings, host: str, port: int) -> None:
         timeout_graceful_shutdown=_GRACE_SECONDS,
         h11_max_incomplete_event_size=32 << 10,
     )
-    await _Server(config).serve()
+    await _Server(config, stopping).serve()
 
 
 class _Server(uvicorn.Server):
-    """Stops on a signal without raising it again afterwards, so that the database and the worker are stopped in order."""
+    """Stops on a signal without raising it again afterwards, so that the database and the worker are stopped in order.
+
+    Args:
+        config: of uvicorn.
+        stopping: set at the signal.
+    """
+
+    def __init__(self, config: uvicorn.Config, stopping: asyncio.Event) -> None:
+        super().__init__(config)
+        self._stopping = stopping
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Tell whatever waits for something else than its own work, and then end as uvicorn does."""
+        self._stopping.set()
+        super().handle_exit(sig, frame)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -1,6 +1,5 @@
 """Jobs: what they are doing, their events, stopping and retrying them."""
 
-import asyncio
 import json
 import re
 import time
@@ -22,6 +21,7 @@ from app.web.pagination import PageOf
 
 router = APIRouter(prefix="/jobs", tags=["jobs"], route_class=TransactionalRoute)
 _POLL_SECONDS = 0.5
+_RETRY = b"retry: 1000\n\n"
 
 
 @router.get("", summary="List jobs", dependencies=[require("read")], responses=problems())
@@ -68,8 +68,8 @@ async def follow_job(
 
     async def stream() -> AsyncIterator[bytes]:
         position = after
-        yield b"retry: 1000\n\n"
-        while not await request.is_disconnected():
+        yield _RETRY
+        while not resources.stopping.is_set() and not await request.is_disconnected():
             try:
                 news = await resources.following.news(job, position)
             except OUTAGE:
@@ -84,7 +84,8 @@ async def follow_job(
             if not news.events:
                 yield b": waiting\n\n"
             # All followers read at the same moments: those of one job share what they read.
-            await asyncio.sleep(_POLL_SECONDS - time.monotonic() % _POLL_SECONDS)
+            await resources.pause(_POLL_SECONDS - time.monotonic() % _POLL_SECONDS)
+        yield _RETRY  # to another process, or to this one when it is back
 
     return StreamingResponse(stream(), media_type="text/event-stream", headers={"x-accel-buffering": "no"})
 

@@ -101,7 +101,7 @@ async def _waited(request: Request, resources: Resources, response: Response) ->
         return response
     job_id = response.headers["location"].rsplit("/", 1)[1]
     deadline = time.monotonic() + min(int(match[1]), MAX_WAIT_SECONDS)
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and not resources.stopping.is_set():
         try:
             async with resources.sessions() as session:
                 if await is_finished(session, job_id):
@@ -109,7 +109,7 @@ async def _waited(request: Request, resources: Resources, response: Response) ->
                     return JSONResponse(jsonable_encoder(resource), 200, {"Preference-Applied": f"wait={match[1]}"})
         except (*OUTAGE, Problem):
             return response  # the job was accepted, whatever has become of it or of the database since
-        await asyncio.sleep(_POLL_SECONDS)
+        await resources.pause(_POLL_SECONDS)
     return response
 
 

@@ -1,5 +1,7 @@
 """What the process holds for its whole life; requests reach it through `request.app.state.resources`."""
 
+import asyncio
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,11 +27,17 @@ class Resources:
     engine: EngineClient
     keys: KeyRing
     following: Following
+    stopping: asyncio.Event  # set when the process is told to end: whatever waits for a job answers then
 
     @property
     def uploads(self) -> Path:
         """Folder of files that were uploaded and wait for their import."""
         return self.settings.data_dir / "uploads"
+
+    async def pause(self, seconds: float) -> None:
+        """Wait, at most until the process is told to end."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.stopping.wait(), seconds)
 
 
 def resources_of(request: Request) -> Resources:

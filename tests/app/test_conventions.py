@@ -1,5 +1,6 @@
 """What holds for every request: errors, ids, strict JSON, pages, idempotency, waiting."""
 
+import asyncio
 import base64
 import errno
 import json
@@ -398,7 +399,7 @@ async def test_who_waits_for_a_job_is_told_of_it_whatever_happens_meanwhile(
     accepted = Response(status_code=202, headers={"location": "/v1/jobs/job_some"})
     request = Request({"type": "http", "headers": [(b"prefer", b"wait=5")]})
     answer_when_finished(request, AsyncMock(side_effect=error))
-    assert await _waited(request, MagicMock(), accepted) is accepted
+    assert await _waited(request, MagicMock(stopping=asyncio.Event()), accepted) is accepted
 
 
 def test_a_client_that_goes_away_is_no_fault(loaded: Loaded) -> None:

@@ -1,5 +1,6 @@
 """Indexes and the questions they answer, over HTTP, against the library called directly."""
 
+import asyncio
 import base64
 import io
 from unittest.mock import AsyncMock
@@ -448,7 +449,14 @@ async def test_questions_that_a_deletion_overtakes_find_nothing(steady: Loaded) 
     database = create_engine(DatabaseSettings(url=get_server(data / "postgres", cleanup_mode=None).get_uri()))
     sessions, artifacts = create_sessionmaker(database), ArtifactStore(data)
     resources = Resources(
-        Settings(data_dir=data), database, sessions, artifacts, AsyncMock(), KeyRing(sessions), Following(sessions)
+        Settings(data_dir=data),
+        database,
+        sessions,
+        artifacts,
+        AsyncMock(),
+        KeyRing(sessions),
+        Following(sessions),
+        asyncio.Event(),
     )
     selector = Selector(rows=[1])
     question = CounterfactualRequest.model_validate({**QUERY, "subsets": [{"remove": {"rows": [1]}}]})

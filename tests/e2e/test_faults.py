@@ -1,10 +1,12 @@
 """What the service survives: processes killed with -9 at random moments, and its database restarted."""
 
+import json
 import random
 import subprocess
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx2 as httpx
@@ -149,6 +151,29 @@ def test_engine_killed_under_load_is_replaced(fragile: Loaded) -> None:
     assert not load.unexpected
     assert set(load.statuses) <= {200, 429, 503}
     assert service.post(f"/v1/indexes/{index}/attributions", QUERY)["results"] == expected
+
+
+def test_a_service_that_is_told_to_end_answers_whoever_waits(tmp_path: Path) -> None:
+    """Followers and preferred waits end at the signal, and the worker beside them: a queued job is done by the next service."""
+    service = Service(tmp_path / "data").start()
+    worker = wait_for(lambda: service.child("app.worker.main"), message="the worker")
+    worker.suspend()
+    (tmp_path / "rows.csv").write_text("a,label\n1,0\n")
+    spec = {"name": "rows", "kind": "tabular", "input": ["a"], "target": "label"}
+    job = service.upload("/v1/datasets", tmp_path / "rows.csv", 202, spec=spec)
+    more = {"data": {"spec": json.dumps({**spec, "name": "more"})}, "headers": {"Prefer": "wait=60"}}
+    with ThreadPoolExecutor() as pool, httpx.stream("GET", f"{service.url}/v1/jobs/{job['id']}/events") as followed:
+        waited = pool.submit(
+            lambda: service.http.post("/v1/datasets", files={"file": ("a.csv", b"a,label\n1,0\n")}, **more)
+        )
+        wait_for(lambda: len(service.get("/v1/jobs")["items"]) == 2, message="the second job")
+        service.process.terminate()
+        worker.resume()
+        began = time.monotonic()
+        assert waited.result().status_code == 202
+        assert followed.read().endswith(b"retry: 1000\n\n")
+        assert service.stop() == 0
+    assert time.monotonic() - began < 15
 
 
 def postgres_of(service: Service) -> tuple[int, Path]:
