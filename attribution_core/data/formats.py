@@ -1,6 +1,6 @@
 """Streaming rows out of parquet, jsonl, csv and npz files.
 
-Every reader yields `(first row number, {column: values})` with up to 1,024 rows. A file that cannot be read at all raises; a line
+Every reader yields `(first row number, {column: values})` with up to 1,024 rows, fewer if they are large. A file that cannot be read at all raises; a line
 that cannot be read yields `Unreadable` values, so that it is reported with its number like any other problem.
 """
 
@@ -16,15 +16,19 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from attribution_core.errors import InvalidInputError
+from attribution_core.progress import NoProgress, Progress, watched
 from attribution_core.strict_json import refuse_constant, without_repeats
 
 BATCH_ROWS = 1024
+BATCH_BYTES = 256 << 20
 MAX_LINE_BYTES = 64 << 20
 MAX_NPZ_BYTES = 8 << 30
 MAX_COLUMNS = 100_000
+_OBJECT_BYTES = 16  # that a number takes in memory for each byte of its text
 _MAGICS = {b"PAR1": "parquet", b"PK\x03\x04": "npz"}
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -48,7 +52,9 @@ def format_of(name: str) -> str | None:
     )
 
 
-def read_rows(path: Path, kind: str, columns: Sequence[str], texts: Collection[str] = ()) -> Rows:
+def read_rows(
+    path: Path, kind: str, columns: Sequence[str], texts: Collection[str] = (), progress: Progress | None = None
+) -> Rows:
     """Yield the named columns of a file.
 
     Args:
@@ -56,13 +62,14 @@ def read_rows(path: Path, kind: str, columns: Sequence[str], texts: Collection[s
         kind: its format.
         columns: those to read.
         texts: those of them whose CSV cells stay text, whatever they look like.
+        progress: asked whether to go on while a CSV file is read for its columns' types, which comes before any row.
 
     Raises:
         InvalidInputError: if the file is not what `kind` says, is damaged, or lacks a column.
     """
     _check_start(path, kind)
     if kind == "csv":
-        return _csv(path, columns, texts)
+        return _csv(path, columns, texts, progress or NoProgress())
     return {"parquet": _parquet, "jsonl": _jsonl, "npz": _npz}[kind](path, columns)
 
 
@@ -98,11 +105,58 @@ def _parquet(path: Path, columns: Sequence[str]) -> Rows:
             raise InvalidInputError(f"the file has more than one column {twice[0]}")
         start = 0
         try:
-            for batch in file.iter_batches(BATCH_ROWS, columns=list(columns), use_threads=False):
+            for batch in _batches(path, file, columns):
                 yield start, {name: _values(batch.column(name), name) for name in columns}
                 start += len(batch)
         except (pa.ArrowException, *_DAMAGE) as error:
             raise InvalidInputError(f"the parquet file cannot be read after row {start}: {error}") from None
+
+
+def _batches(path: Path, file: pq.ParquetFile, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Yield batches that are small when they are decoded, however little of the file they take.
+
+    A text that a dictionary holds once may stand in every row. Where all texts of a row group are small they stay in their
+    dictionaries until batches were cut; else there is a dictionary too large to be kept, and few rows are read at a time.
+    """
+    under = tuple(f"{name}." for name in columns)
+    leaves = [file.schema.column(number) for number in range(len(file.schema))]
+    wanted = [n for n, leaf in enumerate(leaves) if leaf.path in columns or leaf.path.startswith(under)]
+    texts = [number for number in wanted if leaves[number].physical_type == "BYTE_ARRAY"]
+    with pq.ParquetFile(path, read_dictionary=[leaves[number].path for number in texts]) as in_dictionaries:
+        for group in range(file.num_row_groups):
+            chunks = {number: file.metadata.row_group(group).column(number) for number in wanted}
+            text_bytes = sum(chunks[number].total_uncompressed_size for number in texts)
+            number_bytes = sum(8 * chunk.num_values for number, chunk in chunks.items() if number not in texts)
+            if number_bytes > BATCH_BYTES * file.metadata.row_group(group).num_rows:
+                raise InvalidInputError(f"rows of numbers of more than {BATCH_BYTES >> 20} MiB each")
+            rows = max(1, BATCH_ROWS * BATCH_BYTES // max(number_bytes, BATCH_BYTES))
+            source = in_dictionaries
+            if text_bytes > BATCH_BYTES:
+                rows, source = max(1, min(rows, 8 * BATCH_BYTES // text_bytes)), file
+            for batch in source.iter_batches(rows, row_groups=[group], columns=list(columns), use_threads=False):
+                yield from _cut(batch)
+
+
+def _cut(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    """Yield a batch in pieces small enough to become Python values."""
+    half = len(batch) // 2
+    if half == 0 or sum(map(_decoded_bytes, batch.columns)) <= BATCH_BYTES // 4:
+        yield batch
+    else:
+        yield from _cut(batch[:half])
+        yield from _cut(batch[half:])
+
+
+def _decoded_bytes(column: pa.Array) -> int:
+    """Return about how many bytes a column's values take, those of dictionaries as often as they stand in it."""
+    kind = column.type
+    if pa.types.is_dictionary(kind) and pa.types.is_primitive(kind.value_type):
+        return len(column) * 8
+    if pa.types.is_dictionary(kind):
+        return pc.sum(pc.binary_length(column.dictionary).take(column.indices)).as_py() or 0
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return _decoded_bytes(column.flatten())
+    return int(column.nbytes)
 
 
 def _lines(path: Path) -> Iterator[bytes]:
@@ -117,14 +171,15 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 def _jsonl(path: Path, columns: Sequence[str]) -> Rows:
     records: list[dict[str, Any] | Unreadable] = []
-    start = 0
+    start = size = 0
     for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
         records.append(_record(line, number))
-        if len(records) == BATCH_ROWS:
+        size += _OBJECT_BYTES * len(line)
+        if len(records) == BATCH_ROWS or size > BATCH_BYTES:
             yield start, _columns_of(records, columns)
-            start, records = start + len(records), []
+            start, size, records = start + len(records), 0, []
     if records:
         yield start, _columns_of(records, columns)
 
@@ -153,9 +208,9 @@ def _columns_of(records: Sequence[dict[str, Any] | Unreadable], columns: Sequenc
     }
 
 
-def _csv(path: Path, columns: Sequence[str], texts: Collection[str]) -> Rows:
+def _csv(path: Path, columns: Sequence[str], texts: Collection[str], progress: Progress) -> Rows:
     """Cells are text; a column whose every cell is a number or a boolean is read as such, empty cells as null."""
-    types = {**_csv_types(path, columns), **dict.fromkeys(texts, str)}
+    types = {**_csv_types(path, columns, progress), **dict.fromkeys(texts, str)}
     start = 0
     for records in _csv_batches(path, columns):
         values = _columns_of(records, columns)
@@ -165,6 +220,7 @@ def _csv(path: Path, columns: Sequence[str], texts: Collection[str]) -> Rows:
 
 def _csv_batches(path: Path, columns: Sequence[str]) -> Iterator[list[dict[str, Any] | Unreadable]]:
     records: list[dict[str, Any] | Unreadable] = []
+    size = 0
     try:
         csv.field_size_limit(MAX_LINE_BYTES)
         reader = csv.reader((line.decode("utf-8") for line in _lines(path)), strict=True)
@@ -179,9 +235,10 @@ def _csv_batches(path: Path, columns: Sequence[str]) -> Iterator[list[dict[str, 
                 records.append(dict(zip(header, cells, strict=True)))
             else:
                 records.append(Unreadable(f"line {reader.line_num} has {len(cells)} cells, the header {len(header)}"))
-            if len(records) == BATCH_ROWS:
+            size += sum(map(len, cells))
+            if len(records) == BATCH_ROWS or size > BATCH_BYTES:
                 yield records
-                records = []
+                size, records = 0, []
     except UnicodeDecodeError:
         raise InvalidInputError("the file is not UTF-8") from None
     except csv.Error as error:
@@ -190,9 +247,9 @@ def _csv_batches(path: Path, columns: Sequence[str]) -> Iterator[list[dict[str, 
         yield records
 
 
-def _csv_types(path: Path, columns: Sequence[str]) -> dict[str, type]:
+def _csv_types(path: Path, columns: Sequence[str], progress: Progress) -> dict[str, type]:
     possible: dict[str, list[type]] = {name: [int, float, bool] for name in columns}
-    for records in _csv_batches(path, columns):
+    for records in watched(_csv_batches(path, columns), progress):
         for name, values in _columns_of(records, columns).items():
             for kind in list(possible[name]):
                 if any(isinstance(value, str) and value and not _reads_as(value, kind) for value in values):

@@ -27,10 +27,11 @@ from attribution_core.data.reader import (
 )
 from attribution_core.errors import InvalidInputError
 from attribution_core.fingerprint import canonical_json
-from attribution_core.progress import Progress
+from attribution_core.progress import Progress, watched
 from attribution_core.spec import MAX_DIMENSIONS, MAX_SIDE, DatasetSpec
 
 MAX_LISTED_PROBLEMS = 100
+MAX_GROUP_BYTES = 1 << 30
 _TYPES: dict[str, type] = {"string": str, "int64": int, "float64": float, "bool": bool}
 
 
@@ -84,11 +85,27 @@ class _Findings:
     min_target: int = 0
     metadata_types: dict[str, set[type]] = field(default_factory=dict)
     shape: tuple[int, ...] | None = None
+    group: int = 0
+    group_bytes: int = 0
 
     def problem(self, row: int, column: str, text: str) -> None:
         self.total += 1
         if len(self.problems) < MAX_LISTED_PROBLEMS:
             self.problems.append({"row": row, "column": column, "problem": text})
+
+    def count(self, row: int, value: Any) -> None:
+        """Count an input or a text to its row group, which readers hold in memory as a whole.
+
+        Raises:
+            DatasetProblems: if the group is too large; the rest of the file need not be read for that.
+        """
+        if row // ROW_GROUP_SIZE != self.group:
+            self.group, self.group_bytes = row // ROW_GROUP_SIZE, 0
+        self.group_bytes += value.nbytes if isinstance(value, np.ndarray) else len(value)
+        if self.group_bytes > MAX_GROUP_BYTES:
+            first = self.group * ROW_GROUP_SIZE
+            self.problem(row, "", f"the rows from {first} on hold more than {MAX_GROUP_BYTES >> 20:,} MiB so far")
+            raise DatasetProblems(self.problems, self.total)
 
 
 def import_dataset(
@@ -99,7 +116,7 @@ def import_dataset(
     The result is what importing both files as one would give.
 
     Raises:
-        DatasetProblems: with every row's problems, after the whole file was read.
+        DatasetProblems: with every row's problems, after the whole file was read, or as far as its rows are not too large.
         InvalidInputError: if the file cannot be read at all.
     """
     kind = spec.format or format_of(source.name)
@@ -114,7 +131,7 @@ def import_dataset(
         raise DatasetProblems(findings.problems, findings.total)
     schema = _schema(spec, findings)
     first = 0 if parent is None else parent.num_examples
-    new = _new_rows(source, kind, spec, schema, first)
+    new = watched(_new_rows(source, kind, spec, schema, first, progress), progress)
     rows = new if parent is None else chain(parent.canonical_rows(), new)
     sha256 = _written(rows, spec, schema, into / FILE_NAME, progress)
     classes = findings.target_types == {int} and findings.min_target >= 0
@@ -137,9 +154,9 @@ def _examined(
         )
     else:
         findings = _found_before(parent, spec)
-    for start, columns in read_rows(source, kind, _wanted(spec), _texts(spec)):
+    for start, columns in read_rows(source, kind, _wanted(spec), _texts(spec), progress):
         length = len(next(iter(columns.values())))
-        for offset in range(length):
+        for offset in watched(range(length), progress):
             _examine_row(start + offset, {name: values[offset] for name, values in columns.items()}, spec, findings)
         findings.rows = start + length
         progress.advance(length)
@@ -188,6 +205,7 @@ def _examine_row(row: int, values: dict[str, Any], spec: DatasetSpec, findings: 
     name = spec.input if isinstance(spec.input, str) else ", ".join(spec.input[:3])
     found = checked(name, lambda value: _input_value(value, spec), _raw_input(values, spec))
     if found is not None:
+        findings.count(row, found)
         _note_shape(row, name, found, findings, spec)
     if spec.target is not None:
         _note_target(row, spec.target, checked(spec.target, content.as_target, values[spec.target]), findings)
@@ -199,6 +217,8 @@ def _examine_row(row: int, values: dict[str, Any], spec: DatasetSpec, findings: 
             findings.ids.add(given)
     for column in spec.metadata:
         scalar = checked(column, content.as_scalar, values[column])
+        if isinstance(scalar, str):
+            findings.count(row, scalar)
         if scalar is not None:
             findings.metadata_types[column].add(type(scalar))
 
@@ -315,9 +335,11 @@ def _tables(
         yield _table(pending, schema)
 
 
-def _new_rows(source: Path, kind: str, spec: DatasetSpec, schema: pa.Schema, first: int) -> Iterator[dict[str, Any]]:
+def _new_rows(
+    source: Path, kind: str, spec: DatasetSpec, schema: pa.Schema, first: int, progress: Progress
+) -> Iterator[dict[str, Any]]:
     """Yield a file's rows in canonical form, numbered from `first` on."""
-    for start, columns in read_rows(source, kind, _wanted(spec), _texts(spec)):
+    for start, columns in read_rows(source, kind, _wanted(spec), _texts(spec), progress):
         for offset in range(len(next(iter(columns.values())))):
             values = {name: column[offset] for name, column in columns.items()}
             yield _canonical_row(first + start + offset, values, spec, schema)

@@ -48,6 +48,35 @@ def test_rows_come_in_order(kind: str, tmp_path: Path) -> None:
     assert parsed == ROWS["input"]
 
 
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "csv"])
+def test_batches_are_cut_by_what_they_hold(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "BATCH_BYTES", 400_000)
+    columns = {"input": ["x" * 50_000] * 60 + ["y"] * 40, "target": [[float(row)] * 50 for row in range(100)]}
+    path = write(tmp_path / f"some.{kind}", columns)
+    sizes = [sum(map(len, part["input"])) for _, part in read_rows(path, kind, ["input", "target"])]
+    assert max(sizes) <= 450_000
+    found = read(path, "input", "target")
+    assert found["input"] == columns["input"]
+    assert [json.loads(value) if kind == "csv" else value for value in found["target"]] == columns["target"]
+
+
+def test_texts_that_repeat_are_not_decoded_before_they_are_needed(tmp_path: Path) -> None:
+    """A file of a kilobyte whose rows would take 4 GB."""
+    dictionary = pa.DictionaryArray.from_arrays(pa.array(np.zeros(1024, np.int32)), ["x" * (4 << 20)])
+    pq.write_table(pa.table({"input": dictionary}), tmp_path / "bomb.parquet", compression="zstd")
+    before = pa.default_memory_pool().max_memory()
+    first = next(read_rows(tmp_path / "bomb.parquet", "parquet", ["input"]))[1]["input"]
+    assert 1 <= len(first) <= 16
+    assert pa.default_memory_pool().max_memory() - before < 200 << 20
+
+
+def test_a_row_of_very_many_numbers_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+    numbers = pa.array(np.zeros(40_000_000, np.int8))
+    pq.write_table(pa.table({"input": pa.ListArray.from_arrays([0, len(numbers)], numbers)}), tmp_path / "bomb.parquet")
+    assert (tmp_path / "bomb.parquet").stat().st_size < 10_000
+    assert "more than 256 MiB each" in refusal(tmp_path / "bomb.parquet")
+
+
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_missing_column_is_named(kind: str, tmp_path: Path) -> None:
     path = write(tmp_path / f"some.{kind}", {"input": [1, 2]})

@@ -13,9 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from attribution_core.data.importer import DatasetProblems
+from attribution_core.data import importer
+from attribution_core.data.importer import DatasetProblems, import_dataset
 from attribution_core.data.reader import DatasetReader
-from attribution_core.errors import InvalidInputError
+from attribution_core.errors import Cancelled, InvalidInputError
+from attribution_core.progress import NoProgress
 from tests.core.data.files import FORMATS, Columns, described, imported, write
 
 COUNT = 1500  # more than one row group
@@ -178,6 +180,36 @@ def test_columns_that_make_no_sense_are_refused(
 ) -> None:
     _, error = problems(write(tmp_path / "some.jsonl", columns), tmp_path / "data", **spec)
     assert problem in str(error)
+
+
+def test_rows_too_large_to_be_read_together_are_refused_before_the_rest_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importer, "MAX_GROUP_BYTES", 1 << 20)
+    fits: Columns = {"input": ["x" * 1000] * 1500, "target": [0] * 1500}
+    assert imported(write(tmp_path / "a.parquet", fits), tmp_path / "a", kind="text").num_examples == 1500
+    columns: Columns = {"input": ["x"] * 1024 + ["x" * 10_000] * 200, "target": [0] * 1224}
+    found, error = problems(write(tmp_path / "b.parquet", columns), tmp_path / "b", kind="text")
+    assert found == [(1024 + 104, "")]
+    assert "the rows from 1024 on hold more than 1 MiB" in str(error)
+
+
+def test_an_import_stops_at_every_row(tmp_path: Path) -> None:
+    source = write(tmp_path / "some.csv", {"input": [[1.0]] * 3000, "target": [0] * 3000})
+
+    class Stopping(NoProgress):
+        def __init__(self, after: int) -> None:
+            self.left = after
+
+        def advance(self, done: int) -> None:
+            self.left -= 1
+            if self.left < 0:
+                raise Cancelled("the job was stopped")
+
+    (tmp_path / "data").mkdir()
+    for after in (2, 10, 2999, 3100, 5900):
+        with pytest.raises(Cancelled):
+            import_dataset(source, described(), tmp_path / "data", Stopping(after))
 
 
 def test_numbers_of_both_types_become_real(tmp_path: Path) -> None:
