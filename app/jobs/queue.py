@@ -64,5 +64,5 @@ class Queue:
                 listen_notify=True,
                 fetch_job_polling_interval=2,
                 delete_jobs=procrastinate.jobs.DeleteJobCondition.ALWAYS,
-                shutdown_graceful_timeout=5,
+                shutdown_graceful_timeout=2,
             )

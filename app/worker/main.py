@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import math
 import os
 import secrets
@@ -111,7 +112,11 @@ def main() -> None:
     check_projections()
     threads = settings.worker.threads or os.cpu_count() or 1
     torch.set_num_threads(threads)
-    asyncio.run(work(settings))
+    with asyncio.Runner() as runner:
+        runner.run(work(settings))
+        # A computation that has not stopped by now would be joined; its lease was given back, and what it writes is its attempt's.
+        logging.shutdown()
+        os._exit(0)
 
 
 if __name__ == "__main__":

@@ -258,14 +258,14 @@ async def wake_abandoned(session: AsyncSession) -> None:
 
 
 async def computed(function: Callable[[], object], progress: JobProgress) -> object:
-    """Run a computation in a thread; if this task is cancelled the computation is told to stop and waited for."""
+    """Run a computation in a thread; if this task is cancelled the computation is told to stop and waited for a while."""
     task = asyncio.ensure_future(asyncio.to_thread(function))
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
         progress.stop()
         with contextlib.suppress(BaseException):
-            await asyncio.wait_for(task, 8)
+            await asyncio.wait_for(task, 5)
         raise
 
 

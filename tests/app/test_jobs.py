@@ -3,6 +3,8 @@
 import asyncio
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import cast
@@ -203,6 +205,20 @@ async def test_a_worker_whose_supervisor_ended_while_it_started_ends_too(monkeyp
         monkeypatch.setenv("HEADWATER_SUPERVISED", alive) if alive else monkeypatch.delenv("HEADWATER_SUPERVISED")
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(_parent_gone(), 0.1)
+
+
+def test_a_worker_does_not_wait_for_a_computation_that_does_not_stop() -> None:
+    code = """
+import asyncio, threading
+from app.worker import main
+
+async def work(settings):
+    asyncio.get_running_loop().run_in_executor(None, threading.Event().wait)
+
+main.work = work
+main.main()
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
 
 
 async def test_a_worker_that_cannot_be_started_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
