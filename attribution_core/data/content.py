@@ -182,9 +182,22 @@ def _opened(data: bytes) -> Image.Image:
         Image.DecompressionBombWarning,
     ):
         raise InvalidInputError("not a readable PNG or JPEG image") from None
-    if image.mode not in ("L", "RGB", "RGBA"):
-        image = image.convert("RGB" if image.mode in ("P", "CMYK", "YCbCr") else "L")
-    return image
+    return _in_bytes(image)
+
+
+def _in_bytes(image: Image.Image) -> Image.Image:
+    """Return an image with one byte per channel: grey, RGB, or RGBA."""
+    match image.mode:
+        case "L" | "RGB" | "RGBA":
+            return image
+        case "I;16":  # Pillow's own conversion would make everything above 255 white
+            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        case "P" if "transparency" in image.info:
+            return image.convert("RGBA")
+        case "P" | "CMYK" | "YCbCr":
+            return image.convert("RGB")
+        case _:
+            return image.convert("L")
 
 
 def _from_pixels(value: Any, spec: DatasetSpec) -> Image.Image:

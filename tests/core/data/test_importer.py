@@ -240,6 +240,25 @@ def test_hostile_images_are_refused_one_by_one(tmp_path: Path) -> None:
     assert "9000 × 9000 pixels is too large" in error.problems[1]["problem"]
 
 
+def test_deep_grey_and_palettes_keep_what_they_show(tmp_path: Path) -> None:
+    grey = Image.fromarray(np.array([[0, 255, 256], [32_768, 40_000, 65_535]], np.uint16))
+    palette = Image.new("P", (1, 2))
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.putdata([0, 1])
+    for name, image, expected in (
+        ("grey", grey, [[[0], [0], [1]], [[128], [156], [255]]]),
+        ("palette", palette, [[[10, 20, 30]], [[40, 50, 60]]]),
+        ("see-through", palette, [[[10, 20, 30, 255]], [[40, 50, 60, 0]]]),
+    ):
+        with io.BytesIO() as out:
+            image.save(out, "PNG", **({"transparency": 1} if name == "see-through" else {}))
+            columns = {"input": [out.getvalue()], "target": [0]}
+        pq.write_table(pa.table(columns), tmp_path / f"{name}.parquet")
+        imported(tmp_path / f"{name}.parquet", tmp_path / name, kind="image")
+        found = DatasetReader(tmp_path / name, described(kind="image")).read([0]).inputs[0]
+        assert found.tolist() == expected
+
+
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_file_without_rows_is_refused(kind: str, tmp_path: Path) -> None:
     source = write(tmp_path / f"some.{kind}", {"input": [], "target": []})
