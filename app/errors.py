@@ -7,7 +7,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from attribution_core.pointers import pointer_to, steps_into
 
-_MAX_ERRORS = 100
+MAX_ERRORS = 100
 _MAX_DETAIL = 2000
 
 
@@ -33,7 +33,7 @@ def field_problems(
         document: what was validated.
         at: where the document is in what was sent.
     """
-    found = ((pointer_to((*at, *steps_into(document, entry))), entry["msg"]) for entry in errors[:_MAX_ERRORS])
+    found = ((pointer_to((*at, *steps_into(document, entry))), entry["msg"]) for entry in errors[:MAX_ERRORS])
     return [FieldProblem(pointer=pointer, detail=detail) for pointer, detail in dict.fromkeys(found)]
 
 

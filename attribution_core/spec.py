@@ -291,10 +291,14 @@ def check_filter_size(value: Filter) -> Filter:
 class Selector(Spec):
     """A set of training examples, named in exactly one way. The last two are relative to each query."""
 
-    rows: list[Row] | None = Field(default=None, max_length=MAX_SELECTED_ROWS)
-    ids: list[Annotated[str, StringConstraints(max_length=512)]] | None = Field(
-        default=None, max_length=MAX_SELECTED_ROWS
-    )
+    # Lists this long are judged by the first wrong entry: a report of every one takes far longer than reading them.
+    rows: Annotated[list[Row], Field(max_length=MAX_SELECTED_ROWS, fail_fast=True)] | None = None
+    ids: (
+        Annotated[
+            list[Annotated[str, StringConstraints(max_length=512)]], Field(max_length=MAX_SELECTED_ROWS, fail_fast=True)
+        ]
+        | None
+    ) = None
     where: Filter | None = None
     top_positive: int | None = Field(default=None, ge=1, le=MAX_SELECTED_ROWS)
     top_negative: int | None = Field(default=None, ge=1, le=MAX_SELECTED_ROWS)

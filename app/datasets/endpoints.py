@@ -29,7 +29,6 @@ from app.web.deps import IdempotencyKey, PageDep, PreferWait, ResourcesDep, Sess
 from app.web.effects import after_commit, undo_on_error
 from app.web.pagination import PageOf
 from app.web.resources import Resources
-from app.web.strict_json import parse_strictly
 from app.web.uploads import form_of, json_part, saved_file, validated
 from attribution_core.spec import DatasetSpec
 
@@ -76,7 +75,7 @@ async def _sent(request: Request, resources: Resources, model: type[M]) -> tuple
         return spec, (kept, name)
     if not is_json(request.headers):
         raise UnsupportedMedia("This endpoint takes multipart/form-data or application/json.")
-    return validated(model, parse_strictly(await request.body())), None
+    return validated(model, await request.json() if await request.body() else None), None
 
 
 @router.post(

@@ -1,6 +1,6 @@
 """The boundary of every request: who is asking, is the input well-formed, one transaction, one commit.
 
-In order: authenticate, refuse malformed JSON and unknown query parameters, replay or claim an Idempotency-Key, run the endpoint with one
+In order: authenticate, ask for the scope, refuse unknown query parameters and malformed JSON, replay or claim an Idempotency-Key, run the endpoint with one
 lazily opened session, store the answer beside the effect, commit, and only then wait if the caller prefers to.
 """
 
@@ -23,6 +23,7 @@ from app.db.failures import OUTAGE
 from app.errors import FieldProblem, InvalidRequest, NotFound, Problem, UnsupportedMedia
 from app.jobs.service import is_finished
 from app.web.content import is_json
+from app.web.deps import Requirement
 from app.web.idempotency import IdempotencyClaim, checked_key, request_hash
 from app.web.resources import Resources, resources_of
 from app.web.strict_json import parse_strictly
@@ -30,6 +31,7 @@ from attribution_core.pointers import pointer_to
 
 MAX_WAIT_SECONDS = 60
 _POLL_SECONDS = 0.2
+_PARSED_AT_ONCE = 256 << 10  # bytes; larger bodies would keep other requests waiting
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
@@ -39,6 +41,7 @@ class TransactionalRoute(APIRoute):
     def get_route_handler(self) -> Handler:
         """Wrap FastAPI's handler."""
         endpoint = super().get_route_handler()
+        requirements = [found.call for found in self.dependant.dependencies if isinstance(found.call, Requirement)]
         known = {field.alias for field in get_flat_params(self.dependant) if isinstance(field.field_info, Query)}
 
         async def handle(request: Request) -> Response:
@@ -46,6 +49,8 @@ class TransactionalRoute(APIRoute):
             if not all(value.isprintable() for value in request.path_params.values() if isinstance(value, str)):
                 raise NotFound("Nothing has a name with control characters.")
             request.state.principal = await authenticate(resources.keys, request)
+            for requirement in requirements:
+                requirement(request)
             _refuse_unknown_parameters(request, known)
             _refuse_other_content(request, self.body_field is not None)
             await _refuse_malformed_json(request)
@@ -133,5 +138,7 @@ def _refuse_other_content(request: Request, takes_json: bool) -> None:
 async def _refuse_malformed_json(request: Request) -> None:
     if request.method == "POST" and is_json(request.headers):
         body = await request.body()
-        if body:
-            parse_strictly(body)
+        if len(body) > _PARSED_AT_ONCE:
+            request._json = await asyncio.to_thread(parse_strictly, body)
+        elif body:
+            request._json = parse_strictly(body)  # what `request.json()` returns from now on

@@ -25,16 +25,27 @@ SessionDep = Annotated[AsyncSession, Depends(_session)]
 ResourcesDep = Annotated[Resources, Depends(resources_of)]
 
 
-def require(scope: Scope) -> Any:
-    """Return a dependency that refuses callers without a scope."""
+class Requirement:
+    """Refuses callers without a scope; the boundary asks before it reads a body."""
 
-    def check(request: Request, _: Annotated[object, Security(_bearer)] = None) -> Principal:
+    def __init__(self, scope: Scope) -> None:
+        self.scope = scope
+
+    def __call__(self, request: Request, _: Annotated[object, Security(_bearer)] = None) -> Principal:
+        """Return who is asking.
+
+        Raises:
+            Forbidden: if the caller's key lacks the scope.
+        """
         principal: Principal = request.state.principal
-        if not principal.may(scope):
-            raise Forbidden(f"This needs a key with the scope {scope!r}.")
+        if not principal.may(self.scope):
+            raise Forbidden(f"This needs a key with the scope {self.scope!r}.")
         return principal
 
-    return Depends(check)
+
+def require(scope: Scope) -> Any:
+    """Return a dependency that refuses callers without a scope."""
+    return Depends(Requirement(scope))
 
 
 def page_of(

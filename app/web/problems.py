@@ -11,6 +11,7 @@ from starlette.requests import ClientDisconnect
 
 from app.db.failures import is_outage
 from app.errors import (
+    MAX_ERRORS,
     BadRequest,
     Conflict,
     CorruptArtifact,
@@ -100,10 +101,11 @@ def install(app: FastAPI) -> None:
 
 def _field_problems(error: RequestValidationError) -> list[FieldProblem]:
     """Return what is wrong with the body and with parameters; the latter are under /query, /path or /header."""
-    body = [{**entry, "loc": entry["loc"][1:]} for entry in error.errors() if entry["loc"][0] == "body"]
+    found = error.errors()[:MAX_ERRORS]
+    body = [{**entry, "loc": entry["loc"][1:]} for entry in found if entry["loc"][0] == "body"]
     parameters = [
         FieldProblem(pointer=pointer_to(entry["loc"][:2]), detail=entry["msg"])
-        for entry in error.errors()
+        for entry in found
         if entry["loc"][0] != "body"
     ]
     return parameters + field_problems(body, error.body)

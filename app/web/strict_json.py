@@ -1,6 +1,10 @@
-"""JSON bodies parsed strictly, in one place, before anything looks at them."""
+"""JSON bodies parsed strictly, in one place, before anything looks at them.
+
+What is checked of each value is checked again by nothing else, so it must stay cheap: a body has up to a million of them.
+"""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from app.errors import FieldProblem, InvalidRequest
@@ -8,6 +12,8 @@ from attribution_core.pointers import Step, pointer_to
 from attribution_core.strict_json import refuse_constant, without_repeats
 
 MAX_DEPTH = 64
+MAX_VALUES = 1_000_000
+MAX_KEYS = 100_000  # of all objects together: each may be an unknown field, to be reported
 
 
 def parse_strictly(body: bytes, at: tuple[Step, ...] = ()) -> Any:
@@ -15,12 +21,14 @@ def parse_strictly(body: bytes, at: tuple[Step, ...] = ()) -> Any:
 
     Raises:
         InvalidRequest: for anything that is not plain JSON: repeated keys, NaN, numbers beyond 64 bits or float range,
-            NUL characters, lone surrogates, deep nesting.
+            NUL characters, lone surrogates, deep nesting, more than a million values or 100,000 keys.
     """
+    if sum(map(body.count, (b",", b"[", b"{"))) > MAX_VALUES:
+        raise InvalidRequest(f"The body has more than {MAX_VALUES:,} values.")
     try:
         value = json.loads(
             body.decode("utf-8"),
-            object_pairs_hook=without_repeats,
+            object_pairs_hook=_counting_keys(),
             parse_constant=refuse_constant,
             parse_float=_float,
         )
@@ -32,6 +40,19 @@ def parse_strictly(body: bytes, at: tuple[Step, ...] = ()) -> Any:
         raise InvalidRequest(f"The body is not valid JSON: {error}") from None
     _check(value, at, 0)
     return value
+
+
+def _counting_keys() -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
+    total = 0
+
+    def made(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal total
+        total += len(pairs)
+        if total > MAX_KEYS:
+            raise ValueError(f"it has more than {MAX_KEYS:,} keys")
+        return without_repeats(pairs)
+
+    return made
 
 
 def _float(text: str) -> float:
@@ -48,10 +69,12 @@ def _check(value: Any, place: tuple[Step, ...], depth: int) -> None:
         case dict():
             for key, entry in value.items():
                 _check_text(key, place)
-                _check(entry, (*place, key), depth + 1)
+                if not isinstance(entry, float):
+                    _check(entry, (*place, key), depth + 1)
         case list():
             for number, entry in enumerate(value):
-                _check(entry, (*place, number), depth + 1)
+                if not isinstance(entry, float):
+                    _check(entry, (*place, number), depth + 1)
         case str():
             _check_text(value, place)
         case int():
@@ -62,8 +85,10 @@ def _check(value: Any, place: tuple[Step, ...], depth: int) -> None:
 def _check_text(text: str, place: tuple[Step, ...]) -> None:
     if "\x00" in text:
         raise _refused(place, "text with a NUL character")
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise _refused(place, "text with a lone surrogate, which is not valid Unicode")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise _refused(place, "text with a lone surrogate, which is not valid Unicode") from None
 
 
 def _refused(place: tuple[Step, ...], detail: str) -> InvalidRequest:

@@ -87,6 +87,14 @@ def test_a_key_may_do_what_its_scope_says(closed: tuple[Service, dict[str, str]]
         assert service.http.get("/v1/me", headers=headers).json()["scopes"] == [scope]
 
 
+def test_the_scope_is_asked_for_before_a_body_is_read(closed: tuple[Service, dict[str, str]]) -> None:
+    service, keys = closed
+    headers = {"authorization": f"Bearer {keys['read']}", "content-type": "application/json", "Idempotency-Key": "none"}
+    assert service.http.post("/v1/models", headers=headers, content=b"{").status_code == 403
+    headers["content-type"] = "multipart/form-data; boundary=x"
+    assert service.http.post("/v1/datasets", headers=headers, content=b"no form").status_code == 403
+
+
 @pytest.mark.parametrize(
     "header", ["", "Bearer", "Bearer x", "Basic abc", "Bearer hw_a_b", "Bearer hw__", "bearer \u00e9"]
 )

@@ -5,6 +5,7 @@ import base64
 import errno
 import json
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,11 +19,13 @@ from fastapi.testclient import TestClient
 from sqlalchemy.exc import IntegrityError, OperationalError
 from starlette.datastructures import FormData, UploadFile
 
-from app.errors import Conflict, NotFound, StorageFull
+from app.errors import Conflict, InvalidRequest, NotFound, StorageFull
+from app.web import boundary
 from app.web.boundary import _run, _waited
 from app.web.deps import answer_when_finished
 from app.web.effects import undo_on_error
 from app.web.problems import install
+from app.web.strict_json import parse_strictly
 from app.web.uploads import parsed_form, saved_file
 from tests.conftest import MLP, Loaded
 from tests.service import wait_for
@@ -103,6 +106,50 @@ def test_malformed_bodies_are_refused(loaded: Loaded, path: str, body: bytes) ->
     for kind in ("application/json", "Application/Vnd.Any+JSON; charset=utf-8"):
         answer = loaded.service.http.post(path, content=body, headers={"content-type": kind})
         is_problem(answer, 422, "invalid-request")
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ([[]] * 500_001, "1,000,000 values"),
+        ([{str(key): 1 for key in range(first, first + 60)} for first in range(2_000)], "100,000 keys"),
+        ("é" * 500_000, None),
+        ([0.5] * 900_000, None),
+    ],
+    ids=range(4),
+)
+def test_bodies_have_so_many_values_and_keys(value: Any, problem: str | None) -> None:
+    body = json.dumps(value).encode()
+    if problem is None:
+        assert parse_strictly(body) == value
+    else:
+        with pytest.raises(InvalidRequest, match=problem):
+            parse_strictly(body)
+
+
+@pytest.mark.parametrize("size", [10, 300_000])
+async def test_large_bodies_are_parsed_once_beside_other_requests(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[threading.Thread] = []
+
+    def parse(body: bytes) -> Any:
+        threads.append(threading.current_thread())
+        return json.loads(body)
+
+    monkeypatch.setattr(boundary, "parse_strictly", parse)
+    receive = AsyncMock(return_value={"type": "http.request", "body": b'"' + b"x" * size + b'"'})
+    request = Request({"type": "http", "method": "POST", "headers": []}, receive)
+    await boundary._refuse_malformed_json(request)
+    monkeypatch.setattr(json, "loads", None)
+    assert await request.json() == "x" * size
+    assert [thread is threading.current_thread() for thread in threads] == [size == 10]
+
+
+def test_a_long_list_is_judged_by_its_first_wrong_entry(loaded: Loaded) -> None:
+    wrong = {**QUERY, "subsets": [{"remove": {"rows": [1, "a"] * 20_000}}]}
+    answer = loaded.service.http.post("/v1/indexes/none/counterfactuals", json=wrong)
+    assert [entry["pointer"] for entry in is_problem(answer, 422, "invalid-request")["errors"]] == [
+        "/subsets/0/remove/rows/1"
+    ]
 
 
 @pytest.mark.parametrize("text", ["a\\u0000", "\\ud800"])
