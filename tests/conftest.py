@@ -110,6 +110,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loaded]:
     roots = tmp_path_factory.mktemp("roots")
     (roots / "numbers.csv").write_text("a,b,label\n1,2,0\n3,4,1\n")
     (roots / "outside").symlink_to("/etc")
+    (roots / "circle").symlink_to("circle")
     yield from running(tmp_path_factory.mktemp("service"), HEADWATER_ROOTS=f'{{"files": "{roots}"}}')
 
 

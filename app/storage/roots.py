@@ -20,11 +20,16 @@ def resolve(roots: Mapping[str, Path], source: str, pointer: str = "/source") ->
     if match is None or root is None:
         known = ", ".join(sorted(roots)) or "none"
         raise InvalidRequest(f"A source is `root:path` with a configured root; there are: {known}.", pointer=pointer)
-    base = root.resolve()
-    path = (base / match["path"]).resolve()
-    inside = (
-        path.is_relative_to(base) and not Path(match["path"]).is_absolute() and ".." not in Path(match["path"]).parts
-    )
-    if not inside or not path.is_file():
+    path = _inside(root.resolve(), Path(match["path"]))
+    if path is None:
         raise InvalidRequest("There is no such file under that root.", pointer=pointer)
     return path
+
+
+def _inside(base: Path, name: Path) -> Path | None:
+    try:
+        path = (base / name).resolve()
+        inside = path.is_relative_to(base) and not name.is_absolute() and ".." not in name.parts
+        return path if inside and path.is_file() else None
+    except (OSError, RuntimeError):  # a name that is too long, or links in a circle
+        return None

@@ -48,7 +48,7 @@ def as_array(value: Any) -> np.ndarray:
     try:
         array = np.asarray(value)
     except ValueError:
-        raise InvalidInputError("lists of different lengths inside one input") from None
+        raise InvalidInputError("lists of different lengths inside one value") from None
     if array.dtype.kind not in "iuf":
         raise InvalidInputError(f"expected numbers, got {_kind(value)}")
     if array.size == 0:
@@ -67,7 +67,10 @@ def as_tokens(value: Any) -> np.ndarray:
         InvalidInputError: if it is not a list of whole numbers from 0 to 2³¹ - 1.
     """
     value = _from_json(value)
-    array = np.asarray(value) if isinstance(value, list | tuple | np.ndarray) else None
+    try:
+        array = np.asarray(value) if isinstance(value, list | tuple | np.ndarray) else None
+    except ValueError:  # of lists of different lengths
+        array = None
     if array is None or array.ndim != 1 or array.dtype.kind not in "iu":
         raise InvalidInputError("expected a list of whole numbers as tokens")
     if array.size == 0:
@@ -125,7 +128,7 @@ def as_target(value: Any) -> int | float | list[float]:
     """
     if value is None:
         raise InvalidInputError("no target")
-    if isinstance(value, list | tuple | np.ndarray) and np.ndim(value) > 0:
+    if isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim > 0):
         array = np.asarray(as_array(value), np.float64)
         if array.ndim != 1:
             raise InvalidInputError("a target may be a number or a flat list of numbers")

@@ -31,6 +31,7 @@ from attribution_core.progress import Progress, watched
 from attribution_core.spec import MAX_DIMENSIONS, MAX_SIDE, DatasetSpec
 
 MAX_LISTED_PROBLEMS = 100
+MAX_CLASSES = 2**63 - 1  # as many as databases count
 MAX_GROUP_BYTES = 1 << 30
 _TYPES: dict[str, type] = {"string": str, "int64": int, "float64": float, "bool": bool}
 
@@ -140,7 +141,7 @@ def import_dataset(
         sha256=sha256,
         columns=described_schema(schema),
         target_type=_target_type(findings) if spec.target else None,
-        num_classes=findings.max_target + 1 if spec.target and classes else None,
+        num_classes=min(findings.max_target + 1, MAX_CLASSES) if spec.target and classes else None,
         input_shape=_input_shape(spec, findings.shape),
     )
 

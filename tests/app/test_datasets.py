@@ -194,7 +194,7 @@ def test_a_file_under_a_root_and_no_other(loaded: Loaded) -> None:
     sources = [
         "files:../numbers.csv", "files:/etc/passwd", "files:outside/passwd", "files:nothing.csv", "other:numbers.csv", "numbers.csv",
         "files:", "files:.", "files:./../data", "file:///etc/passwd", "http://localhost/x.csv", "files:..\\x", "files:%2e%2e/passwd",
-        "files:outside/../outside/passwd", "FILES:numbers.csv",
+        "files:outside/../outside/passwd", "FILES:numbers.csv", f"files:{'a' * 300}", "files:circle",
     ]  # fmt: skip
     for source in sources:
         answer = service.http.post("/v1/datasets", json={"name": "never", **spec, "source": source})

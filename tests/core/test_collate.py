@@ -102,6 +102,16 @@ def test_tensors_keep_their_shape(tmp_path: Path) -> None:
         assert caught.value.pointer == "/queries/0/example/input"
 
 
+@pytest.mark.parametrize(
+    ("wrong", "field"), [({"input": [[1], [2, 3]]}, "input"), ({"target": [[1], [2, 3]]}, "target")]
+)
+def test_lists_of_different_lengths_are_refused_with_their_pointer(wrong: dict, field: str, tmp_path: Path) -> None:
+    made = source(tmp_path, {"input": [[1, 2]], "target": [0.5]}, NUMBERS, kind="tokens")
+    with pytest.raises(InvalidInputError) as caught:
+        made.inline([{"input": [1, 2], "target": 1, **wrong}])
+    assert caught.value.pointer == f"/queries/0/example/{field}"
+
+
 def test_features_may_be_given_by_name(tmp_path: Path) -> None:
     columns = {"a": [1.0, 2.0], "b": [3.0, 4.0], "target": [0.5, 1.5]}
     made = source(tmp_path, columns, NUMBERS, kind="tabular", input=["b", "a"])

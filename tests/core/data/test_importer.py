@@ -172,6 +172,8 @@ def test_a_row_may_have_several_problems_and_a_long_list_is_cut(tmp_path: Path) 
         ({"input": ["a\x00b"], "target": [0]}, {"kind": "text"}, "NUL"),
         ({"input": [[1, -2]], "target": [0]}, {"kind": "tokens"}, "outside"),
         ({"input": [[1.5]], "target": [0]}, {"kind": "tokens"}, "whole numbers"),
+        ({"input": [[[1], [2, 3]]], "target": [0]}, {"kind": "tokens"}, "row 0, column input: expected a list"),
+        ({"input": [[1.0]], "target": [[[1], [2, 3]]]}, {}, "row 0, column target: lists of different lengths"),
         ({"a": [1, None], "target": [0, 0]}, {"kind": "tabular", "input": ["a"]}, "numbers"),
     ],
 )
@@ -210,6 +212,11 @@ def test_an_import_stops_at_every_row(tmp_path: Path) -> None:
     for after in (2, 10, 2999, 3100, 5900):
         with pytest.raises(Cancelled):
             import_dataset(source, described(), tmp_path / "data", Stopping(after))
+
+
+def test_the_largest_target_has_a_class_count_that_a_database_holds(tmp_path: Path) -> None:
+    columns: Columns = {"input": [[1.0]], "target": [2**63 - 1]}
+    assert imported(write(tmp_path / "some.jsonl", columns), tmp_path / "data").num_classes == 2**63 - 1
 
 
 def test_numbers_of_both_types_become_real(tmp_path: Path) -> None:
