@@ -19,6 +19,11 @@ async def bank_of_key(session: AsyncSession, key: str, values: dict[str, Any]) -
     return found
 
 
+async def existing_bank(session: AsyncSession, key: str) -> Bank | None:
+    """Return the bank of a key if there is one."""
+    return (await session.execute(select(Bank).where(Bank.key == key))).scalar_one_or_none()
+
+
 async def bank(session: AsyncSession, bank_id: str) -> Bank | None:
     """Return a bank."""
     return (await session.execute(select(Bank).where(Bank.id == bank_id))).scalar_one_or_none()

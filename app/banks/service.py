@@ -78,8 +78,13 @@ async def train_spec(
     )
 
 
+async def existing_bank(session: AsyncSession, spec: TrainSpec, protocol: Protocol) -> Bank | None:
+    """Return the bank of a protocol if there is one."""
+    return await repository.existing_bank(session, protocol.bank_key(spec))
+
+
 async def find_bank(session: AsyncSession, model: Model, dataset: Dataset, spec: TrainSpec, protocol: Protocol) -> Bank:
-    """Return the bank of a protocol, made if there is none."""
+    """Return the bank of a protocol, made if there is none; equal requests wait for this transaction, so it must end soon."""
     stored = protocol.model_dump(mode="json", exclude={"subsets"})
     values = {"id": new_id("bank"), "model_id": model.id, "dataset_id": dataset.id, "protocol": stored}
     return await repository.bank_of_key(session, protocol.bank_key(spec), values)
@@ -104,10 +109,10 @@ async def find(session: AsyncSession, bank_id: str) -> Bank:
 
 
 async def missing_examples(
-    session: AsyncSession, bank: Bank, protocol: Protocol, model: Model, spec: TrainSpec
+    session: AsyncSession, bank: Bank | None, protocol: Protocol, model: Model, spec: TrainSpec
 ) -> float:
-    """Return how many training examples, all retrainings together, a bank lacks of a protocol."""
-    known = await repository.groups(session, bank.id)
+    """Return how many training examples, all retrainings together, a bank lacks of a protocol; one that is not there lacks all."""
+    known = {} if bank is None else await repository.groups(session, bank.id)
     missing = protocol.num_groups(model.num_parameters) - sum(
         number < protocol.num_groups(model.num_parameters) for number in known
     )

@@ -158,10 +158,10 @@ async def _bound(
     priors = await _checked_priors(session, index, method) if isinstance(method, PosteriorMethod) else []
     index.method |= {"prior": [prior.id for prior in priors]} if priors else {}
     if isinstance(method, BankMethodBase):
-        bank = await banks.find_bank(session, model, dataset, train, method.bank)
+        bank = await banks.existing_bank(session, train, method.bank)
         examples = await banks.missing_examples(session, bank, method.bank, model, train)
         await banks.check_hours(resources, train, examples, None, "/method/bank/subsets")
-        index.bank_id = bank.id
+        index.bank_id = (await banks.find_bank(session, model, dataset, train, method.bank)).id
     if isinstance(method, MagicMethod):
         examples = method.trainings * train.num_training
         await banks.check_hours(resources, train, examples, None, "/method/queries")

@@ -72,7 +72,7 @@ async def create_training(
 async def create_evaluation(
     session: AsyncSession, resources: Resources, reference: str, request: EvaluationCreate
 ) -> tuple[Replay, Job]:
-    """Submit an evaluation of an index; its banks are found or made here.
+    """Submit an evaluation of an index; its banks are found or made here, once all else is known to be right.
 
     Raises:
         RecipeMissing: if the index's model has none.
@@ -92,8 +92,8 @@ async def create_evaluation(
     body["queries"] = {"dataset": asked.id, "rows": rows}
     examples = 0.0
     for protocol in await plans.protocols(session, index, request):
-        bank = await banks.find_bank(session, model, training, spec, protocol)
-        if bank.id == index.bank_id:
+        bank = await banks.existing_bank(session, spec, protocol)
+        if bank is not None and bank.id == index.bank_id:
             raise InvalidRequest(
                 "The index learnt from these very retrainings: name another `seed` of the subsets.",
                 pointer="/protocol/seed",

@@ -2,17 +2,22 @@
 
 from pathlib import Path
 from typing import Any
-from unittest.mock import AsyncMock
+from unittest.mock import AsyncMock, MagicMock
 
 import numpy as np
 import pytest
+from sqlalchemy import func, select
 
 from app.datasets import service as datasets
 from app.db.embedded import get_server
 from app.db.session import create_engine, create_sessionmaker
-from app.errors import Conflict
+from app.errors import Conflict, InvalidRequest
+from app.indexes import creation
 from app.indexes import service as indexes
+from app.indexes.schemas import IndexCreate
 from app.jobs import service as jobs
+from app.replay import service as replays
+from app.replay.schemas import EvaluationCreate
 from app.settings import DatabaseSettings, Settings
 from app.storage.artifacts import ArtifactStore
 from app.worker import verifications
@@ -369,6 +374,36 @@ def test_fine_tuning_counts_towards_the_hours(trained: Loaded, kind: str) -> Non
     body = {"forget": {"rows": [1]}, "run": "hours", "method": {"type": kind, "epochs": 10_000}, "max_hours": 1e-6}
     answer = trained.service.http.post("/v1/indexes/retrained-ekfac/unlearned-checkpoints", json=body)
     assert (answer.status_code, [entry["pointer"] for entry in answer.json()["errors"]]) == (422, ["/max_hours"])
+
+
+@pytest.mark.parametrize("kind", ["evaluation", "index"])
+async def test_nothing_is_written_before_the_engine_has_answered(trained: Loaded, kind: str) -> None:
+    """An equal request would wait for the row, and the database would refuse to let it wait for long."""
+    data = trained.service.data.resolve()
+    database = create_engine(DatabaseSettings(url=get_server(data / "postgres", cleanup_mode=None).get_uri()))
+    protocol = {"subsets": 400, "seeds": 7}
+    asked = EvaluationCreate.model_validate({"queries": {"dataset": "test", "count": 4}, "protocol": protocol})
+    fit = {
+        "name": "never",
+        "model": "retrained",
+        "dataset": "digits",
+        "method": {"type": "datamodels", "bank": protocol},
+    }
+    async with create_sessionmaker(database)() as session:
+
+        async def answered(*_: object) -> dict[str, float]:
+            written = await session.execute(select(func.pg_current_xact_id_if_assigned()))
+            assert written.scalar() is None
+            return {"seconds_per_step": 1e9}
+
+        resources = MagicMock(settings=Settings(data_dir=data), artifacts=ArtifactStore(data))
+        resources.engine.call = AsyncMock(side_effect=answered)
+        with pytest.raises(InvalidRequest, match="hours"):
+            if kind == "evaluation":
+                await replays.create_evaluation(session, resources, "retrained-ekfac", asked)
+            else:
+                await creation.create(session, IndexCreate.model_validate(fit), resources)
+    await database.dispose()
 
 
 UNKNOWN = {"field": "nowhere", "op": "eq", "value": 1}
