@@ -156,11 +156,12 @@ class Operations:
         index = self._cache.get(payload["artifact"], payload["fit"])
         with located("/path/index"):
             scores = index.self_influence()
-        sign = -1 if payload["order"] == "desc" else 1
-        present = _present(index, payload["deleted"])
-        order = present[np.lexsort((present, sign * scores[present]))]
-        rows = order[payload["offset"] : payload["offset"] + payload["limit"]]
-        return {"rows": rows.tolist(), "scores": scores[rows].tolist(), "total": len(order)}
+        keys = -scores if payload["order"] == "desc" else scores
+        rows, after = _present(index, payload["deleted"]), payload["after"]
+        if after is not None:  # the last row of the page before; it may have been deleted since
+            rows = rows[(keys[rows] > keys[after]) | ((keys[rows] == keys[after]) & (rows > after))]
+        page = rows[np.lexsort((rows, keys[rows]))][: payload["limit"]]
+        return {"rows": page.tolist(), "scores": scores[page].tolist(), "more": len(rows) > len(page)}
 
     def _effects(self, index: Index, query: Query, groups: list[np.ndarray], payload: Json) -> tuple[np.ndarray, bool]:
         """Return group effects, and whether they are exact; very large groups are summed from stored features."""

@@ -1,5 +1,6 @@
 """From questions to engine calls and back: references resolved here, mathematics there."""
 
+import asyncio
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.datasets import service as datasets
 from app.db.tables import Dataset, Index
-from app.errors import CorruptArtifact, InvalidRequest
+from app.errors import CorruptArtifact, InvalidCursor, InvalidRequest
 from app.indexes import service as indexes
 from app.models import service as models
 from app.queries.schemas import (
@@ -280,29 +281,30 @@ async def self_influence(
 ) -> PageOf[SelfInfluence]:
     """Return one page of training examples by their influence on themselves."""
     index = await indexes.find_ready(session, reference)
-    route = f"self-influence:{index.id}:{order}"
-    offset = page.number_after(route) or 0
+    route = f"self-influence:{index.id}:{index.generation}:{order}"
+    after = page.number_after(route)
     fit = await indexes.fit_spec(session, index.id, resources.settings, resources.artifacts)
     training = await datasets.find_ready(session, index.dataset_id)
+    if after is not None and after >= (training.num_examples or 0):
+        raise InvalidCursor("The cursor is not one of this service.", pointer="/query/cursor")
     payload = {
         "artifact": index.artifact,
         "fit": fit.model_dump(mode="json", by_alias=True),
         "deleted": await datasets.deleted_rows(session, training.id),
         "order": order,
-        "offset": offset,
+        "after": after,
         "limit": page.limit,
     }
     await release(session)
     found = await _answered(session, resources, "self_influence", payload, index)
     async with datasets.unless_deleted(session, training):
         reader = datasets.reader_of(resources.artifacts, training)
-        described = reader.describe(np.asarray(found["rows"], dtype=np.int64))
+        described = await asyncio.to_thread(reader.describe, np.asarray(found["rows"], dtype=np.int64))
     items = [
         SelfInfluence(**entry, score=score, preview=datasets.preview_path(training.id, entry["row"]))
         for entry, score in zip(described, found["scores"], strict=True)
     ]
-    end = offset + len(items)
-    return PageOf[SelfInfluence](items=items, next=next_cursor(route, end) if end < found["total"] else None)
+    return PageOf[SelfInfluence](items=items, next=next_cursor(route, items[-1].row) if found["more"] else None)
 
 
 async def resolved(
@@ -337,7 +339,8 @@ async def resolved(
         gone = await datasets.deleted_rows(session, dataset.id)
         async with datasets.unless_deleted(session, dataset):
             queries.append({**_located(artifacts, dataset, training), "rows": selection.rows})
-            asked.extend(_query_rows(artifacts, dataset, selection, number, gone))
+            # The first question about a data set reads every row's labels.
+            asked += await asyncio.to_thread(_query_rows, artifacts, dataset, selection, number, gone)
     deleted = await datasets.deleted_rows(session, training.id)
     await release(session)
     engine = {

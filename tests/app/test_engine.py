@@ -8,7 +8,9 @@ import sys
 import threading
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 
 from app.db.embedded import get_server
@@ -40,6 +42,22 @@ async def work(settings):
 module.work = work  # the worker's own looks for a database
 module.main()
 """
+
+
+@pytest.mark.parametrize("order", ["desc", "asc"])
+def test_pages_of_self_influence_go_on_after_a_row_that_was_deleted_since(order: str) -> None:
+    scores = np.array([0.5, 2.0, 2.0, -1.0, 0.5, 3.0, 0.0])
+    index = MagicMock(num_examples=len(scores), self_influence=lambda: scores)
+    operations = Operations(MagicMock(get=lambda *_: index), 1)
+    found: list[int] = []
+    after, deleted, more = None, [0], True
+    while more:
+        payload = {"artifact": "", "fit": {}, "order": order, "limit": 2, "after": after, "deleted": deleted}
+        page = operations.self_influence(payload)
+        assert page["scores"] == scores[page["rows"]].tolist()
+        found, after, more = found + page["rows"], page["rows"][-1], page["more"]
+        deleted = [*deleted, page["rows"][0], after]
+    assert found == ([5, 1, 2, 4, 6, 3] if order == "desc" else [3, 6, 4, 1, 2, 5])
 
 
 async def test_a_full_queue_refuses_and_a_slow_engine_times_out() -> None:

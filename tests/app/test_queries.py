@@ -22,7 +22,7 @@ from app.queries import service as queries
 from app.queries.schemas import CounterfactualRequest
 from app.settings import DatabaseSettings, Settings
 from app.storage.artifacts import ArtifactStore
-from app.web.pagination import Page
+from app.web.pagination import Page, next_cursor
 from app.web.resources import Resources
 from attribution_core.fit_spec import CheckpointRef, DatasetRef, FitSpec
 from attribution_core.method_spec import METHODS, OFFERED
@@ -228,6 +228,10 @@ def test_self_influence_pages_cover_the_training_set_in_order(steady: Loaded) ->
     scores = [item["score"] for item in items]
     assert sorted(item["row"] for item in items) == list(range(600))
     assert scores == sorted(scores, reverse=True)
+    for position in (600, "0"):
+        cursor = next_cursor(f"self-influence:{steady.service.get('/v1/indexes/steady')['id']}:1:desc", position)
+        answer = steady.service.http.get("/v1/indexes/steady/self-influence", params={"cursor": cursor})
+        assert (answer.status_code, answer.json()["type"]) == (422, "/problems/invalid-cursor")
     lowest = steady.service.http.get("/v1/indexes/steady/self-influence", params={"limit": 1, "order": "asc"}).json()[
         "items"
     ][0]
