@@ -9,6 +9,7 @@ from attribution_core.pointers import pointer_to, steps_into
 
 MAX_ERRORS = 100
 _MAX_DETAIL = 2000
+UNFORESEEN = "Something failed in the service; its log has the details."
 
 
 def clipped(text: str) -> str:

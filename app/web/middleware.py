@@ -11,7 +11,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.db.ids import new_id
-from app.errors import BadRequest, PayloadTooLarge
+from app.errors import UNFORESEEN, BadRequest, InternalError, PayloadTooLarge, Problem
 from app.telemetry import REQUEST_SECONDS, REQUESTS
 from app.web.content import is_form
 
@@ -21,11 +21,13 @@ _HEADERS = {
     "referrer-policy": "no-referrer",
     "cache-control": "no-store",
 }
+# Callers may name any; each that is counted is kept for ever.
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 log = structlog.get_logger("headwater.access")
 
 
 class Observed:
-    """Gives each request an id, logs its outcome without bodies or headers, and counts it by route."""
+    """Gives each request an id, answers what went wrong, logs the outcome without bodies or headers, and counts it by route."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -38,7 +40,7 @@ class Observed:
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _REQUEST_ID.match(given) else new_id("req")
         scope.setdefault("state", {})["request_id"] = request_id
-        began, status = time.perf_counter(), 500
+        began, status = time.perf_counter(), 0
 
         async def observed(message: Message) -> None:
             nonlocal status
@@ -53,10 +55,16 @@ class Observed:
         structlog.contextvars.bind_contextvars(request_id=request_id)
         try:
             await self.app(scope, receive, observed)
+        except Exception as error:
+            if status:
+                raise  # half of an answer is under way; the server closes its connection
+            log.error("unhandled error", exc_info=error)
+            await _send_problem(InternalError(UNFORESEEN), scope, receive, observed)
         finally:
             seconds = time.perf_counter() - began
             route = _route_of(scope)
-            REQUESTS.labels(scope["method"] if len(scope["method"]) < 8 else "OTHER", route, status).inc()
+            status = status or 500
+            REQUESTS.labels(scope["method"] if scope["method"] in _METHODS else "OTHER", route, status).inc()
             REQUEST_SECONDS.labels(route).observe(seconds)
             log.info("request", method=scope["method"][:16], route=route, status=status, ms=round(1000 * seconds, 1))
             structlog.contextvars.clear_contextvars()
@@ -103,15 +111,18 @@ class KnownHosts:
         """Handle one ASGI connection."""
         if scope["type"] == "http" and not self._knows(Headers(scope=scope).get("host", "")):
             problem = BadRequest("This service does not answer to that host name; see HEADWATER_ALLOWED_HOSTS.")
-            document = problem.document(scope.get("state", {}).get("request_id", ""))
-            response = JSONResponse(document, problem.status, media_type="application/problem+json")
-            await response(scope, receive, send)
+            await _send_problem(problem, scope, receive, send)
             return
         await self.app(scope, receive, send)
 
     def _knows(self, host: str) -> bool:
         name = host[: host.find("]") + 1] if host.startswith("[") else host.partition(":")[0]
         return "*" in self.allowed or name.lower() in self.allowed
+
+
+async def _send_problem(problem: Problem, scope: Scope, receive: Receive, send: Send) -> None:
+    document = problem.document(scope.get("state", {}).get("request_id", ""))
+    await JSONResponse(document, problem.status, media_type="application/problem+json")(scope, receive, send)
 
 
 def _route_of(scope: Scope) -> str:

@@ -1,4 +1,4 @@
-"""Every exception becomes a problem document; nothing of a traceback leaves the process."""
+"""Every exception that is foreseen becomes a problem document, others in `app.web.middleware`; nothing of a traceback leaves the process."""
 
 import structlog
 from fastapi import FastAPI, Request
@@ -12,6 +12,7 @@ from starlette.requests import ClientDisconnect
 from app.db.failures import is_outage
 from app.errors import (
     MAX_ERRORS,
+    UNFORESEEN,
     BadRequest,
     Conflict,
     CorruptArtifact,
@@ -91,12 +92,7 @@ def install(app: FastAPI) -> None:
         if is_outage(error):
             return answer(request, DatabaseUnavailable("The database does not answer; try again soon."))
         log.error("database error", error=type(error).__name__)
-        return answer(request, InternalError("Something failed in the service; its log has the details."))
-
-    @app.exception_handler(Exception)
-    async def of_anything(request: Request, error: Exception) -> JSONResponse:
-        log.error("unhandled error", exc_info=error)
-        return answer(request, InternalError("Something failed in the service; its log has the details."))
+        return answer(request, InternalError(UNFORESEEN))
 
 
 def _field_problems(error: RequestValidationError) -> list[FieldProblem]:

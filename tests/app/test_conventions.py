@@ -4,6 +4,7 @@ import asyncio
 import base64
 import errno
 import json
+import re
 import socket
 import threading
 import time
@@ -14,6 +15,7 @@ from unittest.mock import AsyncMock, MagicMock
 
 import httpx2 as httpx
 import pytest
+import structlog
 from fastapi import FastAPI, Request, Response
 from fastapi.testclient import TestClient
 from sqlalchemy.exc import IntegrityError, OperationalError
@@ -24,6 +26,7 @@ from app.web import boundary
 from app.web.boundary import _run, _waited
 from app.web.deps import answer_when_finished
 from app.web.effects import undo_on_error
+from app.web.middleware import Observed
 from app.web.problems import install
 from app.web.strict_json import parse_strictly
 from app.web.uploads import parsed_form, saved_file
@@ -458,6 +461,31 @@ def test_a_client_that_goes_away_is_no_fault(loaded: Loaded) -> None:
     log = loaded.service.data.parent / f"{loaded.service.data.name}.log"
     wait_for(lambda: "request_id=gone-away" in log.read_text(), 10, "the request to be logged")
     assert "ClientDisconnect" not in log.read_text()
+
+
+def test_what_nobody_foresaw_is_answered_once_and_logged_once() -> None:
+    """An exception that reached the server would be logged by it too, and would close the connection without a word."""
+    app = FastAPI()
+    install(app)
+    app.add_middleware(Observed)
+
+    @app.get("/")
+    async def fail() -> None:
+        raise ZeroDivisionError("nobody foresaw it")
+
+    with structlog.testing.capture_logs() as logs:
+        answer = TestClient(app).get("/", headers={"x-request-id": "unforeseen"})
+    assert answer.headers["x-request-id"] == is_problem(answer, 500, "internal")["request_id"] == "unforeseen"
+    assert [entry["event"] for entry in logs] == ["unhandled error", "request"]
+    assert logs[1]["status"] == 500
+
+
+def test_metrics_count_methods_that_there_are(loaded: Loaded) -> None:
+    for method in ("ABC", "DEF", "GET"):
+        loaded.service.http.request(method, "/v1/models")
+    metrics = loaded.service.http.get("/metrics").text
+    counted = set(re.findall(r'headwater_requests_total\{method="(\w+)"', metrics))
+    assert {"GET", "OTHER"} <= counted <= {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "OTHER"}
 
 
 def test_a_race_that_no_service_foresaw_is_a_conflict() -> None:
