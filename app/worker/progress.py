@@ -42,7 +42,9 @@ class JobProgress:
         return self._stop.is_set()
 
     def restart(self, base: int) -> None:
-        """Begin a new piece of work after `base` finished units."""
+        """Begin a new piece of work after `base` finished units; what was finished before the first one is no work of ours."""
+        if self.done == 0:
+            self._last = (time.monotonic(), base)
         self.base, self._done = base, 0
 
     @property

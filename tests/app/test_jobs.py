@@ -19,6 +19,7 @@ from app.jobs import service as jobs
 from app.jobs.following import Following
 from app.storage.artifacts import ArtifactStore
 from app.worker.main import _parent_gone
+from app.worker.progress import JobProgress
 from attribution_core.errors import CorruptArtifactError
 from tests.conftest import Loaded
 from tests.service import wait_for
@@ -85,6 +86,21 @@ async def test_followers_of_one_job_read_it_once(monkeypatch: pytest.MonkeyPatch
             await following.news("lost", 0)
     await following.news("one", 1)
     assert reads[2:] == [("lost", 0), ("lost", 0), ("one", 1)]
+
+
+def test_units_that_were_finished_before_are_no_work_of_this_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    progress = JobProgress()
+    progress.restart(9_000)
+    for moment in (101.0, 102.0):
+        now = moment
+        progress.advance(10)
+        assert progress.rate() == 10.0
+    progress.restart(9_020)
+    now = 103.0
+    progress.advance(10)
+    assert (progress.done, progress.rate()) == (9_030, 10.0)
 
 
 def test_progress_has_a_rate_and_a_remaining_time(loaded: Loaded) -> None:
