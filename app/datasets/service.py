@@ -29,7 +29,7 @@ from app.web.strict_json import parse_strictly
 from attribution_core.data.formats import format_of
 from attribution_core.data.importer import DatasetSummary
 from attribution_core.data.reader import DatasetReader
-from attribution_core.errors import CorruptArtifactError, InvalidInputError
+from attribution_core.errors import CorruptArtifactError, InvalidInputError, located
 from attribution_core.fingerprint import sha256_of
 from attribution_core.references import DatasetRef
 from attribution_core.spec import DatasetSpec, Filter, Selector, check_filter_size
@@ -217,7 +217,8 @@ async def examples(
 
     def read() -> tuple[list[dict[str, Any]], bool]:
         reader = reader_of(artifacts, dataset)
-        rows = np.arange(reader.num_examples) if chosen is None else reader.matching(chosen)
+        with located("/query/filter"):
+            rows = np.arange(reader.num_examples) if chosen is None else reader.matching(chosen)
         rows = np.setdiff1d(rows, deleted) if deleted else rows
         rows = rows if after is None else rows[rows > after]
         return reader.describe(rows[: page.limit]), len(rows) > page.limit
@@ -308,7 +309,7 @@ def parsed_filter(text: str) -> Filter:
     """
     try:
         return check_filter_size(_FILTER.validate_python(parse_strictly(text.encode("utf-8", "surrogatepass"))))
-    except (ValidationError, ValueError, RecursionError):
+    except (InvalidRequest, ValidationError, ValueError, RecursionError):
         example_ = json.dumps({"field": "label", "op": "eq", "value": 3})
         raise InvalidRequest(f"The filter is not one such as {example_}.", pointer="/query/filter") from None
 

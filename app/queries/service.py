@@ -223,6 +223,8 @@ async def unlearning(
     kept = np.setdiff1d(
         np.arange(asked.training.num_examples or 0), np.asarray([*rows, *asked.deleted], dtype=np.int64)
     )
+    if not len(kept):
+        raise InvalidRequest("The forget set is the whole training set.", pointer="/forget")
     sets = (np.asarray(rows, dtype=np.int64), kept)
     samples = [part[evenly_spread(len(part), SAMPLED_EXAMPLES)] for part in sets]
     training = {key: asked.engine["training"][key] for key in ("folder", "spec")}

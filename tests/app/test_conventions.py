@@ -235,6 +235,9 @@ def test_pointers_lead_into_the_parts_of_a_form(
         ("/v1/models?limit=0", ["/query/limit"]),
         ("/v1/models?a/b=1", ["/query/a~1b"]),
         ("/v1/datasets/digits/examples/-1", ["/path/row"]),
+        ('/v1/datasets/digits/examples?filter={"field":"nothing","op":"eq","value":1}', ["/query/filter"]),
+        ('/v1/datasets/digits/examples?filter={"field":"target","op":"eq","value":NaN}', ["/query/filter"]),
+        ('/v1/datasets/digits/examples?filter={"field":"target","op":"eq","value":"\\u0000"}', ["/query/filter"]),
     ],
 )
 def test_pointers_name_parameters(loaded: Loaded, path: str, expected: list[str]) -> None:

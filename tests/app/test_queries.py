@@ -286,6 +286,14 @@ def test_impossible_questions_are_refused(steady: Loaded, kind: str, change: dic
 
 
 @pytest.mark.parametrize(
+    ("forget", "pointer"), [({"rows": list(range(600))}, "/forget"), ({"ids": ["nobody"]}, "/forget")]
+)
+def test_a_forget_set_that_cannot_be_is_named(steady: Loaded, forget: dict, pointer: str) -> None:
+    answer = steady.service.http.post("/v1/indexes/steady/unlearning", json={**QUERY, "forget": forget})
+    assert (answer.status_code, [entry["pointer"] for entry in answer.json()["errors"]]) == (422, [pointer])
+
+
+@pytest.mark.parametrize(
     ("change", "status"),
     [
         ({"model": "nothing"}, 404),
