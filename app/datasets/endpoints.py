@@ -25,7 +25,7 @@ from app.jobs.schemas import JobOut
 from app.jobs.service import shown as shown_job
 from app.web.boundary import TransactionalRoute
 from app.web.content import is_form, is_json
-from app.web.deps import IdempotencyKey, PageDep, PreferWait, ResourcesDep, SessionDep, answer_when_finished, require
+from app.web.deps import IdempotencyKey, PageDep, PreferWait, ResourcesDep, SessionDep, require
 from app.web.effects import after_commit, undo_on_error
 from app.web.pagination import PageOf
 from app.web.resources import Resources
@@ -104,13 +104,8 @@ async def create_dataset(
     has a problem nothing is imported and the data set's `error` lists the first hundred with their row numbers.
     """
     spec, upload = await _sent(request, resources, DatasetSpec)
-    dataset, job = await service.create(session, spec, resources.settings, upload)
+    _, job = await service.create(session, spec, resources.settings, upload)
     response.headers["Location"] = f"/v1/jobs/{job.id}"
-
-    async def finished(session: Any) -> DatasetOut:
-        return await service.shown(session, await service.find(session, dataset.id))
-
-    answer_when_finished(request, finished)
     return shown_job(job)
 
 
@@ -145,13 +140,8 @@ async def create_version(
     Rows of the parent keep their numbers; the new rows must have the same columns of the same types. The parent stays as it is.
     """
     spec, upload = await _sent(request, resources, VersionCreate)
-    version, job = await service.create_version(session, dataset, spec, resources.settings, upload)
+    _, job = await service.create_version(session, dataset, spec, resources.settings, upload)
     response.headers["Location"] = f"/v1/jobs/{job.id}"
-
-    async def finished(session: Any) -> DatasetOut:
-        return await service.shown(session, await service.find(session, version.id))
-
-    answer_when_finished(request, finished)
     return shown_job(job)
 
 

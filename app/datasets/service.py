@@ -421,4 +421,9 @@ def _example(dataset: Dataset, entry: dict[str, Any]) -> ExampleOut:
     return ExampleOut(**entry, preview=preview_path(dataset.id, entry["row"]))
 
 
+async def _finished(session: AsyncSession, dataset_id: str) -> DatasetOut:
+    return await shown(session, await find(session, dataset_id))
+
+
+jobs.SHOWN["import"] = _finished
 jobs.RESOURCES["import"] = jobs.Resource(begin_import, fail_import)

@@ -1,7 +1,5 @@
 """Methods and indexes."""
 
-from typing import Any
-
 from fastapi import APIRouter, Request, Response
 
 from app.db.tables import Job
@@ -23,20 +21,15 @@ from app.indexes.schemas import ExtensionCreate, IndexCreate, IndexOut, Methods,
 from app.jobs.schemas import JobOut
 from app.jobs.service import shown as shown_job
 from app.web.boundary import TransactionalRoute
-from app.web.deps import IdempotencyKey, PageDep, PreferWait, ResourcesDep, SessionDep, answer_when_finished, require
+from app.web.deps import IdempotencyKey, PageDep, PreferWait, ResourcesDep, SessionDep, require
 from app.web.effects import after_commit
 from app.web.pagination import PageOf
 
 router = APIRouter(tags=["indexes"], route_class=TransactionalRoute)
 
 
-def _submitted(request: Request, response: Response, index_id: str, job: Job) -> JobOut:
+def _submitted(response: Response, job: Job) -> JobOut:
     response.headers["Location"] = f"/v1/jobs/{job.id}"
-
-    async def finished(session: Any) -> IndexOut:
-        return service.shown(await service.find(session, index_id))
-
-    answer_when_finished(request, finished)
     return shown_job(job)
 
 
@@ -58,7 +51,6 @@ async def list_methods() -> Methods:
     },
 )
 async def create_index(
-    request: Request,
     response: Response,
     session: SessionDep,
     resources: ResourcesDep,
@@ -70,8 +62,8 @@ async def create_index(
 
     The fit runs in deterministic shards on the workers; the index appears when every byte of it is published.
     """
-    created, job = await creation.create(session, index, resources)
-    return _submitted(request, response, created.id, job)
+    _, job = await creation.create(session, index, resources)
+    return _submitted(response, job)
 
 
 @router.get("/indexes", summary="List indexes", dependencies=[require("read")], responses=problems())
@@ -110,7 +102,6 @@ async def delete_index(request: Request, session: SessionDep, resources: Resourc
     },
 )
 async def create_extension(
-    request: Request,
     response: Response,
     session: SessionDep,
     resources: ResourcesDep,
@@ -124,8 +115,8 @@ async def create_extension(
     The index switches to the new generation when all of it is published; until then the one before answers. `drift` says how far the
     kept factors are from the new examples.
     """
-    found, job = await generations.extend(session, index, extension.dataset, resources.settings, resources.artifacts)
-    return _submitted(request, response, found.id, job)
+    _, job = await generations.extend(session, index, extension.dataset, resources.settings, resources.artifacts)
+    return _submitted(response, job)
 
 
 @router.post(
@@ -140,7 +131,6 @@ async def create_extension(
     },
 )
 async def refresh_index(
-    request: Request,
     response: Response,
     session: SessionDep,
     resources: ResourcesDep,
@@ -149,8 +139,8 @@ async def refresh_index(
     _prefer: PreferWait = None,
 ) -> JobOut:
     """Fit everything anew to the index's data set, without its deleted examples; the generation before answers until that is published."""
-    found, job = await generations.refresh(session, index, resources.settings, resources.artifacts)
-    return _submitted(request, response, found.id, job)
+    _, job = await generations.refresh(session, index, resources.settings, resources.artifacts)
+    return _submitted(response, job)
 
 
 @router.get(

@@ -328,4 +328,9 @@ def _product(shape: list[int]) -> int:
     return total
 
 
+async def _finished(session: AsyncSession, index_id: str) -> IndexOut:
+    return shown(await find(session, index_id))
+
+
+jobs.SHOWN |= dict.fromkeys(("fit", "extension", "refresh"), _finished)
 jobs.RESOURCES["fit"] = jobs.Resource(begin_fit, fail_fit)

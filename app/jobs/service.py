@@ -4,6 +4,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import BaseModel
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.db.base import Base
@@ -31,6 +32,8 @@ class Resource:
 
 # Filled by the domains, which know jobs; jobs do not know them.
 RESOURCES: dict[str, Resource] = {}
+# How clients see what a kind of job made; filled by the domains too.
+SHOWN: dict[str, Callable[[AsyncSession, str], Awaitable[BaseModel]]] = {}
 # Each returns the jobs that may need a row of whatever table.
 NEEDING: list[Callable[[AsyncSession, Base], Awaitable[Sequence[str]]]] = []
 
@@ -125,6 +128,16 @@ async def retry(session: AsyncSession, job_id: str) -> Job:
     job = await find(session, job_id)
     await record(session, job)
     return job
+
+
+async def finished(session: AsyncSession, job_id: str) -> BaseModel | None:
+    """Return what a job made as clients see it, None before it has ended.
+
+    Raises:
+        NotFound: if either is gone.
+    """
+    job = await find(session, job_id)
+    return await SHOWN[job.kind](session, job.resource_id) if job.state in TERMINAL else None
 
 
 async def is_finished(session: AsyncSession, job_id: str) -> bool:

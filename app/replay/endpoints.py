@@ -1,12 +1,11 @@
 """Trainings, evaluations, verifications and unlearned checkpoints."""
 
-from fastapi import APIRouter, Request, Response
-from sqlalchemy.ext.asyncio import AsyncSession
+from fastapi import APIRouter, Response
 
 from app.errors import OF_BODIES, OF_ENGINE, Conflict, CorruptArtifact, NotFound, NotReady, RecipeMissing, problems
 from app.jobs.schemas import JobOut
 from app.jobs.service import shown as shown_job
-from app.replay import plans, service
+from app.replay import service
 from app.replay.schemas import (
     EvaluationCreate,
     EvaluationOut,
@@ -18,7 +17,7 @@ from app.replay.schemas import (
     VerificationOut,
 )
 from app.web.boundary import TransactionalRoute
-from app.web.deps import IdempotencyKey, PageDep, PreferWait, ResourcesDep, SessionDep, answer_when_finished, require
+from app.web.deps import IdempotencyKey, PageDep, PreferWait, ResourcesDep, SessionDep, require
 from app.web.pagination import PageOf
 
 router = APIRouter(tags=["replay"], route_class=TransactionalRoute)
@@ -34,7 +33,6 @@ _REFUSALS = problems(NotFound, NotReady, RecipeMissing, Conflict, *OF_BODIES, *O
     responses={200: {"model": TrainingOut, "description": "The training, with `Prefer: wait`."}, **_REFUSALS},
 )
 async def create_training(
-    request: Request,
     response: Response,
     session: SessionDep,
     resources: ResourcesDep,
@@ -47,13 +45,8 @@ async def create_training(
 
     The same recipe, data and seed give the same weights, to the bit on one device.
     """
-    created, job = await service.create_training(session, resources, model, training)
+    _, job = await service.create_training(session, resources, model, training)
     response.headers["Location"] = f"/v1/jobs/{job.id}"
-
-    async def finished(later: AsyncSession) -> TrainingOut:
-        return service.shown_training(await plans.find(later, "training", created.id))
-
-    answer_when_finished(request, finished)
     return shown_job(job)
 
 
@@ -85,7 +78,6 @@ async def get_training(session: SessionDep, model: str, training: str) -> Traini
     responses={200: {"model": EvaluationOut, "description": "The evaluation, with `Prefer: wait`."}, **_REFUSALS},
 )
 async def create_evaluation(
-    request: Request,
     response: Response,
     session: SessionDep,
     resources: ResourcesDep,
@@ -98,13 +90,8 @@ async def create_evaluation(
 
     Retrainings belong to the model's recipe, the data set and the protocol: another index's evaluation finds them done.
     """
-    created, job = await service.create_evaluation(session, resources, index, evaluation)
+    _, job = await service.create_evaluation(session, resources, index, evaluation)
     response.headers["Location"] = f"/v1/jobs/{job.id}"
-
-    async def finished(later: AsyncSession) -> EvaluationOut:
-        return service.shown_evaluation(await plans.find(later, "evaluation", created.id))
-
-    answer_when_finished(request, finished)
     return shown_job(job)
 
 
@@ -139,7 +126,6 @@ async def get_evaluation(session: SessionDep, index: str, evaluation: str) -> Ev
     responses={200: {"model": VerificationOut, "description": "The verification, with `Prefer: wait`."}, **_REFUSALS},
 )
 async def create_verification(
-    request: Request,
     response: Response,
     session: SessionDep,
     resources: ResourcesDep,
@@ -149,13 +135,8 @@ async def create_verification(
     _prefer: PreferWait = None,
 ) -> JobOut:
     """Retrain without chosen examples over several seeds; the predicted change stands beside the realised one and its noise."""
-    created, job = await service.create_verification(session, resources, index, verification)
+    _, job = await service.create_verification(session, resources, index, verification)
     response.headers["Location"] = f"/v1/jobs/{job.id}"
-
-    async def finished(later: AsyncSession) -> VerificationOut:
-        return service.shown_verification(await plans.find(later, "verification", created.id))
-
-    answer_when_finished(request, finished)
     return shown_job(job)
 
 
@@ -190,7 +171,6 @@ async def get_verification(session: SessionDep, index: str, verification: str) -
     responses={200: {"model": UnlearnedOut, "description": "What was made, with `Prefer: wait`."}, **_REFUSALS},
 )
 async def create_unlearned_checkpoints(
-    request: Request,
     response: Response,
     session: SessionDep,
     resources: ResourcesDep,
@@ -203,13 +183,8 @@ async def create_unlearned_checkpoints(
 
     They are marked as not final, so that no later index takes them for the model's own.
     """
-    created, job = await service.create_unlearned(session, resources, index, unlearned)
+    _, job = await service.create_unlearned(session, resources, index, unlearned)
     response.headers["Location"] = f"/v1/jobs/{job.id}"
-
-    async def finished(later: AsyncSession) -> UnlearnedOut:
-        return service.shown_unlearned(await plans.find(later, "unlearning", created.id))
-
-    answer_when_finished(request, finished)
     return shown_job(job)
 
 

@@ -1,7 +1,7 @@
 """Submitting replays, and showing them."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 import numpy as np
@@ -361,3 +361,19 @@ def _common(replay: Replay) -> Json:
         "error": replay.error,
         "created_at": replay.created_at,
     }
+
+
+def _finished(kind: str, show: Callable[[Replay], ReplayOut]) -> Callable[[AsyncSession, str], Awaitable[ReplayOut]]:
+    async def found(session: AsyncSession, replay_id: str) -> ReplayOut:
+        return show(await plans.find(session, kind, replay_id))
+
+    return found
+
+
+_SHOW: dict[str, Callable[[Replay], ReplayOut]] = {
+    "training": shown_training,
+    "evaluation": shown_evaluation,
+    "verification": shown_verification,
+    "unlearning": shown_unlearned,
+}
+jobs.SHOWN |= {kind: _finished(kind, show) for kind, show in _SHOW.items()}

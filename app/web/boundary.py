@@ -12,7 +12,6 @@ from typing import Any
 
 from fastapi import Request, Response
 from fastapi.dependencies.utils import get_flat_params
-from fastapi.encoders import jsonable_encoder
 from fastapi.params import Query
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
@@ -21,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.auth.service import authenticate
 from app.db.failures import OUTAGE
 from app.errors import FieldProblem, InvalidRequest, NotFound, Problem, UnsupportedMedia
-from app.jobs.service import is_finished
+from app.jobs.service import finished
 from app.web.content import is_json
 from app.web.deps import Requirement
 from app.web.idempotency import IdempotencyClaim, checked_key, request_hash
@@ -31,6 +30,7 @@ from attribution_core.pointers import pointer_to
 
 MAX_WAIT_SECONDS = 60
 _POLL_SECONDS = 0.2
+_KEPT = ("idempotent-replayed",)
 _PARSED_AT_ONCE = 256 << 10  # bytes; larger bodies would keep other requests waiting
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
@@ -69,7 +69,7 @@ async def _in_transaction(request: Request, resources: Resources, endpoint: Hand
     claim = IdempotencyClaim(resources.sessions, owner, checked_key(key), await request_hash(request))
     stored = await claim.take()
     if stored is not None:
-        return stored
+        return stored  # whoever asks again may wait again
     try:
         async with resources.sessions() as session:
             return await _run(request, session, endpoint, claim)
@@ -101,17 +101,19 @@ async def _run(request: Request, session: AsyncSession, endpoint: Handler, claim
 async def _waited(request: Request, resources: Resources, response: Response) -> Response:
     """Answer the finished resource if its job ends within the preferred time."""
     match = re.search(r"(?:^|[,;\s])wait=(\d{1,9})\b", request.headers.get("prefer", ""))
-    finished = getattr(request.state, "finished", None)
-    if match is None or finished is None or response.status_code != 202:
+    place = response.headers.get("location", "")
+    if match is None or response.status_code != 202 or not place.startswith("/v1/jobs/"):
         return response
-    job_id = response.headers["location"].rsplit("/", 1)[1]
     deadline = time.monotonic() + min(int(match[1]), MAX_WAIT_SECONDS)
     while time.monotonic() < deadline and not resources.stopping.is_set():
         try:
             async with resources.sessions() as session:
-                if await is_finished(session, job_id):
-                    resource = await finished(session)
-                    return JSONResponse(jsonable_encoder(resource), 200, {"Preference-Applied": f"wait={match[1]}"})
+                resource = await finished(session, place.removeprefix("/v1/jobs/"))
+            if resource is not None:
+                headers = {name: response.headers[name] for name in _KEPT if name in response.headers}
+                return JSONResponse(
+                    resource.model_dump(mode="json"), 200, headers | {"Preference-Applied": f"wait={match[1]}"}
+                )
         except (*OUTAGE, Problem):
             return response  # the job was accepted, whatever has become of it or of the database since
         await resources.pause(_POLL_SECONDS)

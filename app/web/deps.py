@@ -1,6 +1,5 @@
 """What endpoints ask for."""
 
-from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
 from fastapi import Depends, Header, Query, Request, Security
@@ -64,11 +63,6 @@ IdempotencyKey = Annotated[
 PreferWait = Annotated[
     str | None, Header(alias="Prefer", description="`wait=N`: wait up to N ≤ 60 s for the job to finish.")
 ]
-
-
-def answer_when_finished(request: Request, finished: Callable[[AsyncSession], Awaitable[Any]]) -> None:
-    """Say what `Prefer: wait` answers with once the request's job has ended."""
-    request.state.finished = finished
 
 
 async def release(session: AsyncSession) -> None:

@@ -24,7 +24,6 @@ from starlette.datastructures import FormData, UploadFile
 from app.errors import Conflict, InvalidRequest, NotFound, StorageFull
 from app.web import boundary
 from app.web.boundary import _run, _waited
-from app.web.deps import answer_when_finished
 from app.web.effects import undo_on_error
 from app.web.middleware import Observed
 from app.web.problems import install
@@ -361,6 +360,20 @@ def test_a_repeated_post_is_answered_again(loaded: Loaded) -> None:
     is_problem(http.post("/v1/models", json=model("once"), headers={"Idempotency-Key": ""}), 422, "invalid-request")
 
 
+def test_a_repeated_post_waits_as_the_first_did(loaded: Loaded) -> None:
+    spec = {"name": "waited-twice", "kind": "tabular", "input": ["a"], "target": "label"}
+    for wait in ("wait=0", "wait=30", "wait=30"):
+        answer = loaded.service.http.post(
+            "/v1/datasets",
+            data={"spec": json.dumps(spec)},
+            files={"file": ("a.csv", b"a,label\n1,0\n")},
+            headers={"Idempotency-Key": "waited-twice", "Prefer": wait},
+        )
+        assert answer.status_code == (202 if wait == "wait=0" else 200)
+        assert answer.headers.get("idempotent-replayed", "false") == ("false" if wait == "wait=0" else "true")
+    assert answer.json()["status"] == "ready"
+
+
 def test_a_refused_request_does_not_hold_its_key(loaded: Loaded) -> None:
     http = loaded.service.http
     headers = {"Idempotency-Key": "after-refusal"}
@@ -448,10 +461,9 @@ async def test_who_waits_for_a_job_is_told_of_it_whatever_happens_meanwhile(
     monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     """The job is there: an error would have the caller ask for it again."""
-    monkeypatch.setattr("app.web.boundary.is_finished", AsyncMock(return_value=True))
+    monkeypatch.setattr(boundary, "finished", AsyncMock(side_effect=error))
     accepted = Response(status_code=202, headers={"location": "/v1/jobs/job_some"})
     request = Request({"type": "http", "headers": [(b"prefer", b"wait=5")]})
-    answer_when_finished(request, AsyncMock(side_effect=error))
     assert await _waited(request, MagicMock(stopping=asyncio.Event()), accepted) is accepted
 
 
