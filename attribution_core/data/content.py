@@ -39,7 +39,7 @@ def as_text(value: Any) -> str:
 
 
 def as_array(value: Any) -> np.ndarray:
-    """Return finite numbers as float32, from (nested) lists, an array, or JSON text.
+    """Return finite numbers as float32, from (nested) lists, an array, or JSON text; a boolean is 0 or 1.
 
     Raises:
         InvalidInputError: if it is not a regular array of finite numbers.
@@ -49,7 +49,7 @@ def as_array(value: Any) -> np.ndarray:
         array = np.asarray(value)
     except ValueError:
         raise InvalidInputError("lists of different lengths inside one value") from None
-    if array.dtype.kind not in "iuf":
+    if array.dtype.kind not in "biuf":
         raise InvalidInputError(f"expected numbers, got {_kind(value)}")
     if array.size == 0:
         raise InvalidInputError("an empty list of numbers")
@@ -103,8 +103,7 @@ def as_scalar(value: Any) -> str | int | float | bool | None:
     Raises:
         InvalidInputError: if it is not text, a finite number, a boolean or null.
     """
-    if isinstance(value, np.generic):
-        value = value.item()
+    value = _python(value)
     if isinstance(value, str):
         return as_text(value)
     if isinstance(value, float):
@@ -133,8 +132,7 @@ def as_target(value: Any) -> int | float | list[float]:
         if array.ndim != 1:
             raise InvalidInputError("a target may be a number or a flat list of numbers")
         return [float(number) for number in array]
-    if isinstance(value, np.generic | np.ndarray):
-        value = value.item()
+    value = _python(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InvalidInputError(f"a target must be a number, got {_kind(value)}")
     number = as_scalar(value)
@@ -148,14 +146,20 @@ def as_id(value: Any) -> str:
     Raises:
         InvalidInputError: if it is not text or a whole number.
     """
-    if isinstance(value, np.generic):
-        value = value.item()
+    value = _python(value)
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
     text = as_text(value)
     if not 1 <= len(text) <= 512:
         raise InvalidInputError("an id has 1 to 512 characters")
     return text
+
+
+def _python(value: Any) -> Any:
+    """Return a number or text of numpy's as Python's; times stay what they are, as some would become numbers without a unit."""
+    if isinstance(value, np.generic | np.ndarray) and value.dtype.kind not in "mM":
+        return value.item()
+    return value
 
 
 def _from_json(value: Any) -> Any:

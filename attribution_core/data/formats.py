@@ -7,6 +7,7 @@ that cannot be read yields `Unreadable` values, so that it is reported with its 
 import csv
 import json
 import lzma
+import re
 import zipfile
 import zlib
 from collections.abc import Collection, Iterator, Sequence
@@ -31,6 +32,7 @@ MAX_COLUMNS = 100_000
 _OBJECT_BYTES = 16  # that a number takes in memory for each byte of its text
 _MAGICS = {b"PAR1": "parquet", b"PK\x03\x04": "npz"}
 
+_CODE = re.compile(r"\s*[+-]?0\d")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # What the readers raise on damaged or hostile bytes, beyond their own errors: lengths that overflow, sizes that no memory has.
 _DAMAGE = (ValueError, OSError, EOFError, KeyError, OverflowError, MemoryError)
@@ -53,7 +55,12 @@ def format_of(name: str) -> str | None:
 
 
 def read_rows(
-    path: Path, kind: str, columns: Sequence[str], texts: Collection[str] = (), progress: Progress | None = None
+    path: Path,
+    kind: str,
+    columns: Sequence[str],
+    texts: Collection[str] = (),
+    codes: Collection[str] = (),
+    progress: Progress | None = None,
 ) -> Rows:
     """Yield the named columns of a file.
 
@@ -62,6 +69,7 @@ def read_rows(
         kind: its format.
         columns: those to read.
         texts: those of them whose CSV cells stay text, whatever they look like.
+        codes: those of them whose CSV cells stay text if one begins with a zero that a number would lose, such as 02139.
         progress: asked whether to go on while a CSV file is read for its columns' types, which comes before any row.
 
     Raises:
@@ -69,7 +77,7 @@ def read_rows(
     """
     _check_start(path, kind)
     if kind == "csv":
-        return _csv(path, columns, texts, progress or NoProgress())
+        return _csv(path, columns, texts, codes, progress or NoProgress())
     return {"parquet": _parquet, "jsonl": _jsonl, "npz": _npz}[kind](path, columns)
 
 
@@ -208,9 +216,11 @@ def _columns_of(records: Sequence[dict[str, Any] | Unreadable], columns: Sequenc
     }
 
 
-def _csv(path: Path, columns: Sequence[str], texts: Collection[str], progress: Progress) -> Rows:
+def _csv(
+    path: Path, columns: Sequence[str], texts: Collection[str], codes: Collection[str], progress: Progress
+) -> Rows:
     """Cells are text; a column whose every cell is a number or a boolean is read as such, empty cells as null."""
-    types = {**_csv_types(path, columns, progress), **dict.fromkeys(texts, str)}
+    types = {**_csv_types(path, columns, codes, progress), **dict.fromkeys(texts, str)}
     start = 0
     for records in _csv_batches(path, columns):
         values = _columns_of(records, columns)
@@ -247,13 +257,15 @@ def _csv_batches(path: Path, columns: Sequence[str]) -> Iterator[list[dict[str, 
         yield records
 
 
-def _csv_types(path: Path, columns: Sequence[str], progress: Progress) -> dict[str, type]:
+def _csv_types(path: Path, columns: Sequence[str], codes: Collection[str], progress: Progress) -> dict[str, type]:
     possible: dict[str, list[type]] = {name: [int, float, bool] for name in columns}
     for records in watched(_csv_batches(path, columns), progress):
         for name, values in _columns_of(records, columns).items():
             for kind in list(possible[name]):
                 if any(isinstance(value, str) and value and not _reads_as(value, kind) for value in values):
                     possible[name].remove(kind)
+            if name in codes and any(isinstance(value, str) and _CODE.match(value) for value in values):
+                possible[name] = []
     return {name: kinds[0] if kinds else str for name, kinds in possible.items()}
 
 

@@ -155,7 +155,7 @@ def _examined(
         )
     else:
         findings = _found_before(parent, spec)
-    for start, columns in read_rows(source, kind, _wanted(spec), _texts(spec), progress):
+    for start, columns in read_rows(source, kind, _wanted(spec), _texts(spec), spec.metadata, progress):
         length = len(next(iter(columns.values())))
         for offset in watched(range(length), progress):
             _examine_row(start + offset, {name: values[offset] for name, values in columns.items()}, spec, findings)
@@ -340,7 +340,7 @@ def _new_rows(
     source: Path, kind: str, spec: DatasetSpec, schema: pa.Schema, first: int, progress: Progress
 ) -> Iterator[dict[str, Any]]:
     """Yield a file's rows in canonical form, numbered from `first` on."""
-    for start, columns in read_rows(source, kind, _wanted(spec), _texts(spec), progress):
+    for start, columns in read_rows(source, kind, _wanted(spec), _texts(spec), spec.metadata, progress):
         for offset in range(len(next(iter(columns.values())))):
             values = {name: column[offset] for name, column in columns.items()}
             yield _canonical_row(first + start + offset, values, spec, schema)

@@ -219,6 +219,26 @@ def test_the_largest_target_has_a_class_count_that_a_database_holds(tmp_path: Pa
     assert imported(write(tmp_path / "some.jsonl", columns), tmp_path / "data").num_classes == 2**63 - 1
 
 
+def test_codes_keep_their_zeros_and_booleans_are_features(tmp_path: Path) -> None:
+    """A zip code is no number; a class or a feature that is written with zeros is one."""
+    (tmp_path / "some.csv").write_text("zip,share,a,b,y\n02139,0.5,true,007,01\n10001,0,false,1,02\n")
+    spec = {"kind": "tabular", "input": ["a"], "target": "y", "metadata": ["zip", "share", "b"]}
+    imported(tmp_path / "some.csv", tmp_path / "data", **spec)
+    found = DatasetReader(tmp_path / "data", described(**spec)).read([0, 1])
+    assert found.metadata == [{"zip": "02139", "share": 0.5, "b": "007"}, {"zip": "10001", "share": 0.0, "b": "1"}]
+    assert [value.tolist() for value in found.inputs] == [[1.0], [0.0]] and found.targets == [1, 2]
+
+
+@pytest.mark.parametrize("unit", ["ns", "s", "D"])
+def test_times_of_numpy_are_refused_whatever_their_unit(unit: str, tmp_path: Path) -> None:
+    times = np.array(["2024-01-01"], dtype=f"datetime64[{unit}]")
+    np.savez(tmp_path / "some.npz", input=np.ones((1, 2)), target=times, key=times, when=times)
+    spec = {"metadata": ["when"], "id": "key"}
+    found, error = problems(tmp_path / "some.npz", tmp_path / "data", **spec)
+    assert found == [(0, "target"), (0, "key"), (0, "when")]
+    assert "datetime64" in str(error)
+
+
 def test_numbers_of_both_types_become_real(tmp_path: Path) -> None:
     columns: Columns = {"input": [[1.0], [2.0]], "target": [0, 1.5], "m": [1, 0.5]}
     summary = imported(write(tmp_path / "some.jsonl", columns), tmp_path / "data", metadata=["m"])
