@@ -68,6 +68,8 @@ def create_key(
     name: str, scope: Annotated[list[str] | None, typer.Option(help=f"One or more of {', '.join(SCOPES)}.")] = None
 ) -> None:
     """Make a key and print it, once."""
+    if not (name.isprintable() and len(name.strip()) >= 1 and len(name) <= 64):
+        raise typer.BadParameter("a key's name has 1 to 64 printable characters")
     wanted: list[Scope] = [known for known in SCOPES if known in (scope or ["read", "query"])]
     unknown = set(scope or []) - set(SCOPES)
     if unknown:

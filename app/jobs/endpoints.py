@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Query, Request
+from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from fastapi.sse import format_sse_event
 
@@ -52,6 +52,7 @@ async def get_job(session: SessionDep, job: str) -> JobOut:
             "content": {"text/event-stream": {}},
             "description": "A stream of `state` and `progress` events; `data` is the job.",
         },
+        204: {"description": "The job has ended, and nothing came after that event."},
     },
 )
 async def follow_job(
@@ -60,10 +61,12 @@ async def follow_job(
     resources: ResourcesDep,
     job: str,
     last_event_id: Annotated[str | None, Header(alias="Last-Event-ID", description="Go on after this event.")] = None,
-) -> StreamingResponse:
+) -> Response:
     """Stream a job's events until it ends. A reconnecting client sends `Last-Event-ID` and misses nothing."""
-    await service.find(session, job)
+    found = await service.find(session, job)
     after = _event_id(last_event_id)
+    if found.state in TERMINAL and not await service.events(session, job, after):
+        return Response(status_code=204)  # tells an EventSource to connect no more
     await session.close()
 
     async def stream() -> AsyncIterator[bytes]:

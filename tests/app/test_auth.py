@@ -125,6 +125,17 @@ def test_a_revoked_key_stops_working_and_the_service_stays_closed(closed: tuple[
     assert key.rsplit("_", 1)[1] not in listed
 
 
+@pytest.mark.parametrize("name", ["", " ", "a\nb", "a" * 65])
+def test_keys_have_names(closed: tuple[Service, dict[str, str]], name: str) -> None:
+    service, _ = closed
+    command = [sys.executable, "-m", "app.cli", "keys", "create", name]
+    done = subprocess.run(
+        command, cwd=ROOT, env=service.environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2
+    assert "printable" in done.stderr
+
+
 def test_secrets_are_not_stored(closed: tuple[Service, dict[str, str]]) -> None:
     service, keys = closed
     secret = keys["read"].split("_", 2)[2].encode()
