@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from app.engine.cache import IndexCache
+from app.engine.checks import check_values
 from attribution_core.architectures.build import describe_plugins, skeleton
 from attribution_core.data.batch import Batch
 from attribution_core.data.collate import ExampleSource
@@ -331,6 +332,7 @@ def _queries(index: Index, queries: Sequence[Json]) -> Batch:
             reader = _reader(query["folder"], query["spec"])
             of_data = ExampleSource(reader, source.task, source.tokenizer, source.device)
             parts.append(_located(number, lambda query=query, of_data=of_data: of_data.batch(query["rows"])))
+        check_values(index.context.spec, parts[-1], number, query)
     return Batch.joined(parts)
 
 

@@ -12,10 +12,12 @@ from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
+import torch
 
 from app.db.embedded import get_server
 from app.db.session import create_engine, create_sessionmaker
 from app.engine.cache import IndexCache
+from app.engine.checks import check_values
 from app.engine.client import EngineClient, _result
 from app.engine.frames import BEAT, LENGTH, decoded
 from app.engine.operations import Operations
@@ -24,6 +26,10 @@ from app.errors import EngineBusy, EngineUnavailable, InvalidRequest
 from app.indexes import service as indexes
 from app.settings import DatabaseSettings, EngineSettings, Settings
 from app.storage.artifacts import ArtifactStore
+from attribution_core.data.batch import Batch
+from attribution_core.errors import InvalidInputError
+from attribution_core.fit_spec import FitSpec
+from attribution_core.spec import ArchitectureSpec, CausalLanguageModelingTask
 from tests.conftest import Loaded
 from tests.core.methods.problems import classification
 from tests.service import ROOT
@@ -251,3 +257,27 @@ def test_neither_engine_nor_worker_runs_where_projections_come_out_differently(
     )
     assert (done.returncode == 0) is (machine == "alike"), done.stderr
     assert ("ProjectionMismatchError: projections of type sjlt" in done.stderr) is (machine == "other")
+
+
+@pytest.mark.parametrize(
+    ("query", "tokens", "pointer"),
+    [
+        ({"example": {}}, [[3, 10]], "/queries/4/example/input"),
+        ({"rows": [7, 9]}, [[3, 9], [12, 0]], "/queries/4/rows/1"),
+        ({"rows": [7]}, [[3, 9]], None),
+        ({"rows": [7]}, [[3, 50_000]], None),  # padded
+    ],
+)
+def test_a_token_beyond_the_vocabulary_is_named(
+    query: dict[str, Any], tokens: list[list[int]], pointer: str | None
+) -> None:
+    architecture = ArchitectureSpec(name="transformer_lm", arguments={"vocab_size": 10})
+    spec = cast(FitSpec, MagicMock(architecture=architecture, task=CausalLanguageModelingTask()))
+    inputs = torch.tensor(tokens)
+    batch = Batch(rows=torch.zeros(len(tokens)), inputs=inputs, targets=None, mask=inputs < 50_000)
+    if pointer is None:
+        check_values(spec, batch, 4, query)
+    else:
+        with pytest.raises(InvalidInputError, match="beyond the model's vocabulary of 10") as caught:
+            check_values(spec, batch, 4, query)
+        assert caught.value.pointer == pointer

@@ -285,6 +285,16 @@ def test_impossible_questions_are_refused(steady: Loaded, kind: str, change: dic
     assert answer.json()["detail"]
 
 
+def test_a_class_that_the_model_does_not_have_is_named(steady: Loaded) -> None:
+    digit = {"input": [[0] * 28] * 28, "target": 3}
+    queries = [{"dataset": "test", "rows": [0, 1]}, {"example": digit}, {"example": {**digit, "target": 10}}]
+    answer = steady.service.http.post("/v1/indexes/steady/attributions", json={"queries": queries})
+    assert answer.status_code == 422
+    assert answer.json()["errors"] == [
+        {"pointer": "/queries/2/example/target", "detail": "target 10 is not one of the model's classes 0 … 9"}
+    ]
+
+
 @pytest.mark.parametrize(
     ("forget", "pointer"), [({"rows": list(range(600))}, "/forget"), ({"ids": ["nobody"]}, "/forget")]
 )
