@@ -33,6 +33,9 @@ from attribution_core.spec import MAX_DIMENSIONS, MAX_SIDE, DatasetSpec
 MAX_LISTED_PROBLEMS = 100
 MAX_CLASSES = 2**63 - 1  # as many as databases count
 MAX_GROUP_BYTES = 1 << 30
+# An image may stand in every row of a file that holds it once, and each takes seconds. No camera's files hold more than 100 pixels in a byte.
+PIXELS_PER_BYTE = 1000
+FREE_PIXELS = 1 << 30
 _TYPES: dict[str, type] = {"string": str, "int64": int, "float64": float, "bool": bool}
 
 
@@ -88,6 +91,7 @@ class _Findings:
     shape: tuple[int, ...] | None = None
     group: int = 0
     group_bytes: int = 0
+    pixels_left: int = 0
 
     def problem(self, row: int, column: str, text: str) -> None:
         self.total += 1
@@ -105,8 +109,16 @@ class _Findings:
         self.group_bytes += value.nbytes if isinstance(value, np.ndarray) else len(value)
         if self.group_bytes > MAX_GROUP_BYTES:
             first = self.group * ROW_GROUP_SIZE
-            self.problem(row, "", f"the rows from {first} on hold more than {MAX_GROUP_BYTES >> 20:,} MiB so far")
-            raise DatasetProblems(self.problems, self.total)
+            self.end(row, f"the rows from {first} on hold more than {MAX_GROUP_BYTES >> 20:,} MiB so far")
+
+    def end(self, row: int, text: str) -> None:
+        """Note a problem after which nothing more is read.
+
+        Raises:
+            DatasetProblems: always.
+        """
+        self.problem(row, "", text)
+        raise DatasetProblems(self.problems, self.total)
 
 
 def import_dataset(
@@ -155,6 +167,7 @@ def _examined(
         )
     else:
         findings = _found_before(parent, spec)
+    findings.pixels_left = FREE_PIXELS + PIXELS_PER_BYTE * source.stat().st_size
     for start, columns in read_rows(source, kind, _wanted(spec), _texts(spec), spec.metadata, progress):
         length = len(next(iter(columns.values())))
         for offset in watched(range(length), progress):
@@ -228,6 +241,10 @@ def _note_shape(row: int, column: str, value: Any, findings: _Findings, spec: Da
     if spec.kind in ("text", "tokens"):
         return
     shape = np.shape(decoded_png(value)) if spec.kind == "image" else np.shape(value)
+    if spec.kind == "image":
+        findings.pixels_left -= shape[0] * shape[1]
+        if findings.pixels_left < 0:
+            findings.end(row, f"the images so far have more than {PIXELS_PER_BYTE:,} pixels for each byte of the file")
     if spec.kind == "tensor" and spec.shape and math.prod(shape) == math.prod(spec.shape) and len(shape) == 1:
         shape = tuple(spec.shape)
     if findings.shape is None:

@@ -196,6 +196,16 @@ def test_rows_too_large_to_be_read_together_are_refused_before_the_rest_is_read(
     assert "the rows from 1024 on hold more than 1 MiB" in str(error)
 
 
+def test_images_that_a_small_file_repeats_are_read_only_so_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importer, "FREE_PIXELS", 0)
+    blank = pa.DictionaryArray.from_arrays(pa.array(np.zeros(900, np.int32)), [png(np.zeros((200, 200), np.uint8))])
+    pq.write_table(pa.table({"input": blank, "target": [0] * 900}), tmp_path / "some.parquet")
+    allowed = 1000 * (tmp_path / "some.parquet").stat().st_size // 200**2
+    found, error = problems(tmp_path / "some.parquet", tmp_path / "data", kind="image")
+    assert found == [(allowed, "")] and allowed < 900
+    assert "1,000 pixels for each byte" in str(error)
+
+
 def test_an_import_stops_at_every_row(tmp_path: Path) -> None:
     source = write(tmp_path / "some.csv", {"input": [[1.0]] * 3000, "target": [0] * 3000})
 
