@@ -16,6 +16,8 @@ from attribution_core.tasks import FisherKind, Task
 MAX_ENUMERATED_LABELS = 32
 # Of the trace of the outputs' Fisher matrix, what the directions that are not drawn have at most.
 LEFT_OUT = 0.01
+# Squared lengths that differ by less, as a share, differ by rounding.
+_SAME = 1e-4
 
 Run = Callable[[Batch], Pass]
 
@@ -50,11 +52,14 @@ class Fisher:
             return self
         lengths = _lengths(directions).flatten().sort(descending=True).values
         left = lengths.sum() - lengths.cumsum(0)
-        kept = int((left > LEFT_OUT * lengths.sum()).sum()) + 1
-        if kept >= len(outputs) * directions.shape[2] / 2:  # as dear as labels, which need no second pass
+        shortest = lengths[(left > LEFT_OUT * lengths.sum()).sum()]
+        # Directions of one length (of equal examples, say) matter together.
+        smaller = lengths[lengths < (1 - _SAME) * shortest]
+        kept = len(lengths) - len(smaller)
+        if len(smaller) == 0 or kept >= len(outputs) * directions.shape[2] / 2:  # labels need no second pass
             return self
         # Between two lengths, so that no rounding decides whether a direction matters.
-        return replace(self, least=float((lengths[kept - 1] + lengths[kept]) / 2))
+        return replace(self, least=float((lengths[kept - 1] + smaller[0]) / 2))
 
     def draws(self, run: Pass, task: Task, batch: Batch, again: Run | None = None) -> Draws:
         """Return the pseudo-gradients of a batch, with padded positions' inputs set to zero.

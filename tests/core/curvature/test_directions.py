@@ -121,6 +121,30 @@ def test_what_is_left_out_is_little_and_never_added(name: str) -> None:
             assert 0 <= 1 - float(found[key].sum() / value.sum()) < 5 * LEFT_OUT
 
 
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("rounding", [0, 1e-6])  # differs from batch to batch
+def test_directions_of_one_length_matter_together(count: int, rounding: float) -> None:
+    """Equal examples have equal directions, of which none may be taken for the 1 % that is left out."""
+    torch.manual_seed(0)
+    tops = torch.tensor([[6.0, 3.0], [7.0, 3.5], [6.5, 2.0]])
+    outputs = torch.cat([tops, torch.full((3, 8), -6.0)], dim=1)[torch.arange(300) % count]
+    outputs = outputs + rounding * torch.randn(outputs.shape)
+    task = build_task(ClassificationTask())
+    fisher = Fisher("auto", 1, 0).shortened(task, outputs)
+    lengths = task.directions(outputs).square().sum(2)
+    assert fisher.least > 0
+    assert 0 < 1 - float(lengths[lengths > fisher.least].sum() / lengths.sum()) <= LEFT_OUT
+    assert bool(fisher.matters(task, outputs).all())
+
+
+def test_labels_are_drawn_where_no_direction_can_be_left_out() -> None:
+    auto, task = Fisher("auto", 1, 0), build_task(ClassificationTask())
+    alike = torch.zeros(8, CLASSES)
+    assert auto.shortened(task, alike) == auto
+    certain = torch.tensor([[500.0, 0.0, 0.0]]).repeat(8, 1)  # every direction has length 0
+    assert auto.shortened(task, certain) == auto
+
+
 def test_a_batch_in_which_nothing_matters_counts_for_its_inputs() -> None:
     model = Model("vectors")
     (draws,) = model.draws(Fisher("auto", 1, 0, least=1e300))
