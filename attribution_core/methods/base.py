@@ -139,6 +139,13 @@ class QuerySide:
         gradients = None if self.gradients is None else [gradient[part] for gradient in self.gradients]
         return QuerySide(self.output[part], self.rows[part], gradients)
 
+    @property
+    def finite(self) -> Tensor:
+        """Whether all that training examples are multiplied with is finite, (queries,)."""
+        # A sum needs no copy, and is not finite if one of its terms is not.
+        sums = [values.flatten(1).sum(1) for values in (self.rows, *(self.gradients or ()))]
+        return torch.stack(sums).isfinite().all(0)
+
 
 class FeatureMethod(ABC):
     """One method on one checkpoint.

@@ -184,10 +184,10 @@ class LoadedIndex:
         Raises:
             InvalidInputError: if a gradient is not finite.
         """
+        usable = torch.stack([side.finite for side in sides]).all(0)
+        if not usable.all():
+            raise InvalidInputError(f"the model gives no finite gradient for query {int(usable.int().argmin())}")
         rows = torch.cat([side.rows for side in sides], dim=1) / len(sides)
-        unusable = (~rows.isfinite().all(dim=1)).nonzero().flatten()
-        if len(unusable):
-            raise InvalidInputError(f"the model gives no finite gradient for query {int(unusable[0])}")
         outputs = self._described([sides[number].output for number in self.spec.answering()], batch)
         return Query(outputs, list(sides), rows.detach().float().cpu().numpy(), batch, damping)
 

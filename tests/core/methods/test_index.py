@@ -233,3 +233,13 @@ def test_a_measurement_the_task_has_not_is_refused(problem: Problem) -> None:
     with pytest.raises(InvalidInputError) as caught:
         FitContext(problem.with_(measurement="prediction"))
     assert caught.value.pointer == "/measurement"
+
+
+@pytest.mark.parametrize("layout", ["vectors", "factors"])
+@pytest.mark.parametrize("method", ["grad_dot", "ekfac"])
+def test_queries_without_finite_gradient_are_refused(problem: Problem, method: str, layout: str) -> None:
+    index = problem.fit("finite", method=METHODS[method], store={"layout": layout})
+    queries = problem.queries()
+    queries.inputs[2] = torch.inf
+    with pytest.raises(InvalidInputError, match="no finite gradient for query 2"):
+        index.query(queries, None)
