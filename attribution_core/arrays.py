@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,26 @@ _DTYPES = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "I64": np.in
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write a file durably: under a temporary name first, so that `path` is never half-written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(save({name: np.ascontiguousarray(arrays[name]) for name in sorted(arrays)}))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    # Not by the process's number, which writers in two containers may share.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        with temporary.open("xb") as file:
+            file.write(save({name: np.ascontiguousarray(arrays[name]) for name in sorted(arrays)}))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _flush_folder(path.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a file's new name last."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:

@@ -22,11 +22,21 @@ INDEX_FILE = "index.json"
 
 def write_description(folder: Path, described: dict[str, Any]) -> None:
     """Write `index.json` with the checksums of all other files that are there now."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != INDEX_FILE)
+    paths = [path for path in _files(folder) if path.name != INDEX_FILE]
     files = {path.relative_to(folder).as_posix(): sha256_file(path) for path in paths}
     content = {**described, "files": files}
     text = json.dumps({"content": content, "sha256": sha256_of(content)}, indent=1, sort_keys=True)
     (folder / INDEX_FILE).write_text(text)
+
+
+def bytes_of(folder: Path) -> int:
+    """Return the size of an artifact's files."""
+    return sum(path.stat().st_size for path in _files(folder))
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return an artifact's files in order, without what a killed process left of one that it had not finished."""
+    return sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
 
 
 def read_description(folder: Path) -> dict[str, Any]:

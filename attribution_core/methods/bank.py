@@ -35,7 +35,7 @@ from attribution_core.method_spec import (
     PosteriorMethod,
     SemivalueMethodBase,
 )
-from attribution_core.methods.artifact import read_description, write_description
+from attribution_core.methods.artifact import bytes_of, read_description, write_description
 from attribution_core.methods.context import FitContext
 from attribution_core.methods.dense import ScoredIndex
 from attribution_core.methods.loaded import LoadedIndex, Query
@@ -155,7 +155,7 @@ class BankPipeline:
             _scores(self.method, Retrainings(bank.masks, np.where(bank.diverged, np.nan, 0.0)[:, :, None]))
         described = {"fingerprint": self.spec.fingerprint(), "coverage": coverage, "recall": None}
         write_description(into, described)
-        size = sum(path.stat().st_size for path in into.rglob("*") if path.is_file())
+        size = bytes_of(into)
         n = self.spec.dataset.num_examples
         return FitSummary(
             self.spec.fingerprint(), n, self.method.bank.subsets, size, None, coverage, self.spec.num_training

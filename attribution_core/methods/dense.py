@@ -16,7 +16,7 @@ from attribution_core.arrays import mapped_arrays, write_arrays
 from attribution_core.data.batch import Batch
 from attribution_core.errors import CorruptArtifactError, FingerprintMismatchError, InvalidInputError
 from attribution_core.fit_spec import FitSpec, FitSummary
-from attribution_core.methods.artifact import read_description, write_description
+from attribution_core.methods.artifact import bytes_of, read_description, write_description
 from attribution_core.methods.context import FitContext
 from attribution_core.methods.loaded import Attribution, Query, top_rows
 from attribution_core.progress import Progress
@@ -60,7 +60,7 @@ class DenseScores:
             "answers": self.answers,
         }
         write_description(into, described)
-        size = sum(path.stat().st_size for path in into.rglob("*") if path.is_file())
+        size = bytes_of(into)
         queries, examples = self.scores.shape
         return FitSummary(spec.fingerprint(), examples, queries, size, None, dict(self.coverage), spec.num_training)
 

@@ -69,7 +69,7 @@ class ExtensionPipeline(FitPipeline):
         for folder in (FEATURES_FOLDER, GRADIENTS_FOLDER):
             for path in sorted((self._base / folder).glob("*.safetensors")):
                 _link(path, into / folder / path.name)
-        before = len(list((into / FEATURES_FOLDER).iterdir()))
+        before = len(list((into / FEATURES_FOLDER).glob("*.safetensors")))
         write_features(self.context, self._member, into, feature_files, progress, before)
         write_search(self.context, into, progress)
         appended = self._appended()

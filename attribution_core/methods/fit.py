@@ -35,7 +35,7 @@ from attribution_core.method_spec import (
     TrakMethod,
 )
 from attribution_core.methods import representer, trak
-from attribution_core.methods.artifact import FACTORS_FILE, write_description
+from attribution_core.methods.artifact import FACTORS_FILE, bytes_of, write_description
 from attribution_core.methods.bank import BankPipeline
 from attribution_core.methods.base import FeatureMethod
 from attribution_core.methods.context import FitContext, of_checkpoint
@@ -218,7 +218,7 @@ class FitPipeline:
         return {**found, "head": [representer.described(heads[f"{number}.distance"]) for number in range(count)]}
 
     def _summary(self, into: Path, index: LoadedIndex, recall: float) -> FitSummary:
-        size = sum(path.stat().st_size for path in into.rglob("*") if path.is_file())
+        size = bytes_of(into)
         n = self.spec.num_training
         return FitSummary(self.spec.fingerprint(), len(index.store), index.dim, size, recall, self._coverage(), n)
 

@@ -263,3 +263,24 @@ def test_a_fit_without_some_rows_is_a_fit_of_the_others(
 def test_rows_left_out_are_part_of_what_was_fitted(problem: Problem) -> None:
     prints = {problem.with_(left_out=rows).fingerprint() for rows in ([], [1], [2])}
     assert len(prints) == 3
+
+
+def test_what_a_killed_process_left_is_no_part_of_an_artifact(problem: Problem, tmp_path: Path) -> None:
+    first = part(problem, tmp_path / "first", FIRST)
+    spec = of(problem, first, {"type": "grad_dot"})
+    second = part(problem, tmp_path / "second", SECOND, first, FIRST)
+    found = []
+    for left in ([], [".00000.safetensors.1f"]):
+        into, then = tmp_path / f"{len(left)}", tmp_path / f"{len(left)}-extended"
+        for folder in (into / "features", then / "features"):
+            folder.mkdir(parents=True)
+            for name in left:
+                (folder / name).write_bytes(b"half")
+        fitted = fit(spec, tmp_path / "work", into, NoProgress())
+        later = of(problem, second, {"type": "grad_dot"}, base=based_on(into, spec))
+        found.append((fitted, extend(later, tmp_path / "work", then, NoProgress())))
+        assert ".00000" not in (then / "index.json").read_text()
+    assert found[0] == found[1]
+    assert sorted(path.name for path in (then / "features").glob("[!.]*")) == [
+        f"{number:05d}.safetensors" for number in range(4)
+    ]
