@@ -49,6 +49,10 @@ class SingularCurvatureError(InvalidInputError):
     """The curvature cannot be inverted without damping; use a damping above 0."""
 
 
+class NotFiniteError(InvalidInputError):
+    """Gradients, or what is computed from them, are too large for their type, or no numbers."""
+
+
 class UnsupportedLayerError(InvalidInputError):
     """No exact gradient rule exists for what this layer does."""
 

@@ -159,12 +159,13 @@ class Observed:
     def nbytes(self) -> int:
         """Bytes of all that is kept, what is shared counted once."""
         seen: dict[int, int] = {}
-        for gradient in self._all():
+        for gradient in self.gradients():
             for tensor in (gradient.inputs, gradient.outputs):
                 seen[tensor.data_ptr()] = max(seen.get(tensor.data_ptr(), 0), tensor.nbytes)
         return sum(seen.values())
 
-    def _all(self) -> Iterator[LayerGradient]:
+    def gradients(self) -> Iterator[LayerGradient]:
+        """Yield all gradients, block by block."""
         yield from self.measured
         yield from self.losses or ()
         for draw in self.draws:

@@ -36,7 +36,7 @@ def conjugate_gradients(
     for _ in range(iterations):
         wanting = residual.norm(dim=1) > target[open_rows]
         if not bool(wanting.all()):
-            solution[open_rows[~wanting]] = partial[~wanting]
+            solution[open_rows[~wanting]] = _known(partial, residual)[~wanting]
             state = (open_rows, residual, partial, direction, alignment)
             open_rows, residual, partial, direction, alignment = (part[wanting] for part in state)
             if not len(open_rows):
@@ -54,8 +54,13 @@ def conjugate_gradients(
         following = _dot(residual, z)
         direction.mul_(torch.where(alignment > 0, following / alignment, 0)).add_(z)
         alignment = following
-    solution[open_rows] = partial
+    solution[open_rows] = _known(partial, residual)
     return solution
+
+
+def _known(solution: Tensor, residual: Tensor) -> Tensor:
+    """Return solutions, but what is no number where the residual is none: a start at 0 must not look solved."""
+    return torch.addcmul(solution, residual.norm(dim=1, keepdim=True), solution.new_zeros(()))
 
 
 def lissa(products: list[Product], vectors: Tensor, damping: float, scale: float) -> Tensor:

@@ -6,10 +6,10 @@ import numpy as np
 
 from attribution_core.curvature.fisher import Observed
 from attribution_core.data.batch import Batch
-from attribution_core.errors import InvalidInputError
 from attribution_core.features.factors import encoded
 from attribution_core.methods.base import FeatureMethod, GradientMethod, QuerySide, TrainRows
 from attribution_core.methods.context import FitContext
+from attribution_core.methods.finite import check_squares, refuse_example
 from attribution_core.methods.recall import recall_rows
 
 Arrays = dict[str, np.ndarray]
@@ -45,6 +45,8 @@ class Encoder:
             assert self.recall_side is not None
             arrays[EXACT] = method.observed_scores(self.recall_side, observed).T.cpu().numpy()
         if context.layout == "factors":
+            if not method.curvature.solves_cheaply:  # no query is solved that would show it
+                check_squares(observed)
             assert context.spec.store.dtype != "binary"
             stored = encoded(observed.training, context.spec.store.dtype)
             _check_scales(stored, observed.batch)
@@ -65,14 +67,10 @@ def _check_scales(stored: Arrays, batch: Batch) -> None:
     scales = np.stack([value for name, value in stored.items() if name.endswith(".scale")])
     unusable = ~np.isfinite(scales).all(axis=0)
     if unusable.any():
-        _refuse(int(batch.rows[int(np.flatnonzero(unusable)[0])]))
+        refuse_example(int(batch.rows[int(np.flatnonzero(unusable)[0])]))
 
 
 def _check_finite(found: TrainRows, batch: Batch) -> None:
     finite = found.rows.isfinite().all(dim=1) & found.weights.isfinite()
     if not bool(finite.all()):
-        _refuse(int(batch.rows[~finite][0]))
-
-
-def _refuse(row: int) -> None:
-    raise InvalidInputError(f"the model gives no finite gradient for training example {row}")
+        refuse_example(int(batch.rows[~finite][0]))

@@ -40,6 +40,7 @@ from attribution_core.methods.bank import BankPipeline
 from attribution_core.methods.base import FeatureMethod
 from attribution_core.methods.context import FitContext, of_checkpoint
 from attribution_core.methods.encoding import Encoder
+from attribution_core.methods.finite import check_finite, naming_the_example
 from attribution_core.methods.kept import KeptGradients
 from attribution_core.methods.layout import exact_scores, write_features, write_search
 from attribution_core.methods.loaded import LoadedIndex, Query
@@ -102,6 +103,13 @@ class FitPipeline:
             Cancelled: if the work should stop.
         """
         shard = self._shards(stage)[ordinal]
+        with naming_the_example(self.context, [shard.checkpoint], progress):
+            found = self._computed(stage, shard, progress)
+            # Some methods have no self-influence until all rows are known, or at all.
+            check_finite({name: value for name, value in found.items() if name != "self_influence"})
+        return found
+
+    def _computed(self, stage: str, shard: Shard, progress: Progress) -> Arrays:
         match stage:
             case "covariance":
                 counts = isinstance(self.spec.method, KfacMethod)
@@ -188,18 +196,21 @@ class FitPipeline:
         write_search(self.context, into, progress)
         self._describe(into, recall=None)
         index = LoadedIndex(into, self.spec, self.context, holds_rows=False)
-        queries = partial(self._recall_queries, index)
+        queries = partial(self._recall_queries, index, progress)
         exact = partial(exact_scores, self.context, feature_files, progress)
         recall = measured_recall(index, queries, exact)
         self._describe(into, recall=recall)
         return self._summary(into, index, recall)
 
-    def _recall_queries(self, index: LoadedIndex) -> Query:
+    def _recall_queries(self, index: LoadedIndex, progress: Progress) -> Query:
         """Return the queries by which recall is measured, as they were preconditioned for the features if they were."""
         batch = self.context.source.batch(recall_rows(self.context.training_rows))
-        sides = [self._encoder(number).recall_side for number in range(len(self.spec.members))]
-        made = [side for side in sides if side is not None]
-        return index.joined(made, batch, index.default_damping) if len(made) == len(sides) else index.query(batch, None)
+        members = range(len(self.spec.members))
+        with naming_the_example(self.context, members, progress):
+            made = [side for number in members if (side := self._encoder(number).recall_side) is not None]
+            if len(made) < len(members):
+                return index.query(batch, None)
+            return index.joined(made, batch, index.default_damping)
 
     def _member(self, number: int) -> FeatureMethod:
         return self.context.method(number, self._fitted(self.spec.method.stages))

@@ -11,7 +11,7 @@ import torch
 
 from attribution_core.arrays import read_arrays
 from attribution_core.data.batch import Batch
-from attribution_core.errors import FingerprintMismatchError, InvalidInputError
+from attribution_core.errors import FingerprintMismatchError, InvalidInputError, NotFiniteError
 from attribution_core.features.factors import GradientStore
 from attribution_core.features.store import FeatureStore
 from attribution_core.fit_spec import FitSpec
@@ -182,11 +182,11 @@ class LoadedIndex:
         """Return queries whose sides, one per checkpoint, were preconditioned with a damping.
 
         Raises:
-            InvalidInputError: if a gradient is not finite.
+            NotFiniteError: if a gradient is not finite.
         """
         usable = torch.stack([side.finite for side in sides]).all(0)
         if not usable.all():
-            raise InvalidInputError(f"the model gives no finite gradient for query {int(usable.int().argmin())}")
+            raise NotFiniteError(f"the model gives no finite gradient for query {int(usable.int().argmin())}")
         rows = torch.cat([side.rows for side in sides], dim=1) / len(sides)
         outputs = self._described([sides[number].output for number in self.spec.answering()], batch)
         return Query(outputs, list(sides), rows.detach().float().cpu().numpy(), batch, damping)
