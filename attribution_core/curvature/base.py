@@ -91,6 +91,14 @@ class Multiple(Identity):
         return self.inverse * super().quadratic(gradients, damping)
 
 
+def unit_of_damping(mean_eigenvalue: float) -> float:
+    """Return what λ is a multiple of: the mean eigenvalue.
+
+    It is 1 where all are 0: no training example has a gradient there (dead units, say), so any λ makes its share of scores 0.
+    """
+    return mean_eigenvalue or 1.0
+
+
 def paired(first: Sequence[Tensor], second: Sequence[LayerGradient]) -> Tensor:
     """Return the inner product of each matrix of `first` with the same example of `second`, (batch,)."""
     products = []

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attribution_core.curvature.base import Curvature
+from attribution_core.curvature.base import Curvature, unit_of_damping
 from attribution_core.errors import SingularCurvatureError
 from attribution_core.gradients import Block, LayerGradient, Rotation
 
@@ -273,11 +273,8 @@ class EkfacFactors(Curvature):
         return [damping * self._scale(number) for number in range(len(self.eigenvalues))]
 
     def _scale(self, number: int) -> float:
-        """Return the mean eigenvalue of one block, of which λ is a multiple.
-
-        It is 1 where all are 0: no training example has a gradient in that layer (dead units, say), so any λ makes its share of scores 0.
-        """
-        return float((self.whole or self.eigenvalues)[number].mean()) or 1.0
+        """Return what one block's λ is a multiple of."""
+        return unit_of_damping(float((self.whole or self.eigenvalues)[number].mean()))
 
     def damped(self, number: int, damping: float) -> Tensor:
         """Return `Λ + λ` of one block."""

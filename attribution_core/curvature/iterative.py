@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attribution_core.curvature import solvers
-from attribution_core.curvature.base import Curvature
+from attribution_core.curvature.base import Curvature, unit_of_damping
 from attribution_core.curvature.block_rows import without_tiny
 from attribution_core.curvature.ekfac import EkfacFactors
 from attribution_core.curvature.group import Group
@@ -161,7 +161,7 @@ class DataInf(Curvature):
             SingularCurvatureError: if λ is 0.
         """
         rows = self._rows()
-        rates = [damping * value for value in rows.mean_eigenvalues()]
+        rates = [damping * unit_of_damping(value) for value in rows.mean_eigenvalues()]
         if min(rates) <= 0:
             raise SingularCurvatureError("DataInf needs a damping above 0", "/damping")
         return rows.layerwise(gradients, rates)

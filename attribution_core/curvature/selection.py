@@ -113,7 +113,8 @@ class Frame:
         shares = [part.grams() / trace for part, trace in zip(drawn, self.traces, strict=True) if trace > 0]
         grams = torch.stack(shares or [drawn[0].grams()]).mean(0)
         parts, bases = torch.linalg.eigh(grams.double())  # (n, draws), (n, draws, draws)
-        owners, slots = (parts * parts.shape[1] >= self.negligible).nonzero().T
+        # Of layers that are all dead no row has a part; without any rows there would be nothing to multiply with.
+        owners, slots = (parts * parts.shape[1] >= (self.negligible if shares else 0)).nonzero().T
         return Chosen(owners, bases.mT[owners, slots].to(grams), len(grams))
 
 

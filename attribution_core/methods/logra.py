@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attribution_core.curvature.base import unit_of_damping
 from attribution_core.curvature.fisher import observe
 from attribution_core.curvature.group import Group
 from attribution_core.data.batch import Batch
@@ -96,7 +97,7 @@ def solve(fisher: Arrays, rows: np.ndarray, damping: float) -> np.ndarray:
     """
     solved = np.empty_like(rows, dtype=np.float32)
     for part, values, vectors in _layers(fisher):
-        damped = values + damping * (values.mean() or 1.0)  # no row has anything in a layer whose eigenvalues are all 0
+        damped = values + damping * unit_of_damping(values.mean())
         if damped.min() <= 0:
             raise SingularCurvatureError("the projected Fisher matrix is singular: use a damping above 0", "/damping")
         solved[:, part] = ((rows[:, part] @ vectors) / damped) @ vectors.T

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attribution_core.curvature.base import unit_of_damping
 from attribution_core.curvature.ekfac import Draws
 from attribution_core.curvature.fisher import Fisher
 from attribution_core.curvature.group import Group
@@ -174,7 +175,7 @@ def solve(kernel: Arrays, rows: np.ndarray, damping: float) -> np.ndarray:
         SingularCurvatureError: if λ is 0 and K is singular.
     """
     values, vectors = kernel["values"].astype(np.float64), kernel["vectors"]
-    damped = values + damping * values.mean()
+    damped = values + damping * unit_of_damping(values.mean())
     if damped.min() <= _SINGULAR * values.max():
         raise SingularCurvatureError("TRAK's kernel is singular: use a damping above 0", "/damping")
     solved: np.ndarray = (((rows @ vectors) / damped) @ vectors.T).astype(np.float32)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from attribution_core.curvature.base import unit_of_damping
 from attribution_core.errors import InvalidInputError, SingularCurvatureError
 from attribution_core.exact.newton import solve_without
 
@@ -40,7 +41,7 @@ class Kernel:
             InvalidInputError: if both the group and the features are too many for a dense solve.
         """
         values = self.values.astype(np.float64)
-        damped = values.clip(min=0) + self.damping * values.mean()
+        damped = values.clip(min=0) + self.damping * unit_of_damping(values.mean())
         if damped.min() <= 0:
             raise SingularCurvatureError("the projected curvature is singular: use a damping above 0", "/damping")
         root = self.vectors.astype(np.float64) / np.sqrt(damped)

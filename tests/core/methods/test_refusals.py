@@ -2,11 +2,15 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from torch import nn
 
-from attribution_core.errors import InvalidInputError
+from attribution_core.architectures.build import build
+from attribution_core.errors import InvalidInputError, SingularCurvatureError
 from tests.core.methods import problems
-from tests.core.methods.problems import MLP, SMALL, Problem
+from tests.core.methods.problems import MLP, SMALL, N, Problem
 
 BAD = 37
 CURVATURES: list[dict[str, Any]] = [
@@ -39,3 +43,43 @@ def test_the_training_example_without_finite_gradient_is_named(
 ) -> None:
     with pytest.raises(InvalidInputError, match=f"no finite gradient for training example {BAD}$"):
         overflowing.fit("bad", method={"projection": SMALL, **method}, store={"layout": layout})
+
+
+@pytest.fixture(scope="module")
+def dead(tmp_path_factory: pytest.TempPathFactory) -> Problem:
+    """A problem whose network's second hidden layer is never active, so that only its last bias has a gradient."""
+    given = problems.classification(tmp_path_factory.mktemp("alive"))
+    architecture = MLP.model_copy(update={"arguments": {**MLP.arguments, "hidden": [6, 6], "activation": "relu"}})
+    torch.manual_seed(0)
+    module = build(architecture)
+    with torch.no_grad():
+        [layer for layer in module.modules() if isinstance(layer, nn.Linear)][1].bias.fill_(-100.0)
+    return problems.problem(
+        tmp_path_factory.mktemp("dead"), given.inputs, given.targets, architecture, modules=[module]
+    )
+
+
+@pytest.mark.parametrize("layers", [None, ["hidden_0"]], ids=["all", "dead"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"type": "ekfac"},
+        {"type": "kfac"},
+        {"type": "gauss_newton"},
+        {"type": "datainf"},
+        {"type": "logra", "projection": {"type": "factored", "dim": 64}},
+        {"type": "trak"},
+        {"type": "trak", "curvature": "fisher"},
+    ],
+    ids=lambda method: "-".join(value for value in method.values() if isinstance(value, str)),
+)
+def test_dead_layers_have_no_share_of_scores(dead: Problem, method: dict[str, Any], layers: list[str] | None) -> None:
+    index = dead.fit("dead", method={"projection": SMALL, "damping": 0.1, **method}, layers=layers)
+    query, rows = index.query(dead.queries(), None), np.arange(N)
+    scores = index.scores(query, rows, rescore=True)
+    assert bool(scores.any()) == (layers is None)
+    assert np.isfinite(scores).all()
+    if method["type"] != "datainf":  # has no such estimator
+        assert bool(index.newton_effects(query, [rows[:5]]).any()) == (layers is None)
+    with pytest.raises(SingularCurvatureError):
+        index.query(dead.queries(), 0.0)
