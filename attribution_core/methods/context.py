@@ -250,7 +250,7 @@ class FitContext:
         method, n = self.spec.method, self.spec.fitted_examples
         if not isinstance(method, FisherMethod):
             return getattr(method, "damping", None)
-        counted = self.source.batch(np.arange(min(_COUNTED, n)))
+        counted = self.source.batch(self.training_rows[: min(_COUNTED, n)])
         targets = n * self.task.num_targets(counted) / len(counted)
         return method.damping_for(self.checkpoint(0).capture.num_parameters / targets)
 

@@ -34,6 +34,7 @@ class TrainingData:
                 f"data set {spec.dataset.id} has {reader.num_examples} examples, not {spec.dataset.num_examples}"
             )
         self.source = ExampleSource(reader, spec.task, tokenizer, device)
+        self._rows = spec.training_rows
         self._resident = self._read_all()
 
     def __len__(self) -> int:
@@ -47,16 +48,13 @@ class TrainingData:
         return _reshaped(flat, rows.shape)
 
     def check(self, task: Task, output: Tensor) -> None:
-        """Refuse targets that do not fit an output (1, …) of the model.
+        """Refuse targets that do not fit an output (1, …) of the model; those of examples that are left out may be anything.
 
         Raises:
             InvalidInputError: naming what is impossible.
         """
-        if self._resident is not None:
-            task.check(output.expand(len(self), *output.shape[1:]), self._resident)
-            return
-        for start in range(0, len(self), ROW_GROUP_SIZE):
-            part = self.source.batch(np.arange(start, min(start + ROW_GROUP_SIZE, len(self))))
+        for start in range(0, len(self._rows), ROW_GROUP_SIZE):
+            part = self.batch(self._rows[start : start + ROW_GROUP_SIZE])
             task.check(output.expand(len(part), *output.shape[1:]), part)
 
     def _read_all(self) -> Batch | None:

@@ -110,7 +110,7 @@ class Trainer:
         self.optimizer = build_optimizer(spec.recipe)
         if spec.initial is not None:
             spec.initial.verify()
-        first = augmented(self.data.batch(np.arange(1)), self.recipe, 0, 0)
+        first = augmented(self.data.batch(spec.training_rows[:1]), self.recipe, 0, 0)
         self.data.check(self.network.task, self.network.probe(first))
 
     def steps(self, run: Run, semantics: Semantics) -> Iterator[Step]:
@@ -200,7 +200,7 @@ class Trainer:
         """
         tensors = 5 + 2 * len(self.optimizer.moments)
         weights = tensors * self.network.num_parameters * self.dtype.itemsize
-        example = self.data.batch(np.arange(1))
+        example = self.data.batch(self.spec.training_rows[:1])
         batch = min(self.recipe.batch_size, self.spec.num_training)
         return weights + 2 * batch * (example.inputs.nbytes + self.network.activation_bytes(example))
 

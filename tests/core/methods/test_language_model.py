@@ -66,10 +66,12 @@ def fitted(spec: FitSpec, into: Path, **changes: object) -> LoadedIndex:
     return LoadedIndex(into / "index", spec)
 
 
-def test_targets_are_predicted_tokens(tmp_path: Path) -> None:
-    spec = specification(tmp_path).model_copy(update={"method": EkfacMethod(type="ekfac")})
-    context = FitContext(spec)
-    predicted = sum(len(context.source.batch(ALL[row : row + 1]).inputs[0]) - 1 for row in ALL)
+@pytest.mark.parametrize("left_out", [[], [0, 3, 4]])
+def test_targets_are_predicted_tokens(tmp_path: Path, left_out: list[int]) -> None:
+    changes = {"method": EkfacMethod(type="ekfac"), "left_out": left_out}
+    context = FitContext(specification(tmp_path).model_copy(update=changes))
+    trained = np.delete(ALL, left_out)
+    predicted = sum(len(context.source.batch(ALL[row : row + 1]).inputs[0]) - 1 for row in trained)
     parameters = context.checkpoint(0).capture.num_parameters
     assert context.default_damping == pytest.approx((parameters / predicted / 32) ** 2)
     assert 0.001 < (parameters / predicted / 32) ** 2 < 1

@@ -31,20 +31,25 @@ SGD = {
 }
 
 
-def spec_of(folder: Path, kind: str = "mlp", **recipe: Any) -> TrainSpec:
-    """A data set of N examples for an architecture, written to a folder, and a recipe over it."""
+def spec_of(folder: Path, kind: str = "mlp", impossible: int | None = None, **recipe: Any) -> TrainSpec:
+    """A data set of N examples for an architecture, of which one may be none that it can learn, written to a folder, and a recipe over it."""
     generator = np.random.default_rng(0)
     task: dict[str, Any] = {"type": "classification"}
     source = folder / "train.npz"
     if kind == "lm":
         task, source = {"type": "causal_lm"}, folder / "train.jsonl"
         rows = [generator.integers(0, 7, 2 + number % 5).tolist() for number in range(N)]
+        if impossible is not None:
+            rows[impossible] = rows[impossible][:1]
         source.write_text("".join(f'{{"input": {tokens}}}\n' for tokens in rows))
         dataset = DatasetSpec(name="train", kind="tokens", target=None)
     else:
         shape = (N, 5) if kind == "mlp" else (N, 1, 6, 6)
         inputs = generator.standard_normal(shape).astype(np.float32)
-        np.savez(source, input=inputs, target=generator.integers(0, 3, N))
+        targets = generator.integers(0, 3, N)
+        if impossible is not None:
+            targets[impossible] = 7
+        np.savez(source, input=inputs, target=targets)
         dataset = DatasetSpec(name="train", kind="tensor", shape=None if kind == "mlp" else [1, 6, 6])
     summary = import_dataset(source, dataset, folder / "data", NoProgress())
     return TrainSpec.model_validate(

@@ -348,3 +348,19 @@ def test_the_estimate_multiplies_a_step_by_all_steps(
     assert trainer.estimate_seconds(halves(4), "mask") == pytest.approx(4 * 15 * 0.5)
     monkeypatch.undo()
     assert trainer.estimate_seconds(halves(2)) > 0
+
+
+@pytest.mark.parametrize("resident", [True, False])
+@pytest.mark.parametrize("impossible", [0, 4])
+@pytest.mark.parametrize("kind", ["mlp", "lm"])
+def test_only_examples_that_are_trained_on_must_fit_the_model(
+    tmp_path: Path, kind: str, impossible: int, resident: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_module, "MAX_RESIDENT_BYTES", resident << 30)
+    (tmp_path / "data").mkdir()
+    spec = spec_of(tmp_path, kind, impossible)
+    with pytest.raises(InvalidInputError, match=r"target|two tokens"):
+        Trainer(spec)
+    trainer = Trainer(spec.model_copy(update={"left_out": [impossible]}))
+    kept = np.arange(N) != impossible
+    assert not trainer.train([Run(kept, 0)]).diverged.any()
