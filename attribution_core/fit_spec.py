@@ -113,6 +113,7 @@ class FitSpec(Spec):
             raise ValueError("priors are for the methods that need them")
         if not self.checkpoints and self.recipe is None:
             raise ValueError("checkpoints are missing")
+        self.dataset.check_left_out(self.left_out)
         return self
 
     @property

@@ -53,3 +53,15 @@ class DatasetRef(Spec):
     def reading(self) -> dict[str, Any]:
         """Return what decides how the stored examples are turned into inputs."""
         return self.spec.model_dump(mode="json", include={"kind", "shape", "normalize", "max_length"})
+
+    def check_left_out(self, rows: list[int]) -> None:
+        """Refuse rows that are to be left out but do not exist or do not ascend, or leave nothing.
+
+        Raises:
+            ValueError: saying so.
+        """
+        n = self.num_examples
+        if rows != sorted(set(rows)) or (rows and not 0 <= rows[0] <= rows[-1] < n):
+            raise ValueError(f"left_out must be rows below {n}, ascending")
+        if len(rows) == n:
+            raise ValueError("every example is left out")

@@ -200,6 +200,18 @@ async def deleted_rows(session: AsyncSession, dataset_id: str) -> list[int]:
     return await repository.deleted_rows(session, dataset_id)
 
 
+async def left_out(session: AsyncSession, dataset: Dataset) -> list[int]:
+    """Return the rows that a fit or a training leaves out, ascending: those that were deleted, of every version that has them.
+
+    Raises:
+        NotReady: if no other is left.
+    """
+    rows = await deleted_rows(session, dataset.id)
+    if len(rows) == dataset.num_examples:
+        raise NotReady(f"Every example of data set {dataset.name!r} was deleted.")
+    return rows
+
+
 async def is_version_of(session: AsyncSession, dataset: Dataset, ancestor_id: str) -> bool:
     """Return whether a data set was made from another one, which is not itself."""
     return ancestor_id in [version.id for version in (await repository.lineage(session, dataset))[:-1]]

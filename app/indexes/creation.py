@@ -41,7 +41,7 @@ async def create(session: AsyncSession, request: IndexCreate, resources: Resourc
 
     Raises:
         InvalidRequest: if model, data set, checkpoints, method and measurement do not belong together.
-        NotReady: if the data set is not imported.
+        NotReady: if the data set is not imported, or every example of it was deleted.
         RecipeMissing: if the method trains the model, and it has no recipe.
         NameTaken: if an index of that name exists.
     """
@@ -49,7 +49,7 @@ async def create(session: AsyncSession, request: IndexCreate, resources: Resourc
     model = await models.find(session, request.model)
     dataset = await datasets.find_ready(session, request.dataset)
     indexes.check_fits(model, dataset)
-    left_out = await datasets.deleted_rows(session, dataset.id)
+    left_out = await datasets.left_out(session, dataset)
     method, choice = await asyncio.to_thread(_method, request, model, dataset, left_out, artifacts)
     trains = isinstance(method, MagicMethod)
     checkpoints = [] if trains else await models.chosen_checkpoints(session, model, request.checkpoints)

@@ -46,7 +46,7 @@ async def extend(
         "num_examples": covered,
         "fitted_examples": now.base["fitted_examples"] if now.base else covered - len(now.left_out),
     }
-    left_out = await datasets.deleted_rows(session, later.id)
+    left_out = await datasets.left_out(session, later)
     if (later.num_examples or 0) - covered == sum(row >= covered for row in left_out):
         raise InvalidRequest("Every example that this version adds was deleted.", pointer="/dataset")
     return await _submitted(session, index, "extension", later, left_out, base, settings, artifacts)
@@ -59,12 +59,12 @@ async def refresh(
 
     Raises:
         NotFound: if there is no such index.
-        NotReady: if it is not ready.
+        NotReady: if it is not ready, or every example was deleted.
         Conflict: if another generation is being made.
     """
     index = await _free(session, reference)
     dataset = await datasets.find_ready(session, index.dataset_id)
-    left_out = await datasets.deleted_rows(session, dataset.id)
+    left_out = await datasets.left_out(session, dataset)
     return await _submitted(session, index, "refresh", dataset, left_out, None, settings, artifacts)
 
 

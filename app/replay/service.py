@@ -62,7 +62,7 @@ async def create_training(
     banks.recipe_of(model)
     indexes.check_fits(model, dataset)
     await plans.refuse_runs(session, model, request.run_names())
-    left_out = await datasets.deleted_rows(session, dataset.id)
+    left_out = await datasets.left_out(session, dataset)
     spec = await banks.train_spec(session, model, dataset, left_out, resources.settings, resources.artifacts)
     _check_saved(request, spec, model)
     await banks.check_hours(resources, spec, spec.num_training * len(request.seeds), request.max_hours)
@@ -160,7 +160,7 @@ async def create_unlearned(
     training = await datasets.find_ready(session, index.dataset_id)
     sources = await models.checkpoints_by_id(session, model.id, index.checkpoint_ids)
     await plans.refuse_runs(session, model, (f"{request.run}-{source.run}"[:64] for source in sources))
-    left_out = await datasets.deleted_rows(session, training.id)
+    left_out = await datasets.left_out(session, training)
     if request.check is not None:
         banks.recipe_of(model)
     rows = await queries.forgotten_rows(session, resources, index, request.forget)
@@ -284,7 +284,7 @@ async def _replayable(
     index = await indexes.find_ready(session, reference)
     model = await models.find(session, index.model_id)
     training = await datasets.find_ready(session, index.dataset_id)
-    left_out = await datasets.deleted_rows(session, training.id)
+    left_out = await datasets.left_out(session, training)
     spec = await banks.train_spec(session, model, training, left_out, resources.settings, resources.artifacts)
     return index, model, training, spec
 

@@ -48,11 +48,7 @@ class TrainSpec(Spec):
 
     @model_validator(mode="after")
     def _something_is_left(self) -> Self:
-        n, rows = self.dataset.num_examples, self.left_out
-        if rows != sorted(set(rows)) or (rows and not 0 <= rows[0] <= rows[-1] < n):
-            raise ValueError(f"left_out must be rows below {n}, ascending")
-        if len(rows) == n:
-            raise ValueError("every example is left out")
+        self.dataset.check_left_out(self.left_out)
         return self
 
     @property

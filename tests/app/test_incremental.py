@@ -256,6 +256,18 @@ def test_deletions_hold_for_every_version_and_later_fits_leave_them_out(loaded: 
         assert one == pytest.approx(same, rel=1e-3, abs=1e-6), "as if they had never been there"
 
 
+def test_nothing_is_fitted_to_a_version_whose_examples_are_all_deleted(loaded: Loaded, tmp_path: Path) -> None:
+    """A later version may be asked to delete every row of the one before, as it has others."""
+    service = loaded.service
+    base(loaded, tmp_path, "emptied")
+    done(loaded, loaded.fit("emptied", EKFAC, dataset="emptied"))
+    version = appended(loaded, tmp_path, "emptied")
+    service.post(f"/v1/datasets/{version['id']}/deletions", {"selector": {"rows": list(range(FIRST))}})
+    asked = {"name": "again", "model": "mlp", "dataset": "emptied", "method": EKFAC}
+    for path, body in {"indexes": asked, "indexes/emptied/refresh": {}}.items():
+        is_problem(service.http.post(f"/v1/{path}", json=body), 409, "not-ready")
+
+
 def test_an_extension_that_is_cancelled_changes_nothing_and_can_be_tried_again(loaded: Loaded, tmp_path: Path) -> None:
     service = loaded.service
     base(loaded, tmp_path, "halted")

@@ -83,3 +83,9 @@ def test_dead_layers_have_no_share_of_scores(dead: Problem, method: dict[str, An
         assert bool(index.newton_effects(query, [rows[:5]]).any()) == (layers is None)
     with pytest.raises(SingularCurvatureError):
         index.query(dead.queries(), 0.0)
+
+
+@pytest.mark.parametrize("left_out", [[3, 1], [N], list(range(N))])
+def test_impossible_rows_are_not_left_out_of_a_fit(dead: Problem, left_out: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"left_out|left out"):
+        dead.with_(left_out=left_out)
