@@ -75,7 +75,7 @@ class Fisher:
             return self._along(directions, run, batch, again)
         kind = self._kind(task.exact_labels(run.output))
         losses = task.pseudo_losses(run.output, batch, kind, self.seed, self.samples)
-        return Draws([_without_padding(run.gradients(loss, keep=True), batch) for loss in losses])
+        return Draws([run.gradients(loss, keep=True, mask=batch.mask) for loss in losses])
 
     def matters(self, task: Task, outputs: Tensor) -> Tensor:
         """Return which examples have a direction that matters, (batch,)."""
@@ -92,8 +92,8 @@ class Fisher:
             examples = batch[owners[few]]
             ran = again(examples)
             along = (ran.output * directions[owners[few], places[few]]).sum(1)
-            parts.append(_without_padding(ran.gradients(along), examples))
-        return Draws(parts, _masked(run.inputs(), batch))
+            parts.append(ran.gradients(along, mask=examples.mask))
+        return Draws(parts, run.inputs(batch.mask))
 
     def chooses(self, task: Task, outputs: Tensor) -> bool:
         """Return whether labels are enumerated, or fewer directions taken, as is better."""
@@ -187,27 +187,3 @@ def observe(
 def scaled(gradients: Sequence[LayerGradient], weights: Tensor) -> list[LayerGradient]:
     """Return each example's gradient times its weight (batch,)."""
     return [gradient.scaled(weights) for gradient in gradients]
-
-
-def _without_padding(gradients: Sequence[LayerGradient], batch: Batch) -> list[LayerGradient]:
-    """Set the inputs of padded positions to zero; their output gradients are zero already, but `A` does not look at those."""
-    return [gradient for gradient in _masked(gradients, batch) if gradient is not None]
-
-
-def _masked(gradients: Sequence[LayerGradient | None], batch: Batch) -> list[LayerGradient | None]:
-    """Set the inputs of padded positions to zero.
-
-    A weight used several times has the positions of one use after those of the other.
-    """
-    if batch.mask is None or bool(batch.mask.all()):
-        return list(gradients)
-    tokens = batch.mask.shape[1]
-    masked = []
-    for gradient in gradients:
-        uses, rest = divmod(0 if gradient is None else gradient.inputs.shape[2], tokens)
-        if gradient is None or rest or not uses:
-            masked.append(gradient)
-        else:
-            real = batch.mask.repeat(1, uses)[:, None, :, None]
-            masked.append(replace(gradient, inputs=gradient.inputs * real))
-    return masked

@@ -20,6 +20,7 @@ from attribution_core.gradients.attention import ATTENTION, Make, in_steps
 from attribution_core.gradients.factors import Block, LayerGradient
 from attribution_core.gradients.layers import rule_for
 from attribution_core.gradients.norms import mixes_examples
+from attribution_core.gradients.padding import without_padding
 from attribution_core.gradients.plan import Placed, planned
 from attribution_core.gradients.rule import Arguments, Part
 from attribution_core.layer_names import chosen_layers, is_exact, unmatched_layers
@@ -81,34 +82,42 @@ class Pass:
     blocks: Sequence[Block]
     uses: Sequence[_Use]
 
-    def gradients(self, objective: Tensor, *, keep: bool = False) -> list[LayerGradient]:
+    def gradients(self, objective: Tensor, *, keep: bool = False, mask: Tensor | None = None) -> list[LayerGradient]:
         """Return the per-example gradients of `objective` (batch,), one entry per block.
 
         Args:
             objective: one value per example, each depending on its own example only.
             keep: keep the graph for another objective.
+            mask: (batch, tokens); where it is False the inputs are zero, as the output gradients are anyway.
         """
         outputs = [use.output for use in self.uses]
         return self._gradients(
-            torch.autograd.grad(objective.sum(), outputs, retain_graph=keep, allow_unused=True), self.blocks
+            torch.autograd.grad(objective.sum(), outputs, retain_graph=keep, allow_unused=True), self.blocks, mask
         )
 
-    def inputs(self) -> list[LayerGradient | None]:
+    def inputs(self, mask: Tensor | None = None) -> list[LayerGradient | None]:
         """Return the gradients of nothing, which have the input factors that every objective has; None for blocks without."""
         fixed = [block for block in self.blocks if block.inputs_fixed]
-        found = {gradient.block.name: gradient for gradient in self._gradients([None] * len(self.uses), fixed)}
+        found = {gradient.block.name: gradient for gradient in self._gradients([None] * len(self.uses), fixed, mask)}
         return [found.get(block.name) for block in self.blocks]
 
-    def _gradients(self, gradients: Sequence[Tensor | None], blocks: Sequence[Block]) -> list[LayerGradient]:
+    def _gradients(
+        self, gradients: Sequence[Tensor | None], blocks: Sequence[Block], mask: Tensor | None
+    ) -> list[LayerGradient]:
         """Return the gradients of some blocks from those of all uses' outputs."""
-        factors: dict[str, list[tuple[Tensor, Tensor]]] = {block.name: [] for block in blocks}
+        if mask is not None and bool(mask.all()):
+            mask = None
+        parts: dict[str, list[LayerGradient]] = {block.name: [] for block in blocks}
         for use, gradient in zip(self.uses, gradients, strict=True):
-            places = [(self.blocks[number].name, part) for number, part in use.places]
-            if not factors.keys().isdisjoint(name for name, _ in places):
-                a, g = use.factors(gradient)
-                for name, part in places:
-                    factors[name].append((a[..., part.start : part.start + part.d_in], g))
-        return [_joined(block, factors[block.name]) for block in blocks]
+            named = [(self.blocks[number], part) for number, part in use.places]
+            wanted = [(block, part) for block, part in named if block.name in parts]
+            if not wanted:
+                continue
+            a, g = use.factors(gradient)
+            for block, part in wanted:
+                own = LayerGradient(block, a[..., part.start : part.start + part.d_in], g)
+                parts[block.name].append(own if mask is None else without_padding(own, use.output.shape, mask))
+        return [_joined(block, parts[block.name]) for block in blocks]
 
 
 class GradientCapture:
@@ -348,9 +357,8 @@ def _versions(*values: Any) -> tuple[int, ...]:
     return tuple(value._version for value in values if isinstance(value, Tensor))
 
 
-def _joined(block: Block, factors: list[tuple[Tensor, Tensor]]) -> LayerGradient:
+def _joined(block: Block, parts: Sequence[LayerGradient]) -> LayerGradient:
     """Join the uses of one block along the positions, so that their gradients add up."""
-    parts = [LayerGradient(block, inputs, outputs) for inputs, outputs in factors]
     if len(parts) == 1:
         return parts[0]
     if not parts:

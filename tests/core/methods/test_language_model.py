@@ -24,6 +24,9 @@ from tests.core.methods.problems import SMALL, relative_error
 MODEL = ArchitectureSpec(
     name="transformer_lm", arguments={"vocab_size": 257, "max_length": 48, "width": 8, "depth": 1, "heads": 2}
 )
+# Its queries and keys are scaled head by head.
+QWEN3 = {"model_type": "qwen3", "vocab_size": 257, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 64, "initializer_range": 0.3}  # fmt: skip
 TEXTS = [f"{word} of the {'very ' * (number % 4)}river" for number, word in enumerate(["source", "mouth", "bank"] * 5)]
 ALL = np.arange(len(TEXTS))
 METHODS = {
@@ -34,7 +37,7 @@ METHODS = {
 }
 
 
-def specification(folder: Path, texts: list[str] = TEXTS) -> FitSpec:
+def specification(folder: Path, texts: list[str] = TEXTS, model: ArchitectureSpec = MODEL) -> FitSpec:
     (folder / "data").mkdir(parents=True)
     source = folder / "texts.jsonl"
     source.write_text("\n".join(f'{{"text": "{text}"}}' for text in texts))
@@ -42,10 +45,10 @@ def specification(folder: Path, texts: list[str] = TEXTS) -> FitSpec:
     summary = import_dataset(source, dataset, folder / "data", NoProgress())
     torch.manual_seed(0)
     path = folder / "model.safetensors"
-    save_checkpoint(build(MODEL), path)
+    save_checkpoint(build(model), path)
     return FitSpec.model_validate(
         {
-            "architecture": MODEL,
+            "architecture": model,
             "task": {"type": "causal_lm"},
             "tokenizer": {"type": "bytes"},
             "dataset": DatasetRef(
@@ -92,6 +95,21 @@ def test_neither_padding_nor_batches_change_scores(tmp_path: Path, method: str) 
     # TRAK's kernel of 15 texts multiplies rounding by its condition number.
     limit = 1e-4 if method == "trak" else 1e-5
     assert relative_error(second.self_influence(), first.self_influence()) < limit
+
+
+@pytest.mark.hf
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("layers", [None, ["*q_norm", "*k_norm"]], ids=["all", "norms"])
+@pytest.mark.parametrize("kind", ["ekfac", "kfac", "diagonal", "gauss_newton"])
+def test_no_batch_changes_scores_where_norms_are_per_head(tmp_path: Path, kind: str, layers: list[str] | None) -> None:
+    spec = specification(tmp_path, model=ArchitectureSpec(name="hf_causal_lm", arguments={"config": QWEN3}))
+    found = []
+    for size in (1, 8):
+        method = {"type": kind, "projection": SMALL, "damping": 0.1}
+        index = fitted(spec, tmp_path / str(size), method=method, layers=layers, batch_size=size)
+        query = index.query(index.context.source.batch(ALL[:3]), None)
+        found.append(index.scores(query, ALL, rescore=True))
+    assert relative_error(*found) < 1e-4
 
 
 def test_grad_dot_is_autograd_on_the_text_alone(tmp_path: Path) -> None:
