@@ -78,17 +78,18 @@ def _rotates_outputs(block: Block) -> bool:
 class CovarianceSums:
     """Sums of `aaᵀ` and `ggᵀ` per block in float64; shards add up in any grouping.
 
-    Sides that are not rotated are not collected.
+    Sides that are not rotated are not collected, but for K-FAC their traces are.
 
     Args:
-        count_positions: also count the positions that are not padding, which K-FAC divides by.
+        for_kfac: also count the positions that are not padding, which K-FAC divides by, and keep each side that is not rotated as the spectrum of
+            an isotropic matrix with its trace.
     """
 
-    def __init__(self, blocks: Sequence[Block], *, count_positions: bool = False) -> None:
+    def __init__(self, blocks: Sequence[Block], *, for_kfac: bool = False) -> None:
         self.blocks = list(blocks)
-        self.inputs = [_zeros(b.groups, b.d_in) if _rotates_inputs(b) else None for b in blocks]
-        self.outputs = [_zeros(b.groups, b.d_out) if _rotates_outputs(b) else None for b in blocks]
-        self.positions = np.zeros(len(self.blocks)) if count_positions else None
+        self.inputs = [_zeros(b.groups, b.d_in, rotated=_rotates_inputs(b), needed=for_kfac) for b in blocks]
+        self.outputs = [_zeros(b.groups, b.d_out, rotated=_rotates_outputs(b), needed=for_kfac) for b in blocks]
+        self.positions = np.zeros(len(self.blocks)) if for_kfac else None
 
     def add(self, draws: Draws) -> None:
         """Add a batch; the inputs that all draws share are added once."""
@@ -102,20 +103,29 @@ class CovarianceSums:
             if inputs is not None:
                 for part in [shared] if block.inputs_fixed else parts:
                     assert part is not None
-                    inputs.add_(_second_moment(part.inputs))
-            if outputs is not None:
+                    inputs.add_(_moment(part.inputs, inputs))
+            if outputs is not None and block.outputs_fixed:
+                # One 1 for each position, whatever is drawn.
+                assert shared is not None
+                outputs.add_(_moment(shared.inputs.any(-1, keepdim=True).double(), outputs))
+            elif outputs is not None:
                 for part in parts:
-                    outputs.add_(_second_moment(part.dense_outputs()))
+                    outputs.add_(_moment(part.dense_outputs(), outputs))
 
     def arrays(self) -> Arrays:
         """Return the sums by name."""
         found = {
-            f"{side}.{number}": value.numpy()
+            f"{side}.{number}" if value.dim() == 3 else f"spectrum.{side}.{number}": value.numpy()
             for side, values in (("inputs", self.inputs), ("outputs", self.outputs))
             for number, value in enumerate(values)
             if value is not None
         }
         return found if self.positions is None else found | {"positions": self.positions}
+
+
+def is_summary(name: str) -> bool:
+    """Return whether a sum is no matrix: K-FAC's positions, or the spectrum of a side that is not rotated."""
+    return name == "positions" or name.startswith("spectrum.")
 
 
 class Eigenbasis:
@@ -136,7 +146,7 @@ class Eigenbasis:
         """
         found: Arrays = {}
         for name, value in sums.items():
-            if name == "positions":
+            if is_summary(name):
                 found[name] = value.astype(np.float32)
                 continue
             values, vectors = _eigen(torch.from_numpy(value))
@@ -290,15 +300,12 @@ class EkfacFactors(Curvature):
 def kronecker_eigenvalues(blocks: Sequence[Block], arrays: Mapping[str, np.ndarray], num_examples: float) -> Arrays:
     """Return K-FAC's eigenvalues `λ_G λ_A` from the spectra of summed covariances, `A` a mean over positions and `G` a sum.
 
-    A side that is not rotated counts as isotropic.
-
     Sources: Martens & Grosse 2015, section 3; Grosse & Martens 2016 and Eschenhagen et al. 2023 ("expand") for positions.
     """
     found: Arrays = {}
-    for number, block in enumerate(blocks):
-        positions = float(arrays["positions"][number])
-        inputs = arrays.get(f"spectrum.inputs.{number}", np.full((block.groups, block.d_in), positions))
-        outputs = arrays.get(f"spectrum.outputs.{number}", np.full((block.groups, block.d_out), num_examples))
+    for number in range(len(blocks)):
+        positions = float(arrays["positions"][number]) or 1.0  # without any, there is nothing to divide
+        inputs, outputs = (arrays[f"spectrum.{side}.{number}"] for side in ("inputs", "outputs"))
         product = outputs.astype(np.float64)[:, :, None] * inputs[:, None, :] / (num_examples * positions)
         found[f"eigenvalues.{number}"] = product.clip(min=0).astype(np.float32)
     return found
@@ -320,8 +327,19 @@ def _rank_one_squares(rotation: Rotation, parts: Sequence[LayerGradient]) -> Ten
     return torch.einsum("bgto,bgti->goi", outputs, inputs)
 
 
-def _zeros(groups: int, dim: int) -> Tensor:
-    return torch.zeros(groups, dim, dim, dtype=torch.float64)
+def _zeros(groups: int, dim: int, *, rotated: bool, needed: bool) -> Tensor | None:
+    """Return an empty sum of matrices if the side is rotated, else of spectra (groups, dim) if these are needed."""
+    if rotated:
+        return torch.zeros(groups, dim, dim, dtype=torch.float64)
+    return torch.zeros(groups, dim, dtype=torch.float64) if needed else None
+
+
+def _moment(factor: Tensor, like: Tensor) -> Tensor:
+    """Return what a batch adds to a sum of matrices (groups, d, d), or to one of spectra (groups, d): its trace, evenly spread."""
+    if like.dim() == 3:
+        return _second_moment(factor)
+    trace = factor.square().sum((0, 2, 3)).double().cpu()  # (groups,)
+    return (trace / like.shape[1]).unsqueeze(1).expand_as(like)
 
 
 def _second_moment(factor: Tensor) -> Tensor:

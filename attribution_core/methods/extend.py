@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from attribution_core.arrays import read_arrays, write_arrays
-from attribution_core.curvature.ekfac import kronecker_eigenvalues
+from attribution_core.curvature.ekfac import is_summary, kronecker_eigenvalues
 from attribution_core.errors import FingerprintMismatchError
 from attribution_core.fit_spec import FitSpec, FitSummary
 from attribution_core.method_spec import KfacMethod, LograMethod, TrakMethod
@@ -120,11 +120,9 @@ class ExtensionPipeline(FitPipeline):
         factors = of_checkpoint(self._factors, number)
         match stage:
             case "covariance":
-                moments, counts = dict(sums), {}
-                if "positions" in moments:
-                    counts["positions"] = moments.pop("positions")
-                along = watched(moments.items(), progress)
-                return counts | {f"spectrum.{name}": _along(value, factors[name]) for name, value in along}
+                kept = {name: value for name, value in sums.items() if is_summary(name)}
+                along = watched([item for item in sums.items() if item[0] not in kept], progress)
+                return kept | {f"spectrum.{name}": _along(value, factors[name]) for name, value in along}
             case "kernel":
                 return {"values": _along(sums["kernel"], factors["vectors"])}
             case _:

@@ -112,8 +112,8 @@ class FitPipeline:
     def _computed(self, stage: str, shard: Shard, progress: Progress) -> Arrays:
         match stage:
             case "covariance":
-                counts = isinstance(self.spec.method, KfacMethod)
-                covariances = CovarianceSums(self._blocks(shard), count_positions=counts)
+                kfac = isinstance(self.spec.method, KfacMethod)
+                covariances = CovarianceSums(self._blocks(shard), for_kfac=kfac)
                 for draws in self._draws(stage, shard, progress):
                     covariances.add(draws)
                 return covariances.arrays()

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attribution_core.curvature import CovarianceSums, Eigenbasis, EigenvalueSums, EkfacFactors
-from attribution_core.curvature.ekfac import Draws
+from attribution_core.curvature import CovarianceSums, Eigenbasis, EigenvalueSums, EkfacFactors, ekfac
+from attribution_core.curvature.ekfac import Draws, kronecker_eigenvalues
 from attribution_core.errors import SingularCurvatureError
 from attribution_core.gradients import GradientCapture, Rotation
 
@@ -171,3 +171,46 @@ def test_equal_sums_give_equal_bytes() -> None:
     )
     assert first.tobytes() == second.tobytes()
     assert (np.take_along_axis(first, np.abs(first).argmax(-2)[:, None], -2) > 0).all()
+
+
+class Lookup(nn.Module):
+    """A pooled embedding, whose rows are a side that is never rotated, before linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.wide, self.head = nn.Embedding(40, 6), nn.Linear(6, 12), nn.Linear(12, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.wide(self.embed(tokens).mean(1)).tanh())
+
+
+def kfac_traces(network: nn.Module, inputs: Tensor) -> tuple[list[float], Draws]:
+    capture = GradientCapture(network.double())
+    run = capture.run(lambda module: module(inputs), len(inputs))
+    draws = Draws([run.gradients(loss, keep=True) for loss in pseudo_losses(run.output)])
+    sums = CovarianceSums(capture.blocks, for_kfac=True)
+    sums.add(draws)
+    eigenvalues = kronecker_eigenvalues(capture.blocks, Eigenbasis.solve(sums.arrays()), len(inputs))
+    return [float(eigenvalues[f"eigenvalues.{number}"].sum()) for number in range(3)], draws
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_kfac_has_the_trace_of_its_factors_whatever_is_rotated(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    network, inputs, found = Lookup(), torch.randint(0, 40, (50, tokens)), []
+    for largest in (4096, 8):
+        monkeypatch.setattr(ekfac, "MAX_ROTATED_DIM", largest)
+        traces, draws = kfac_traces(network, inputs)
+        found.append(traces)
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    # The factors of a lookup are independent, and no token's rows add up where each text has one.
+    embedding = sum(float(draw[0].inputs.square().sum()) for draw in draws) / 50
+    assert found[0][0] == pytest.approx(embedding, rel=1e-5)
+
+
+def test_kfac_of_a_lookup_that_nothing_depends_on_is_zero() -> None:
+    torch.manual_seed(0)
+    network = Lookup()
+    nn.init.zeros_(network.wide.weight)
+    traces, _ = kfac_traces(network, torch.randint(0, 40, (50, 2)))
+    assert traces[0] == 0 < traces[1]

@@ -114,7 +114,7 @@ def fisher_matrix(dense: Dense) -> Tensor:
 
 
 def eigenbasis(dense: Dense) -> dict[str, np.ndarray]:
-    sums = CovarianceSums(dense.checkpoint.capture.blocks, count_positions=True)
+    sums = CovarianceSums(dense.checkpoint.capture.blocks, for_kfac=True)
     for draws in dense.drawn(dense.fisher):
         sums.add(draws)
     return Eigenbasis.solve(sums.arrays())
