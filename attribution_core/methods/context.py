@@ -25,6 +25,7 @@ from attribution_core.data.tokenizers import load_tokenizer
 from attribution_core.errors import FingerprintMismatchError, InvalidInputError
 from attribution_core.features.factors import numbers_kept
 from attribution_core.fit_spec import FitSpec, Member
+from attribution_core.gradients.self_check import check_capture
 from attribution_core.method_spec import (
     ArnoldiMethod,
     CgMethod,
@@ -83,6 +84,8 @@ _GRADIENTS_HELD = 3 * RECALL_QUERIES
 _PROBED = 8
 # Examples of which targets are counted.
 _COUNTED = 64
+# Examples on which captured gradients are compared with autograd.
+_COMPARED = 3
 _LOWERED = {"float32": None, "bfloat16": torch.bfloat16}
 
 
@@ -122,6 +125,7 @@ class FitContext:
         self._checkpoints: dict[int, Checkpoint] = {}
         self._probes: dict[int, Observed] = {}
         self._output_bytes: dict[int, int] = {}
+        self._captures_rightly = False
         self.pseudo_gradients = PseudoGradients(self)
 
     def source_of(self, folder: Path, dataset: DatasetSpec) -> ExampleSource:
@@ -161,6 +165,19 @@ class FitContext:
             assert self.spec.method.perturbation is not None
             perturb(module, self.spec.method.perturbation, member.checkpoint.sha256, member.copy)
         return module
+
+    def check_capture(self, number: int) -> None:
+        """Refuse layers whose gradients cannot be captured, as told by one checkpoint from a few examples; others have the same layers.
+
+        Raises:
+            UnsupportedLayerError: naming them.
+            InvalidInputError: if the examples do not fit the model.
+        """
+        if self._captures_rightly or not isinstance(self.spec.method, GradientMethodBase):
+            return
+        checkpoint, batch = self.checkpoint(number), self.source.batch(self.training_rows[:_COMPARED])
+        check_capture(checkpoint.capture, partial(checkpoint.run, batch))
+        self._captures_rightly = True
 
     def batch_size(self, number: int) -> int:
         """Return how many examples go through at once: bounded by the memory of their gradients, not by n."""

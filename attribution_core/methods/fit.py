@@ -103,6 +103,7 @@ class FitPipeline:
             Cancelled: if the work should stop.
         """
         shard = self._shards(stage)[ordinal]
+        self.context.check_capture(shard.checkpoint)
         with naming_the_example(self.context, [shard.checkpoint], progress):
             found = self._computed(stage, shard, progress)
             # Some methods have no self-influence until all rows are known, or at all.

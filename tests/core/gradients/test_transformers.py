@@ -1,5 +1,7 @@
 """Layers of the transformers library, told by name, in whole models: Conv1D, and RMS norms that scale by w or by 1 + w."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -8,6 +10,7 @@ from attribution_core.gradients import GradientCapture
 from attribution_core.gradients.functional import FUNCTIONAL
 from attribution_core.gradients.layers import rule_for
 from attribution_core.gradients.parameters import ParameterLayout
+from attribution_core.gradients.self_check import check_capture
 
 pytestmark = [pytest.mark.hf, pytest.mark.filterwarnings("default")]
 SMALL = {"vocab_size": 17, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
@@ -48,7 +51,9 @@ def test_gradients_of_whole_models_equal_autograd(name: str) -> None:
     capture = GradientCapture(module)
     assert capture.coverage.percent == 100
     assert all(rule_for(part) is not FUNCTIONAL for part in module.modules() if list(part.parameters(recurse=False)))
-    run = capture.run(lambda network: network(input_ids=tokens, use_cache=False).logits, len(tokens))
+    forward = partial(capture.run, lambda network: network(input_ids=tokens, use_cache=False).logits, len(tokens))
+    check_capture(capture, forward)
+    run = forward()
     found = run.gradients(run.output.log_softmax(-1)[..., 3].sum(1))
     layout = ParameterLayout(capture)
     for key, ours in layout.unpacked([gradient.materialise() for gradient in found]).items():

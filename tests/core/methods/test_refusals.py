@@ -5,10 +5,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from attribution_core.architectures.build import build
-from attribution_core.errors import InvalidInputError, SingularCurvatureError
+from attribution_core.errors import InvalidInputError, SingularCurvatureError, UnsupportedLayerError
+from attribution_core.methods import context
 from tests.core.methods import problems
 from tests.core.methods.problems import MLP, SMALL, N, Problem
 
@@ -89,3 +90,26 @@ def test_dead_layers_have_no_share_of_scores(dead: Problem, method: dict[str, An
 def test_impossible_rows_are_not_left_out_of_a_fit(dead: Problem, left_out: list[int]) -> None:
     with pytest.raises(ValueError, match=r"left_out|left out"):
         dead.with_(left_out=left_out)
+
+
+class Autoencoder(nn.Module):
+    """Uses the weight of its first layer by hand too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.head = nn.Linear(5, 6), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encode(x).tanh() @ self.encode.weight)
+
+
+@pytest.mark.parametrize("method", ["grad_dot", "ekfac", "trak"])
+def test_layers_whose_gradients_cannot_be_captured_are_named(
+    dead: Problem, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(context, "load_model", lambda *_: Autoencoder().requires_grad_(False))
+    asked = {"type": method, "projection": SMALL}
+    with pytest.raises(UnsupportedLayerError, match=r"encode .* leave it out of `layers`"):
+        dead.fit("named", method=asked)
+    index = dead.fit("without", method=asked, layers=["!encode"])
+    assert index.context.checkpoint(0).capture.coverage.skipped[0]["name"] == "encode"
