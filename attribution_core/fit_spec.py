@@ -1,7 +1,6 @@
 """Everything a fit depends on, as one value: made by whoever submits it, read by whoever runs it; free of torch."""
 
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -166,7 +165,7 @@ class FitSpec(Spec):
             runs.setdefault(checkpoint.run, []).append(number)
         return [sorted(numbers, key=lambda number: self.checkpoints[number].step or 0) for numbers in runs.values()]
 
-    @cached_property
+    @property
     def members(self) -> tuple[Member, ...]:
         """The models that scores are averaged over: every checkpoint, followed by its perturbed copies."""
         copies = range(1 + self.method.copies)

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import json
 import os
+import secrets
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,7 +160,7 @@ class ArtifactStore:
 
     def writable(self) -> bool:
         """Return whether files can be written."""
-        probe = self._work / f".probe-{os.getpid()}"
+        probe = self._work / f".probe-{secrets.token_hex(8)}"
         try:
             probe.write_bytes(b"1")
             probe.unlink()

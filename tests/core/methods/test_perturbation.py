@@ -119,3 +119,11 @@ def test_copies_decide_the_fingerprint(problem: Problem) -> None:
         {"type": "ekfac", "perturbation": chosen} for chosen in (None, {}, {"copies": 3}, {"noise": 0.2}, {"seed": 1})
     ]
     assert len({problem.with_(method=method).fingerprint() for method in methods}) == len(methods)
+
+
+def test_members_are_those_of_the_checkpoints_that_a_spec_has_now(ensemble: Problem) -> None:
+    spec = ensemble.with_(method={"type": "ekfac", "perturbation": OPTIONS})
+    assert len(spec.members) == 9
+    assert spec.answering() == [0, 3, 6]
+    fewer = spec.model_copy(update={"checkpoints": spec.checkpoints[1:]})
+    assert [member.checkpoint.id for member in fewer.members] == ["ckpt_1"] * 3 + ["ckpt_2"] * 3
