@@ -15,7 +15,7 @@ from benchmarks.lds import interval
 from benchmarks.workloads import WORKLOADS, Workload
 
 RESULTS = Path(__file__).parent / "results" / "perturbation"
-# Noise and copies: around the defaults, one changed at a time.
+# Noise and copies, one changed at a time.
 TRIED = ((0.4, 0), (0.2, 9), (0.3, 9), (0.4, 9), (0.5, 9), (0.7, 9), (0.4, 1), (0.4, 4), (0.4, 19))
 Found = dict[str, dict[str, list[float]]]
 

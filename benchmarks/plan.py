@@ -53,7 +53,7 @@ ENTRIES: tuple[Entry, ...] = (
     _ours("ekfac", {"type": "ekfac"}, _GRID),
     _ours("ekfac, one sampled label", {"type": "ekfac", "fisher": "sampled"}, _GRID),
     _ours("gauss_newton", {"type": "gauss_newton"}, _SOLVE_GRID),
-    _ours("ekfac, 9 copies", {"type": "ekfac", "perturbation": {"copies": 9}}, (None, 1.0, 10.0)),
+    _ours("ekfac, 9 copies", {"type": "ekfac", "perturbation": {"copies": 9}}),
     _ours("gauss_newton, 9 copies", {"type": "gauss_newton", "perturbation": {"copies": 9}}, checkpoints=(1,)),
     _ours("gauss_newton, 4 copies", {"type": "gauss_newton", "perturbation": {"copies": 4}}, checkpoints=(5,)),
     _ours("trak, kernel of all classes", {"type": "trak", "curvature": "fisher", "projection": {"dim": 2048}}, _TRAK_GRID),

@@ -76,7 +76,7 @@ class Perturbation(Spec):
         default=9, ge=1, le=64, description="Of each checkpoint; a fit and a query cost that many times more."
     )
     noise: float = Field(
-        default=0.4,
+        default=0.5,
         gt=0,
         le=1,
         description="Standard deviation, as a multiple of the root mean square of each parameter tensor, which a copy keeps.",
