@@ -117,8 +117,10 @@ def test_malformed_bodies_are_refused(loaded: Loaded, path: str, body: bytes) ->
         ([{str(key): 1 for key in range(first, first + 60)} for first in range(2_000)], "100,000 keys"),
         ("é" * 500_000, None),
         ([0.5] * 900_000, None),
+        ({"a, text": 'of "commas", [and] more' + "," * 1_100_000}, None),
+        (["a, text", ",", [[]] * 500_001], "1,000,000 values"),
     ],
-    ids=range(4),
+    ids=range(6),
 )
 def test_bodies_have_so_many_values_and_keys(value: Any, problem: str | None) -> None:
     body = json.dumps(value).encode()
@@ -127,6 +129,15 @@ def test_bodies_have_so_many_values_and_keys(value: Any, problem: str | None) ->
     else:
         with pytest.raises(InvalidRequest, match=problem):
             parse_strictly(body)
+
+
+@pytest.mark.parametrize(
+    "body", [b'"' + b'\\",' * 2_000_000, b'{"' + b"," * 4_000_000, b"," * 4_000_000 + b"\\"], ids=range(3)
+)
+def test_texts_that_never_end_are_refused_after_one_pass(body: bytes) -> None:
+    """A second pass for each quote would take hours."""
+    with pytest.raises(InvalidRequest):
+        parse_strictly(body)
 
 
 @pytest.mark.parametrize("size", [10, 300_000])
