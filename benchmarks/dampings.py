@@ -5,7 +5,6 @@ the tables can be printed without measuring (`--tables`) and sweeps can be measu
 """
 
 import argparse
-import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import torch
 from attribution_core.methods.fit import fit
 from attribution_core.methods.loaded import LoadedIndex
 from attribution_core.progress import NoProgress
-from benchmarks.lds import Truth, interval
+from benchmarks.lds import Truth, read_results, summary, write_results
 from benchmarks.ours import dataset_of, fit_spec
 from benchmarks.workloads import WORKLOADS, Workload, batch_of, prepare
 
@@ -66,19 +65,15 @@ def measure(workload: Workload, sweep: Sweep, checkpoints: int) -> None:
     """Add a sweep to a workload's results."""
     found = read(workload)
     for damping, each, slope in judged(workload, sweep, checkpoints):
-        low, high = interval(each)
         rows = found.setdefault(sweep.label, {}).setdefault(str(checkpoints), {})
-        rows[f"{damping:g}"] = [round(float(value), 4) for value in (each.mean(), low, high, slope)]
+        rows[f"{damping:g}"] = summary(each, slope)
         print(workload.name, sweep.label, checkpoints, f"{damping:g}", rows[f"{damping:g}"], flush=True)
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        (RESULTS / f"{workload.name}.json").write_text(json.dumps(found, indent=1) + "\n")
+        write_results(RESULTS / f"{workload.name}.json", found)
 
 
 def read(workload: Workload) -> Found:
     """Return a workload's results: label, number of checkpoints and damping to LDS, its interval, and slope."""
-    path = RESULTS / f"{workload.name}.json"
-    found: Found = json.loads(path.read_text()) if path.exists() else {}
-    return found
+    return read_results(RESULTS / f"{workload.name}.json")
 
 
 def tables() -> str:

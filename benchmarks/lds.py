@@ -1,7 +1,9 @@
 """A workload's truth and how well scores agree with it; the statistics are `attribution_core.evaluate`'s."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -36,6 +38,23 @@ class Truth(Retrainings):
         """Return the slope of predicted on true outputs within queries, pooled: 1 where effects have the right size."""
         bank = self.usable
         return pooled_slope(lds.predicted_outputs(scores, bank.masks), bank.means.T)
+
+
+def summary(correlations: np.ndarray, slope: float) -> list[float]:
+    """Return LDS, the ends of its interval, and the slope, to the digits that a results file has."""
+    return [round(float(value), 4) for value in (correlations.mean(), *interval(correlations), slope)]
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Return what a study's file holds; nothing if there is none yet."""
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found
+
+
+def write_results(path: Path, found: dict[str, Any]) -> None:
+    """Write a study's file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def interval(correlations: np.ndarray) -> tuple[float, float]:

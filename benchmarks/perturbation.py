@@ -4,14 +4,13 @@ One checkpoint, the method's default damping. Results are kept in `benchmarks/re
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.dampings import Sweep, judged
-from benchmarks.lds import interval
+from benchmarks.lds import read_results, summary, write_results
 from benchmarks.workloads import WORKLOADS, Workload
 
 RESULTS = Path(__file__).parent / "results" / "perturbation"
@@ -27,18 +26,14 @@ def measure(workload: Workload, kind: str, noise: float, copies: int) -> None:
         method["perturbation"] = {"noise": noise, "copies": copies}
     ((_, each, slope),) = judged(workload, Sweep(kind, method, (None,)), 1)
     found = read(workload)
-    row = [round(float(value), 4) for value in (each.mean(), *interval(each), slope)]
-    found.setdefault(kind, {})[_named(noise, copies)] = row
+    row = found.setdefault(kind, {})[_named(noise, copies)] = summary(each, slope)
     print(workload.name, kind, _named(noise, copies), row, flush=True)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{workload.name}.json").write_text(json.dumps(found, indent=1) + "\n")
+    write_results(RESULTS / f"{workload.name}.json", found)
 
 
 def read(workload: Workload) -> Found:
     """Return a workload's results: method and ensemble to LDS, its interval, and slope."""
-    path = RESULTS / f"{workload.name}.json"
-    found: Found = json.loads(path.read_text()) if path.exists() else {}
-    return found
+    return read_results(RESULTS / f"{workload.name}.json")
 
 
 def table() -> str:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from attribution_core.durable import flush
 from attribution_core.errors import CorruptArtifactError
 from attribution_core.fingerprint import canonical_json, sha256_file, sha256_of
 
@@ -101,14 +102,14 @@ class ArtifactStore:
         files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
         files.pop(MANIFEST, None)
         for path in files.values():
-            _flush(path)
+            flush(path)
         crash_point("after-fsync")
         entries: dict[str, dict[str, Any]] = {
             key: {"sha256": sha256_file(path), "bytes": path.stat().st_size} for key, path in files.items()
         }
         (folder / MANIFEST).write_bytes(canonical_json({"version": 1, "files": entries}))
-        _flush(folder / MANIFEST)
-        _flush(folder)
+        flush(folder / MANIFEST)
+        flush(folder)
         crash_point("after-manifest")
         target = self._path(name)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -121,7 +122,7 @@ class ArtifactStore:
             if self._manifest(target) != entries:
                 raise CorruptArtifactError(f"artifact {name} exists with other content") from None
             shutil.rmtree(folder)
-        _flush(target.parent)
+        flush(target.parent)
         crash_point("after-rename")
         return published
 
@@ -197,11 +198,3 @@ def _older(folder: Path, pattern: str, moment: float) -> list[Path]:
             if path.stat().st_mtime < moment:
                 found.append(path)
     return found
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
