@@ -155,9 +155,10 @@ Precision = Literal["float32", "bfloat16"]
 class StoreSpec(Spec):
     """How training gradients are kept."""
 
-    dtype: Literal["float32", "float16", "int8", "binary"] = Field(
-        default="float32",
-        description="`int8`: 256 levels with a scale per row, for vectors and factors. `binary`: one bit per number, the sign, with a scale "
+    dtype: Literal["auto", "float32", "float16", "int8", "binary"] = Field(
+        default="auto",
+        description="`auto`: `binary` for whitened vectors (of `ekfac`, `kfac`, `diagonal` and `gauss_newton`) that are searched exhaustively, "
+        "else `float32`. `int8`: 256 levels with a scale per row, for vectors and factors. `binary`: one bit per number, the sign, with a scale "
         "per row, for vectors only, and only for methods that score candidates again: scores of stored rows are then rough, and those of "
         "re-scored candidates as exact as ever.",
     )
@@ -168,11 +169,6 @@ class StoreSpec(Spec):
         "never touch model or data again. `auto`: factors where they take at most 16 KiB per example and checkpoint and the data set "
         "has at most 100,000 examples.",
     )
-
-    @property
-    def lossy(self) -> bool:
-        """Whether stored numbers differ from those computed by more than rounding."""
-        return self.dtype in ("int8", "binary")
 
     @model_validator(mode="after")
     def _bits_are_for_vectors(self) -> Self:

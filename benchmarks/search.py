@@ -118,6 +118,8 @@ def made(name: str, n: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
 class Rows:
     """Mapped rows, as an index reads them."""
 
+    binary = False
+
     def __init__(self, rows: np.ndarray) -> None:
         self._rows, self.dim = rows, rows.shape[1]
 

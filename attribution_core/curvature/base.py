@@ -12,6 +12,7 @@ from attribution_core.gradients import LayerGradient
 
 if TYPE_CHECKING:
     from attribution_core.curvature.group import Group
+    from attribution_core.curvature.whitening import Whitening
 
 
 class Curvature(ABC):
@@ -54,6 +55,10 @@ class Curvature(ABC):
             InvalidInputError: if this curvature takes none.
         """
         raise InvalidInputError("this curvature takes no penalty on the parameters")
+
+    def whitening(self, damping: float) -> "Whitening | None":
+        """Return the basis in which rows are sketched, made at one damping; None for the parameters' own."""
+        return None
 
     def paired(self, first: Sequence[LayerGradient], second: Sequence[LayerGradient], damping: float) -> Tensor:
         """Return `uᵢᵀ (H̄ + λ)⁻¹ vᵢ` of each example's two gradients, (batch,)."""

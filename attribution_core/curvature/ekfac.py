@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from attribution_core.curvature.base import Curvature, unit_of_damping
+from attribution_core.curvature.whitening import BlockWhitening, Whitening
 from attribution_core.errors import SingularCurvatureError
 from attribution_core.gradients import Block, LayerGradient, Rotation
 
@@ -277,6 +278,11 @@ class EkfacFactors(Curvature):
                 rotated = (rows.square_() for _, rows in gradient.materialised(rotation))
                 products.append(torch.cat([rows.flatten(1) @ inverse.flatten() for rows in rotated]))
         return torch.stack(products).sum(0)
+
+    def whitening(self, damping: float) -> Whitening:
+        """Return `(H̄ + λ)⁻½` in the eigenbasis."""
+        turns = enumerate(self.basis.rotations)
+        return Whitening([BlockWhitening(turn, self.damped(number, damping).sqrt()) for number, turn in turns])
 
     def rates(self, damping: float) -> list[float]:
         """Return λ of every block."""

@@ -17,6 +17,7 @@ from attribution_core.curvature.products import Batches, HessianProducts
 from attribution_core.curvature.row_factor import RowFactor
 from attribution_core.curvature.rows import PseudoRows
 from attribution_core.curvature.vectors import Product, flattened, unflattened
+from attribution_core.curvature.whitening import Whitening
 from attribution_core.data.batch import Batch
 from attribution_core.errors import SingularCurvatureError
 from attribution_core.gradients import Block, LayerGradient
@@ -132,6 +133,10 @@ class GaussNewton(Curvature):
 
     def _with(self, rows: Callable[[], PseudoRows], factors: EkfacFactors, penalty: float) -> "GaussNewton":
         return GaussNewton(rows, factors, self._iterations, self._tolerance, self._shrinkage, None, penalty)
+
+    def whitening(self, damping: float) -> Whitening:
+        """Return EK-FAC's."""
+        return self._factors.whitening(damping)
 
     def paired(self, first: Sequence[LayerGradient], second: Sequence[LayerGradient], damping: float) -> Tensor:
         """Return `uᵢᵀ (H̄ + λ)⁻¹ vᵢ` by EK-FAC."""

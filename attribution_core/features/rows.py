@@ -16,6 +16,8 @@ import numpy as np
 
 RowType = Literal["float32", "float16", "int8", "binary"]
 _LEVELS = 127
+# Entries below this share of a row's root mean square count as zero, whose sign no rounding decides: they are positive.
+_NOTHING = 1e-4
 
 
 def encoded(rows: np.ndarray, dtype: RowType) -> dict[str, np.ndarray]:
@@ -23,10 +25,10 @@ def encoded(rows: np.ndarray, dtype: RowType) -> dict[str, np.ndarray]:
     if dtype == "float32":
         return {"rows": rows.astype(np.float32)}
     if dtype == "binary":
-        exact = rows.astype(np.float64)
-        sums = np.abs(exact).sum(axis=1)
-        scales = (exact**2).sum(axis=1) / np.where(sums > 0, sums, 1)
-        bits = np.packbits(rows > 0, axis=1, bitorder="little")  # (count, ⌈k/8⌉)
+        sums = np.abs(rows).sum(axis=1, dtype=np.float64)
+        scales = np.square(np.linalg.norm(rows, axis=1).astype(np.float64)) / np.where(sums > 0, sums, 1)
+        size = np.linalg.norm(rows, axis=1, keepdims=True) / max(1, rows.shape[1]) ** 0.5
+        bits = np.packbits(rows >= -_NOTHING * size, axis=1, bitorder="little")  # (count, ⌈k/8⌉)
         return {"rows": bits, "scales": scales.astype(np.float32), "columns": np.array([rows.shape[1]])}
     scales = np.abs(rows).max(axis=1, initial=0).astype(np.float32)
     divided = rows / np.where(scales > 0, scales, 1)[:, None]
@@ -40,8 +42,11 @@ def decoded(rows: np.ndarray, scales: np.ndarray | None, columns: np.ndarray | N
     if scales is None:
         return rows.astype(np.float32)
     if columns is not None:
-        bits = np.unpackbits(rows, axis=1, count=int(columns[0]), bitorder="little")
-        return np.where(bits, scales[:, None], -scales[:, None])
+        signs = np.unpackbits(rows, axis=1, count=int(columns[0]), bitorder="little").astype(np.float32)
+        signs *= 2
+        signs -= 1
+        signs *= scales[:, None]
+        return signs
     per_level = scales / np.float32(_LEVELS) if rows.dtype == np.int8 else scales
     found: np.ndarray = rows.astype(np.float32) * per_level[:, None]
     return found

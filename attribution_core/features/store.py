@@ -71,6 +71,11 @@ class FeatureStore:
         """Numbers per row."""
         return int(_mapped_rows(self.paths[0]).shape[1] if self._columns is None else self._columns[0])
 
+    @property
+    def binary(self) -> bool:
+        """Whether rows are one bit per number."""
+        return self._columns is not None
+
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yield `(first row, rows)` shard by shard, rows as float32 (count, k), unweighted."""
         for number, start in enumerate(self.starts[:-1]):

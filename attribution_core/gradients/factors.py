@@ -4,8 +4,9 @@ A per-example gradient is `Σ_t g_t a_tᵀ` over positions `t` (tokens, pixels, 
 squares, inner products and quadratic forms come from the factors alone.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from torch.nn import functional as F
 _NUMBERS = 1 << 20
 _MOST_NUMBERS = 1 << 24
 _EXAMPLES = 16
+# Blocks smaller than this are flattened together.
+_FLATTENED = 1 << 16
 # Numbers that ghost products hold between their two factors, few enough to stay in the processor's cache, and examples taken at least.
 _GHOST_NUMBERS = 1 << 20
 _GHOST_EXAMPLES = 64
@@ -110,13 +113,14 @@ class LayerGradient:
         rows = self.outputs.unsqueeze(-1).expand(-1, -1, self.block.d_in)  # (batch, positions, d_in)
         return gradients.scatter_add_(1, rows, self.inputs[:, 0]).unsqueeze(1)
 
-    def materialised(self, turn: "Rotation | None" = None) -> Iterator[tuple[slice, Tensor]]:
-        """Yield the gradients a few examples at a time, `(examples, (count, groups, d_out, d_in))`, in a rotated basis if given."""
-        numel = self.block.numel
-        step = max(1, _NUMBERS // numel, min(_EXAMPLES, _MOST_NUMBERS // numel))
-        for start in range(0, len(self), step):
-            part = slice(start, start + step)
-            yield part, self[part].materialise() if turn is None else turn.of(self[part])
+    def materialised(self, turn: "Turn | None" = None) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the gradients a few examples at a time, `(examples, (count, groups, d_out, d_in))`, in another basis if given."""
+        for part in _parts(len(self), self.block.numel):
+            yield part, self[part].formed(turn)
+
+    def formed(self, turn: "Turn | None") -> Tensor:
+        """Return the gradients (batch, groups, d_out, d_in), in another basis if given."""
+        return self.materialise() if turn is None else turn.of(self)
 
     def inner(self, matrices: Tensor) -> Tensor:
         """Return inner products with `matrices` (queries, groups, d_out, d_in) as (queries, batch)."""
@@ -221,6 +225,42 @@ class DenseGradient(LayerGradient):
     def scaled(self, weights: Tensor) -> "DenseGradient":
         """Return the gradients, each multiplied by its entry of (batch,)."""
         return DenseGradient(self.block, self.inputs * weights.view(-1, 1, 1, 1), self.outputs)
+
+
+def coordinates(
+    gradients: Sequence[LayerGradient], turns: "Sequence[Turn] | None" = None
+) -> Iterator[tuple[slice, int, Tensor]]:
+    """Yield whole gradients a few examples and neighbouring blocks at a time: `(examples, first coordinate, (count, coordinates))`.
+
+    Args:
+        gradients: one entry per block.
+        turns: the bases they are formed in.
+    """
+    first, number = 0, 0
+    while number < len(gradients):
+        start, numel = number, 0
+        while number < len(gradients) and (number == start or numel + gradients[number].block.numel <= _FLATTENED):
+            numel += gradients[number].block.numel
+            number += 1
+        chosen = range(start, number)
+        for part in _parts(len(gradients[0]), numel):
+            formed = [gradients[n][part].formed(None if turns is None else turns[n]).flatten(1) for n in chosen]
+            yield part, first, formed[0] if len(formed) == 1 else torch.cat(formed, dim=1)
+        first += numel
+
+
+def _parts(batch: int, numel: int) -> Iterator[slice]:
+    """Yield parts of a batch of gradients that are formed together."""
+    step = max(1, _NUMBERS // numel, min(_EXAMPLES, _MOST_NUMBERS // numel))
+    for start in range(0, batch, step):
+        yield slice(start, start + step)
+
+
+class Turn(Protocol):
+    """A change of basis of one block."""
+
+    def of(self, gradient: LayerGradient) -> Tensor:
+        """Return materialised gradients in the new basis, (batch, groups, d_out, d_in)."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from attribution_core.method_spec.bank import (
     ShapleyMethod,
 )
 from attribution_core.method_spec.base import (
+    DEFAULT_BITS,
+    DEFAULT_DIM,
     PROJECTION_VERSION,
     Damping,
     GradientMethodBase,
@@ -50,6 +52,8 @@ from attribution_core.method_spec.hessian import ArnoldiMethod, CgMethod, Explic
 from attribution_core.method_spec.trajectory import GasMethod, MagicMethod, SourceMethod, TracinMethod
 
 __all__ = [
+    "DEFAULT_BITS",
+    "DEFAULT_DIM",
     "METHODS",
     "OFFERED",
     "PROJECTION_VERSION",

@@ -14,6 +14,11 @@ Damping = Annotated[float, Field(ge=0, le=1e12)]
 LAYER_DAMPING = "Default damping, as a multiple of each layer's mean eigenvalue."
 
 
+# Numbers per row where a projection names none.
+DEFAULT_DIM = 1024
+DEFAULT_BITS = 16_384
+
+
 class ProjectionSpec(Spec):
     """A seeded random projection of gradients."""
 
@@ -21,7 +26,12 @@ class ProjectionSpec(Spec):
         default="sjlt",
         description="`factored` projects each layer's input and output gradient apart, so that no gradient is ever formed.",
     )
-    dim: int = Field(default=1024, ge=8, le=65_536, description="Numbers kept per example and checkpoint.")
+    dim: int | None = Field(
+        default=None,
+        ge=8,
+        le=65_536,
+        description="Numbers kept per example and checkpoint; by default 16,384 where each is one bit and rows are searched exhaustively, else 1,024.",
+    )
     seed: Seed = 0
 
 

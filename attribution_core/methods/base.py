@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from attribution_core.curvature import Curvature
 from attribution_core.curvature.fisher import Fisher, Observed, observe, scaled
 from attribution_core.curvature.group import Group
+from attribution_core.curvature.whitening import Whitening
 from attribution_core.data.batch import Batch
 from attribution_core.errors import InvalidInputError
 from attribution_core.gradients import GradientCapture, LayerGradient, Pass
@@ -209,14 +210,21 @@ class GradientMethod(FeatureMethod):
         curvature: preconditions the query side.
         damping: where a query names none.
         projection: of stored rows and queries; None where gradients are stored whole, as factors.
+        whitening: the basis in which both are projected, of the curvature at `damping`; None for the parameters' own.
     """
 
     linear = True
 
     def __init__(
-        self, checkpoint: Checkpoint, curvature: Curvature, damping: float, projection: Projection | None
+        self,
+        checkpoint: Checkpoint,
+        curvature: Curvature,
+        damping: float,
+        projection: Projection | None,
+        whitening: Whitening | None = None,
     ) -> None:
         super().__init__(checkpoint)
+        self.whitening = whitening
         self.curvature = curvature
         self.default_damping = damping
         self.projection = projection
@@ -239,20 +247,24 @@ class GradientMethod(FeatureMethod):
     def encode_observed(self, observed: Observed) -> TrainRows:
         """Return projected `φ_i`, and `τ_i(z_i)`, not a number where that would take a pass over the training set for each."""
         multiple = observed.multiple
+        rows, squares = self._sketched(observed.direction)
         own = torch.full_like(multiple, torch.nan)
         if self.curvature.solves_cheaply:
-            own = self._own_influence(observed)
+            own = self._own_influence(observed, squares)
         return TrainRows(
-            rows=self._project_gradients(observed.direction) * multiple.unsqueeze(1),
+            rows=rows * multiple.unsqueeze(1),
             weights=torch.ones_like(multiple),
             self_influence=own / self.checkpoint.num_examples,
         )
 
-    def _own_influence(self, observed: Observed) -> Tensor:
+    def _own_influence(self, observed: Observed, squares: Tensor | None) -> Tensor:
+        """Return `∇mᵀ (H̄ + λ)⁻¹ φ`; `squares` are `uᵀ (H̄ + λ)⁻¹ u` of each `direction`, where these are known."""
         if observed.slope is None:
             assert observed.losses is not None
             return -self.curvature.paired(observed.measured, observed.losses, self.default_damping)
-        return -observed.slope * self.curvature.quadratic(observed.measured, self.default_damping)
+        if squares is None:
+            squares = self.curvature.quadratic(observed.measured, self.default_damping)
+        return -observed.slope * squares
 
     def encode_query(self, batch: Batch) -> QuerySide:
         """Return `∇m_z` as factors; rows and gradients follow when it is preconditioned."""
@@ -268,8 +280,7 @@ class GradientMethod(FeatureMethod):
         share = query.measured[0].inputs.new_full((len(query.output),), 1 / self.checkpoint.num_examples)
         solved = self.curvature.solve_factored(scaled(query.measured, share), damping)
         solved = [_without_subnormals(gradient) for gradient in solved]
-        rows = query.rows if self.projection is None else self.projection.project(solved)
-        return QuerySide(query.output, rows, solved)
+        return QuerySide(query.output, self._projected(solved, query.rows), solved)
 
     def exact_scores(self, query: QuerySide, batch: Batch) -> Tensor:
         """Return `⟨query, φ_i⟩` without projection."""
@@ -304,10 +315,23 @@ class GradientMethod(FeatureMethod):
         side = QuerySide(query.output, query.rows, solved)
         return torch.stack([self.group_effect(side, batch) for batch in group.batches()]).sum(0)
 
-    def _project_gradients(self, gradients: Sequence[LayerGradient]) -> Tensor:
+    def _sketched(self, gradients: Sequence[LayerGradient]) -> tuple[Tensor, Tensor | None]:
+        """Return projected gradients (batch, dim), and `uᵀ (H̄ + λ)⁻¹ u` of each (batch,) where that comes with it."""
         if self.projection is None:
-            return gradients[0].inputs.new_zeros(len(gradients[0]), 0)
-        return self.projection.project_gradients(gradients)
+            return gradients[0].inputs.new_zeros(len(gradients[0]), 0), None
+        if self.whitening is None:
+            return self.projection.project_gradients(gradients), None
+        return self.whitening.rows(gradients, self.projection)
+
+    def _projected(self, solved: Sequence[Tensor], nothing: Tensor) -> Tensor:
+        """Return what stored rows are multiplied with, (queries, dim)."""
+        if self.projection is None:
+            return nothing
+        return (
+            self.projection.project(solved)
+            if self.whitening is None
+            else self.whitening.queries(solved, self.projection)
+        )
 
 
 def _without_subnormals(gradients: Tensor) -> Tensor:

@@ -24,9 +24,12 @@ from attribution_core.data.reader import DatasetReader
 from attribution_core.data.tokenizers import load_tokenizer
 from attribution_core.errors import FingerprintMismatchError, InvalidInputError
 from attribution_core.features.factors import numbers_kept
+from attribution_core.features.rows import RowType
 from attribution_core.fit_spec import FitSpec, Member
 from attribution_core.gradients.self_check import check_capture
 from attribution_core.method_spec import (
+    DEFAULT_BITS,
+    DEFAULT_DIM,
     ArnoldiMethod,
     CgMethod,
     DataInfMethod,
@@ -69,9 +72,11 @@ from attribution_core.spec import DatasetSpec
 from attribution_core.tasks import build_task
 
 Arrays = Mapping[str, np.ndarray]
+# Among a checkpoint's fitted arrays where its rows are whitened, at the damping that it holds.
+WHITENED = "whitened"
 MAX_FACTORED_EXAMPLES = 100_000
 MAX_FACTOR_BYTES = 16 << 10
-FACTOR_BYTES = {"float32": 4, "float16": 2, "int8": 1}
+FACTOR_BYTES = {"auto": 4, "float32": 4, "float16": 2, "int8": 1}
 _BATCH_BYTES = 48 << 20
 _MAX_BATCH = 512
 # A language model's outputs are as large as its vocabulary, and its loss has several copies of them.
@@ -256,7 +261,33 @@ class FitContext:
                 return Exact(checkpoint, spec, partial(self.batches, number))
         assert isinstance(spec, GradientMethodBase)
         kept = self._projection(spec, number) if self.layout == "vectors" else None
-        return GradientMethod(checkpoint, self._curvature(number, own), self.default_damping or 0.0, kept)
+        curvature, damping = self._curvature(number, own), self.default_damping or 0.0
+        whitening = curvature.whitening(damping) if WHITENED in own else None
+        return GradientMethod(checkpoint, curvature, damping, kept, whitening)
+
+    @cached_property
+    def row_type(self) -> RowType:
+        """What stored numbers are: as asked for, else one bit each where whitened rows are searched exhaustively (docs/studies/stores.md)."""
+        asked = self.spec.store.dtype
+        if asked != "auto":
+            return asked
+        return "binary" if self.whitens and self.spec.search.type == "flat" else "float32"
+
+    @property
+    def lossy(self) -> bool:
+        """Whether stored numbers differ from those computed by more than rounding."""
+        return self.row_type in ("int8", "binary")
+
+    @property
+    def whitens(self) -> bool:
+        """Whether a new fit's rows are whitened: a factored projection never forms what would be, and without damping it may be singular."""
+        method = self.spec.method
+        return (
+            isinstance(method, FisherMethod)
+            and self.layout == "vectors"
+            and method.projection.type != "factored"
+            and bool(self.default_damping)
+        )
 
     @cached_property
     def default_damping(self) -> float | None:
@@ -392,5 +423,9 @@ class FitContext:
 
     def _projection(self, method: GradientMethodBase, number: int) -> Projection:
         """Return a projection of its own for each checkpoint: their errors then average out over an ensemble."""
-        spec = method.projection.model_copy(update={"seed": method.projection.seed + (number << 32)})
+        asked = method.projection
+        # Clusters are of floats, whatever rows are stored as.
+        bits = self.row_type == "binary" and self.spec.search.type == "flat"
+        dim = asked.dim or (DEFAULT_BITS if bits else DEFAULT_DIM)
+        spec = asked.model_copy(update={"seed": asked.seed + (number << 32), "dim": dim})
         return build_projection(spec, self.checkpoint(number).capture.blocks)

@@ -41,14 +41,14 @@ class Encoder:
         found = method.encode_observed(observed)
         _check_finite(found, observed.batch)
         arrays = found.arrays()
-        if context.layout == "vectors" or context.spec.store.lossy:
+        if context.layout == "vectors" or context.lossy:
             assert self.recall_side is not None
             arrays[EXACT] = method.observed_scores(self.recall_side, observed).T.cpu().numpy()
         if context.layout == "factors":
             if not method.curvature.solves_cheaply:  # no query is solved that would show it
                 check_squares(observed)
-            assert context.spec.store.dtype != "binary"
-            stored = encoded(observed.training, context.spec.store.dtype)
+            assert context.row_type != "binary"
+            stored = encoded(observed.training, context.row_type)
             _check_scales(stored, observed.batch)
             arrays |= {f"{GRADIENT}{name}": value for name, value in stored.items()}
         return arrays

@@ -38,7 +38,7 @@ from attribution_core.methods import representer, trak
 from attribution_core.methods.artifact import FACTORS_FILE, bytes_of, write_description
 from attribution_core.methods.bank import BankPipeline
 from attribution_core.methods.base import FeatureMethod
-from attribution_core.methods.context import FitContext, of_checkpoint
+from attribution_core.methods.context import WHITENED, FitContext, of_checkpoint
 from attribution_core.methods.encoding import Encoder
 from attribution_core.methods.finite import check_finite, naming_the_example
 from attribution_core.methods.kept import KeptGradients
@@ -165,13 +165,14 @@ class FitPipeline:
                 if isinstance(method, KfacMethod):
                     blocks = self.context.checkpoint(number).capture.blocks
                     solved |= kronecker_eigenvalues(blocks, solved, n)
-                return {name: value for name, value in solved.items() if not name.startswith("spectrum.")}
+                found = {name: value for name, value in solved.items() if not name.startswith("spectrum.")}
+                return found | self._whitened(stage)
             case "eigenvalues":
                 values = {name: (value / n).astype(np.float32) for name, value in summed_arrays(watched_files).items()}
                 if isinstance(method, GaussNewtonMethod):
                     basis = of_checkpoint(self._reduced("covariance"), number)
                     values |= self.context.factorised(number, basis | values, progress)
-                return values
+                return values | self._whitened(stage)
             case "hessian":
                 assert isinstance(method, HessianMethod)
                 mean = summed_arrays(watched_files)["hessian"] / n
@@ -184,6 +185,12 @@ class FitPipeline:
                 return self._representer(number).fit_head([read_arrays(path) for path in watched_files])
             case _:
                 return self._feature_kernel(number, watched_files, progress)
+
+    def _whitened(self, stage: str) -> Arrays:
+        """Return what the last stage before features says of rows that are whitened."""
+        if stage != self.spec.method.stages[-2] or not self.context.whitens:
+            return {}
+        return {WHITENED: np.array([self.context.default_damping], np.float32)}
 
     @_of_method()
     def assemble(self, into: Path, feature_files: Sequence[Path], progress: Progress) -> FitSummary:

@@ -37,7 +37,7 @@ def write_features(
             own = np.mean([shard["self_influence"] for shard in shards], axis=0)
         else:
             own = _late_self_influence(context, member, shards) * weights
-        write_shard(into / FEATURES_FOLDER, first + number, rows, weights, own, dtype=context.spec.store.dtype)
+        write_shard(into / FEATURES_FOLDER, first + number, rows, weights, own, dtype=context.row_type)
         if context.layout == "factors":
             write_gradients(into / GRADIENTS_FOLDER, first + number, [_gradients_of(shard) for shard in shards])
 

@@ -153,7 +153,8 @@ class LoadedIndex:
         if self.gradients is not None:
             return 4 * parameters + factors + self.gradients.bytes
         path = self.folder / SEARCH_FILE
-        searched = path.stat().st_size if path.exists() else 4 * len(self.store) * self.dim
+        held = len(self.store) * (self.dim // 8 + 8 if self.store.binary else 4 * self.dim)
+        searched = path.stat().st_size if path.exists() else held
         return 4 * (parameters + 2 * len(self.store)) + searched + factors
 
     @property
@@ -212,7 +213,7 @@ class LoadedIndex:
             return self._scanned(query, top_k, allowed)
         if rescore and self.rescores:
             return self._rescored(query, top_k, allowed)
-        approximate = self.rescores or not self._search.exhaustive or self.spec.store.lossy
+        approximate = self.rescores or not self._search.exhaustive or self.context.lossy
         ranked = {sign: self._search.search(sign * query.rows, top_k, allowed) for sign in (1, -1)}
         results = []
         for number, output in enumerate(query.outputs):
@@ -362,7 +363,7 @@ class LoadedIndex:
                 for place, sign in enumerate((1, -1)):
                     best[place] = best[place].merged(top_rows(scores[number], part, top_k, sign), top_k, sign)
         return [
-            Attribution(output, positive, negative, self.spec.store.lossy)
+            Attribution(output, positive, negative, self.context.lossy)
             for output, (positive, negative) in zip(query.outputs, found, strict=True)
         ]
 

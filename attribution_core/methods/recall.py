@@ -30,7 +30,7 @@ def measured_recall(index: LoadedIndex, queries: Callable[[], Query], exact: Cal
         queries: returns those of `recall_rows`; asked only where there is a first stage.
         exact: returns scores (queries, n) before projection and storage.
     """
-    if index.gradients is not None and not index.spec.store.lossy:
+    if index.gradients is not None and not index.context.lossy:
         return 1.0  # every example is scored by its whole gradient: there is no first stage
     n = len(index.store)
     query = queries()

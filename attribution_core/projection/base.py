@@ -5,12 +5,12 @@ batch size, and no matrix needs to be stored beside an index. `method_spec.PROJE
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from attribution_core.gradients.factors import LayerGradient
+from attribution_core.gradients.factors import LayerGradient, coordinates
 
 
 class Projection(ABC):
@@ -25,28 +25,24 @@ class Projection(ABC):
         self.dim = dim
         self.seed = seed
 
-    def project(self, parts: Sequence[Tensor]) -> Tensor:
-        """Project vectors given as consecutive parts, each (batch, numel), to (batch, dim)."""
-        projected = parts[0].new_zeros(len(parts[0]), self.dim)
-        start = 0
+    def project(self, parts: Iterable[Tensor]) -> Tensor:
+        """Project vectors given as consecutive parts, each (batch, numel) and at least one, to (batch, dim); parts are asked for one by one."""
+        projected, start = torch.zeros(()), 0
         for part in parts:
             flat = part.flatten(1)
-            projected += self._project_range(flat, start)
+            projected = self.project_range(flat, start) + projected.to(flat)
             start += flat.shape[1]
         return projected
 
     def project_gradients(self, gradients: Sequence[LayerGradient]) -> Tensor:
         """Project per-example gradients, one entry per block, to (batch, dim); a few are formed at a time."""
         projected = gradients[0].inputs.new_zeros(len(gradients[0]), self.dim)
-        start = 0
-        for gradient in gradients:
-            for part, rows in gradient.materialised():
-                projected[part] += self._project_range(rows.flatten(1), start)
-            start += gradient.block.numel
+        for part, start, values in coordinates(gradients):
+            projected[part] += self.project_range(values, start)
         return projected
 
     @abstractmethod
-    def _project_range(self, values: Tensor, start: int) -> Tensor:
+    def project_range(self, values: Tensor, start: int) -> Tensor:
         """Project `values` (batch, m), the coordinates `start … start + m - 1`, to (batch, dim)."""
 
     def matrix(self, num_coordinates: int) -> Tensor:

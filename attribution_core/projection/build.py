@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from attribution_core.gradients import Block
-from attribution_core.method_spec import ProjectionSpec
+from attribution_core.method_spec import DEFAULT_DIM, ProjectionSpec
 from attribution_core.projection.base import Projection
 from attribution_core.projection.dense import GaussianProjection, RademacherProjection
 from attribution_core.projection.factored import FactoredProjection
@@ -18,6 +18,7 @@ _TYPES: dict[str, Callable[[int, int], Projection]] = {
 
 def built(spec: ProjectionSpec, blocks: Sequence[Block]) -> Projection:
     """Return the projection a spec names, unchecked."""
+    dim = spec.dim or DEFAULT_DIM
     if spec.type == "factored":
-        return FactoredProjection(spec.dim, spec.seed, blocks)
-    return _TYPES[spec.type](spec.dim, spec.seed)
+        return FactoredProjection(dim, spec.seed, blocks)
+    return _TYPES[spec.type](dim, spec.seed)

@@ -15,7 +15,8 @@ _ENTRIES_AT_ONCE = 1 << 22
 class DenseProjection(Projection):
     """Independent entries of variance 1/dim, generated a block of coordinates at a time and never kept."""
 
-    def _project_range(self, values: Tensor, start: int) -> Tensor:
+    def project_range(self, values: Tensor, start: int) -> Tensor:
+        """Project the coordinates from `start` on."""
         projected = values.new_zeros(len(values), self.dim)
         step = max(1, _ENTRIES_AT_ONCE // self.dim)
         for first in range(0, values.shape[1], step):

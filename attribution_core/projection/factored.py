@@ -6,7 +6,7 @@ that of a projection of the whole gradient where examples share an input or an o
 Source: Choe et al. 2024, section 3 (LoGra), with random sides.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import isqrt
@@ -52,7 +52,7 @@ class FactoredProjection(Projection):
         ends = np.cumsum([0, *(side.size for side in self._sides)])
         return [slice(int(start), int(stop)) for start, stop in pairwise(ends)]
 
-    def project(self, parts: Sequence[Tensor]) -> Tensor:
+    def project(self, parts: Iterable[Tensor]) -> Tensor:
         """Project matrices (batch, groups, d_out, d_in), one tensor per block, to (batch, dim)."""
         return torch.cat([self._project_matrices(number, part) for number, part in enumerate(parts)], dim=1)
 
@@ -60,7 +60,8 @@ class FactoredProjection(Projection):
         """Project per-example gradients to (batch, dim) from their factors."""
         return torch.cat([self._project_factors(number, part) for number, part in enumerate(gradients)], dim=1)
 
-    def _project_range(self, values: Tensor, start: int) -> Tensor:
+    def project_range(self, values: Tensor, start: int) -> Tensor:
+        """Refuse: coordinates of one block belong together."""
         raise TypeError("a factored projection takes one matrix per block")
 
     def _project_matrices(self, number: int, matrices: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ class SparseProjection(Projection):
         super().__init__(dim, seed)
         self._cache: dict[tuple[object, ...], Tensor] = {}
 
-    def _project_range(self, values: Tensor, start: int) -> Tensor:
+    def project_range(self, values: Tensor, start: int) -> Tensor:
+        """Project the coordinates from `start` on."""
         # A sparse product is deterministic, and several times faster than scattered additions for usual batches.
         return (self._sparse(start, values.shape[1], values) @ values.T).T
 

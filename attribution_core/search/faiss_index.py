@@ -1,6 +1,7 @@
 """FAISS indexes over weighted feature rows; negatives are found by searching for the negated query.
 
-`flat` is exhaustive. `ivf` visits the clusters nearest to the query, and for negatives those nearest to the *negated* query, which
+`flat` is exhaustive; rows of bits stay bits in memory, are compared with the query's numbers in 8 bits each, and what that finds is scored again.
+`ivf` visits the clusters nearest to the query, and for negatives those nearest to the *negated* query, which
 are others. `ivfpq` does so over short codes (a cluster's centre and a product-quantised residual) and scores what it finds again from the stored
 rows. Returned scores are inner products of stored rows in every case.
 
@@ -40,8 +41,11 @@ _MAX_TRAINING_ROWS = 1 << 17
 _MARGIN = 8
 # Rows found by their codes and scored again, per row wanted and at least.
 _REFINED = 16
+_REFINED_BITS = 2
 _MIN_REFINED = 400
 _DIMS_PER_CODE = 4
+# Of each number of a query that is compared with bits.
+_QUERY_BITS = 8
 # How many standard deviations above its cluster's mean score a row worth finding is.
 _DEVIATIONS = 2.0
 
@@ -52,6 +56,10 @@ class Rows(Blocks, Protocol):
     @property
     def dim(self) -> int:
         """Numbers per row."""
+
+    @property
+    def binary(self) -> bool:
+        """Whether each number is a row's one size, with a sign."""
 
     def __len__(self) -> int: ...
 
@@ -87,7 +95,7 @@ class VectorIndex:
         with _one_thread():
             if spec.type != "flat":
                 return cls._clustered(spec, rows, progress)
-            index: Any = faiss.IndexFlatIP(rows.dim)
+            index: Any = _bits(rows.dim) if rows.binary else faiss.IndexFlatIP(rows.dim)
             for _, block in watched(rows.weighted_blocks(), progress):
                 index.add(_padded(block, rows.dim))
             return cls(index, rows)
@@ -123,8 +131,8 @@ class VectorIndex:
     @property
     def exhaustive(self) -> bool:
         """Whether a search compares the query with every row as it is stored."""
-        return not isinstance(self._index, faiss.IndexIVF) or (
-            not self._coded and self._index.nprobe >= self._index.nlist
+        return not self._coded and (
+            not isinstance(self._index, faiss.IndexIVF) or self._index.nprobe >= self._index.nlist
         )
 
     def search(self, queries: np.ndarray, k: int, allowed: np.ndarray | None = None) -> Ranked:
@@ -143,7 +151,8 @@ class VectorIndex:
             return self._scanned(queries, k, np.flatnonzero(allowed))
         selector = None if allowed is None else _selector(allowed)
         if self._coded:
-            found = self._search(queries, min(max(_REFINED * k, _MIN_REFINED), count), count, selector)
+            each = _REFINED_BITS if isinstance(self._index, faiss.IndexRaBitQ) else _REFINED
+            found = self._search(queries, min(max(each * k, _MIN_REFINED), count), count, selector)
             return self._rescored(queries, k, found)
         wanted = min(k + _MARGIN, count)
         while True:
@@ -167,7 +176,7 @@ class VectorIndex:
 
     @property
     def _coded(self) -> bool:
-        return isinstance(self._index, faiss.IndexIVFPQ)
+        return isinstance(self._index, faiss.IndexIVFPQ | faiss.IndexRaBitQ)
 
     def _search(self, queries: np.ndarray, k: int, count: int, selector: faiss.IDSelector | None) -> Ranked:
         """Return k of the allowed rows per query, by codes or by scores; clusters are added until there are k."""
@@ -222,6 +231,14 @@ class VectorIndex:
     def _scanned(self, queries: np.ndarray, k: int, numbers: np.ndarray) -> Ranked:
         scores = queries @ self._rows.read_weighted(numbers).T  # (queries, len(numbers))
         return ordered(Ranked(np.broadcast_to(numbers, scores.shape), scores), k)
+
+
+def _bits(dim: int) -> Any:
+    """Return an empty index of signs: of rows that have one size, nothing is lost."""
+    index: Any = faiss.IndexRaBitQ(dim, faiss.METRIC_INNER_PRODUCT)
+    index.train(np.zeros((1, dim), np.float32))  # signs of the rows themselves, not of what they differ by from a mean
+    index.qb = _QUERY_BITS
+    return index
 
 
 def _trained(spec: SearchSpec, rows: Rows, progress: Progress) -> Any:

@@ -221,7 +221,7 @@ def test_scores_do_not_depend_on_shards_or_batches(ensemble: Problem, method: st
     ],
 )
 def test_smaller_rows_stay_close(problem: Problem, method: str, dtype: str, error: float) -> None:
-    full = problem.fit("full", method=METHODS[method])
+    full = problem.fit("full", method=METHODS[method], store={"dtype": "float32", "layout": "vectors"})
     small = problem.fit("small", method=METHODS[method], store={"dtype": dtype, "layout": "vectors"})
     expected = full.scores(full.query(problem.queries(), None), ALL, rescore=False)
     query = small.query(problem.queries(), None)

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attribution_core.data.batch import Batch
 from attribution_core.errors import InvalidInputError
 from attribution_core.methods.artifact import read_description
 from attribution_core.methods.loaded import LoadedIndex
@@ -78,14 +77,17 @@ def test_scores_are_the_representer_values_and_sum_to_the_refitted_output(proble
 
 def test_the_decomposition_is_exact_in_float64(problem: Problem) -> None:
     """The layer is the sum of its representers, and its outputs are their kernels' sums: on the inputs as the network computes them."""
-    (member,) = representer(problem, "exact").members
+    index = representer(problem, "exact")
+    (member,) = index.members
     assert isinstance(member, Representer)
-    head, seen = member.head, member.examples(Batch(torch.arange(N), problem.inputs.float(), problem.targets))
-    outputs = torch.from_numpy(seen["features"] @ head.T)
+    # In the fit's own batches: the network computes in float32, where another batch size may round differently.
+    head, parts = member.head, [member.examples(batch)["features"] for batch in index.context.batches(0)]
+    inputs = np.concatenate(parts)
+    outputs = torch.from_numpy(inputs @ head.T)
     slopes = (outputs.softmax(1) - nn.functional.one_hot(problem.targets, 3)).numpy()
     alphas = -slopes / (N * L2)
-    np.testing.assert_allclose(head, alphas.T @ seen["features"], atol=1e-12)
-    np.testing.assert_allclose(outputs, seen["features"] @ seen["features"].T @ alphas, atol=1e-11)
+    np.testing.assert_allclose(head, alphas.T @ inputs, atol=1e-12)
+    np.testing.assert_allclose(outputs, inputs @ inputs.T @ alphas, atol=1e-11)
     assert np.abs(head - by_hand(problem, L2)[0].numpy()).max() < 1e-6
 
 

@@ -31,6 +31,8 @@ def data(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 class Rows:
     """Rows in memory, handed out in blocks."""
 
+    binary = False
+
     def __init__(self, rows: np.ndarray, size: int = N) -> None:
         self.rows, self.size, self.dim = rows, size, rows.shape[1]
 
@@ -239,3 +241,26 @@ def test_merging_is_independent_of_order() -> None:
         found = merged(a, b, 3)
         assert found.rows.tolist() == [[3, 4, 9]]
     assert merged(Ranked.empty(1), first, 5).rows.tolist() == [[4, 2]]
+
+
+@pytest.mark.parametrize("dim", [8, 100, 4096])
+def test_bits_are_searched_as_they_are_stored(dim: int) -> None:
+    """Of both signs and with filters; a row of zeros is found by its score as any other."""
+    rng = np.random.default_rng(dim)
+    lengths = np.exp(rng.normal(size=(N, 1)))
+    rows = (rng.choice([-1.0, 1.0], (N, dim)) * lengths).astype(np.float32)
+    rows[3] = 0
+    queries = rng.normal(size=(5, dim)).astype(np.float32)
+    held = Rows(rows, 37)
+    held.binary = True
+    index = VectorIndex.build(FLAT, held)
+    assert not index.exhaustive
+    allowed = np.arange(N) % 3 == 0
+    for sign in (1, -1):
+        for mask in (None, allowed):
+            found = index.search(sign * queries, 20, mask)
+            expected = brute_force(sign * queries, rows, 20, mask)
+            assert (found.rows == expected).mean() > 0.99
+            np.testing.assert_allclose(
+                found.scores, np.take_along_axis(sign * queries @ rows.T, found.rows, 1), rtol=1e-4, atol=1e-4
+            )
