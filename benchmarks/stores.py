@@ -1,8 +1,8 @@
 """What a stored example costs in bytes and is worth in LDS: `python -m benchmarks.stores NAME …` prints the tables of `docs/studies/stores.md`.
 
-With nothing more, types of rows are compared at one width: scores are inner products of stored rows with nothing re-scored, and `recall` is the
-share of the exact top 10 of both signs that is among the candidates. With `--frontier`, what each way of storing an example is worth at its bytes:
-rows of growing width, and factors.
+With nothing more, types of rows are compared at one width, and bits also at their default one: scores are inner products of stored rows with nothing
+re-scored, and `recall` is the share of the exact top 10 of both signs that is among the candidates. With `--frontier`, what each way of storing an
+example is worth at its bytes: rows of growing width, and factors.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from attribution_core.method_spec import DEFAULT_BITS, DEFAULT_DIM
 from attribution_core.method_spec import METHODS as METHOD_SPECS
 from attribution_core.methods.fit import fit
 from attribution_core.methods.loaded import LoadedIndex
@@ -27,6 +28,7 @@ from benchmarks.workloads import WORKLOADS, Workload, batch_of, prepare
 DTYPES = ("float32", "float16", "int8", "binary")
 METHODS: tuple[dict[str, Any], ...] = ({"type": "ekfac"}, {"type": "grad_dot"}, {"type": "trak"})
 WIDTHS = (512, 1024, 2048, 4096)
+MOST = 65_536
 FACTORED: tuple[dict[str, Any], ...] = ({"type": "gauss_newton"}, {"type": "ekfac"})
 
 
@@ -40,21 +42,31 @@ class Stored:
 
 
 def types_of_rows(methods: list[dict[str, Any]]) -> Iterator[Stored]:
-    """Yield every type of row that a method can have, at one width."""
+    """Yield every type of row that a method can have, at one width; and bits at theirs."""
     for method in methods:
-        for dtype in DTYPES[:-1] if METHOD_SPECS[method["type"]].exact_rows else DTYPES:
-            yield Stored(method, dtype)
+        exact = METHOD_SPECS[method["type"]].exact_rows
+        for dtype in DTYPES[:-1] if exact else DTYPES:
+            yield Stored(_projected(method, DEFAULT_DIM), dtype)
+        if not exact:
+            yield Stored(_projected(method, DEFAULT_BITS), "binary")
+
+
+def _projected(method: dict[str, Any], dim: int) -> dict[str, Any]:
+    return {**method, "projection": {"dim": dim}}
 
 
 def frontier() -> Iterator[Stored]:
     """Yield what answers from stored numbers alone, from few bytes to many."""
     for dim in WIDTHS:
-        projection = {"dim": dim}
-        yield Stored({"type": "trak", "curvature": "fisher", "projection": projection}, "float32")
-        yield Stored({"type": "trak", "curvature": "fisher", "projection": projection}, "int8")
-        yield Stored({"type": "trak", "projection": projection}, "float32")
-        yield Stored({"type": "logra", "projection": {"type": "factored", **projection}}, "float32")
-        yield Stored({"type": "ekfac", "projection": projection}, "float32")
+        fisher = _projected({"type": "trak", "curvature": "fisher"}, dim)
+        yield Stored(fisher, "float32")
+        yield Stored(fisher, "int8")
+        yield Stored(_projected({"type": "trak"}, dim), "float32")
+        yield Stored({"type": "logra", "projection": {"type": "factored", "dim": dim}}, "float32")
+        yield Stored(_projected({"type": "ekfac"}, dim), "float32")
+        yield Stored(_projected({"type": "ekfac"}, dim), "int8")
+        yield Stored(_projected({"type": "ekfac"}, min(16 * dim, MOST)), "binary")
+        yield Stored(_projected({"type": "gauss_newton"}, min(16 * dim, MOST)), "binary")
     for method in FACTORED:
         for dtype in DTYPES[:-1]:
             yield Stored(method, dtype, "factors")
