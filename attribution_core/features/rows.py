@@ -10,6 +10,7 @@ All but float32 keep a float32 scale per row, since gradients of well-fitted exa
   Source: Gao & Long 2024, RaBitQ, section 3.2, without its rotation: rows are random projections already.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -20,21 +21,47 @@ _LEVELS = 127
 _NOTHING = 1e-4
 
 
-def encoded(rows: np.ndarray, dtype: RowType) -> dict[str, np.ndarray]:
+Arrays = dict[str, np.ndarray]
+
+
+def encoded(rows: np.ndarray, dtype: RowType) -> Arrays:
     """Return how float32 rows (count, k) are stored: `rows`, and `scales` (count,) but for float32; for bits k as `columns` (1,) too."""
     if dtype == "float32":
         return {"rows": rows.astype(np.float32)}
     if dtype == "binary":
-        sums = np.abs(rows).sum(axis=1, dtype=np.float64)
-        scales = np.square(np.linalg.norm(rows, axis=1).astype(np.float64)) / np.where(sums > 0, sums, 1)
-        size = np.linalg.norm(rows, axis=1, keepdims=True) / max(1, rows.shape[1]) ** 0.5
-        bits = np.packbits(rows >= -_NOTHING * size, axis=1, bitorder="little")  # (count, ⌈k/8⌉)
-        return {"rows": bits, "scales": scales.astype(np.float32), "columns": np.array([rows.shape[1]])}
+        return joined([signs(rows)], rows.shape[1])
     scales = np.abs(rows).max(axis=1, initial=0).astype(np.float32)
     divided = rows / np.where(scales > 0, scales, 1)[:, None]
     if dtype == "float16":
         return {"rows": divided.astype(np.float16), "scales": scales}
     return {"rows": np.rint(_LEVELS * divided).astype(np.int8), "scales": scales}
+
+
+def signs(rows: np.ndarray) -> Arrays:
+    """Return what bits are made of, of a part of rows (count, k): `signs` (count, ⌈k/8⌉), and each part's `lengths` and `sums` of magnitudes."""
+    lengths = np.linalg.norm(rows, axis=1)
+    nothing = -_NOTHING / max(1, rows.shape[1]) ** 0.5 * lengths
+    return {
+        "signs": np.packbits(rows >= nothing[:, None], axis=1, bitorder="little"),
+        "lengths": lengths,
+        "sums": np.abs(rows).sum(axis=1),
+    }
+
+
+def joined(parts: Sequence[Arrays], columns: int) -> Arrays:
+    """Return how rows are stored of which `signs` gave each part, all of the same number of columns."""
+    bits = [part["signs"] for part in parts]
+    if columns % 8:
+        whole = [np.unpackbits(part, axis=1, count=columns, bitorder="little") for part in bits]
+        bits = [np.packbits(np.concatenate(whole, axis=1), axis=1, bitorder="little")]
+    squares = np.sum([np.square(part["lengths"], dtype=np.float64) for part in parts], axis=0)
+    sums = np.sum([part["sums"] for part in parts], axis=0, dtype=np.float64)
+    scales = squares / np.where(sums > 0, sums, 1)
+    return {
+        "rows": np.concatenate(bits, axis=1),
+        "scales": scales.astype(np.float32),
+        "columns": np.array([columns * len(parts)]),
+    }
 
 
 def decoded(rows: np.ndarray, scales: np.ndarray | None, columns: np.ndarray | None) -> np.ndarray:

@@ -13,26 +13,20 @@ from safetensors import SafetensorError, safe_open
 
 from attribution_core.arrays import write_arrays
 from attribution_core.errors import CorruptArtifactError
-from attribution_core.features.rows import RowType, decoded, encoded
+from attribution_core.features.rows import decoded
 
 Arrays = dict[str, np.ndarray]
+# Decoded together: 16 MB.
+_NUMBERS_AT_ONCE = 1 << 22
 _DTYPES = {"F32": np.float32, "F16": np.float16, "I8": np.int8, "U8": np.uint8}
 
 
-def write_shard(
-    folder: Path,
-    number: int,
-    rows: np.ndarray,
-    weights: np.ndarray,
-    self_influence: np.ndarray,
-    *,
-    dtype: RowType = "float32",
-) -> None:
-    """Write one shard; rows are (count, k)."""
+def write_shard(folder: Path, number: int, rows: Arrays, weights: np.ndarray, self_influence: np.ndarray) -> None:
+    """Write one shard of `rows.encoded` rows."""
     write_arrays(
         folder / f"{number:05d}.safetensors",
         {
-            **encoded(rows, dtype),
+            **rows,
             "weights": weights.astype(np.float32),
             "self_influence": self_influence.astype(np.float32),
         },
@@ -77,9 +71,11 @@ class FeatureStore:
         return self._columns is not None
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield `(first row, rows)` shard by shard, rows as float32 (count, k), unweighted."""
+        """Yield `(first row, rows)`, rows as float32 (count, k), unweighted: a shard's at once, or some of them where these take much."""
+        step = max(1, _NUMBERS_AT_ONCE // max(1, self.dim))
         for number, start in enumerate(self.starts[:-1]):
-            yield int(start), self._decoded(number, slice(None))
+            for first in range(0, int(self.starts[number + 1] - start), step):
+                yield int(start) + first, self._decoded(number, slice(first, first + step))
 
     def weighted_blocks(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yield `(first row, rows)` with every row multiplied by its weight, as rows are searched."""

@@ -273,6 +273,12 @@ class FitContext:
             return asked
         return "binary" if self.whitens and self.spec.search.type == "flat" else "float32"
 
+    @cached_property
+    def row_size(self) -> int:
+        """Numbers that are kept of one checkpoint, where rows are projections."""
+        assert isinstance(self.spec.method, GradientMethodBase)
+        return self._projection(self.spec.method, 0).dim
+
     @property
     def lossy(self) -> bool:
         """Whether stored numbers differ from those computed by more than rounding."""

@@ -7,6 +7,7 @@ import numpy as np
 from attribution_core.curvature.fisher import Observed
 from attribution_core.data.batch import Batch
 from attribution_core.features.factors import encoded
+from attribution_core.features.rows import signs
 from attribution_core.methods.base import FeatureMethod, GradientMethod, QuerySide, TrainRows
 from attribution_core.methods.context import FitContext
 from attribution_core.methods.finite import check_squares, refuse_example
@@ -36,11 +37,11 @@ class Encoder:
             assert isinstance(part, Batch)
             found = method.encode_train(part)
             _check_finite(found, part)
-            return found.arrays()
+            return self._stored(found)
         observed = method.observe(part).compact() if isinstance(part, Batch) else part
         found = method.encode_observed(observed)
         _check_finite(found, observed.batch)
-        arrays = found.arrays()
+        arrays = self._stored(found)
         if context.layout == "vectors" or context.lossy:
             assert self.recall_side is not None
             arrays[EXACT] = method.observed_scores(self.recall_side, observed).T.cpu().numpy()
@@ -52,6 +53,11 @@ class Encoder:
             _check_scales(stored, observed.batch)
             arrays |= {f"{GRADIENT}{name}": value for name, value in stored.items()}
         return arrays
+
+    def _stored(self, found: TrainRows) -> Arrays:
+        """Return what is known by name, rows as bits where they are stored so: floats of many numbers would fill memory until then."""
+        arrays = found.arrays()
+        return arrays | signs(arrays.pop("rows")) if self._context.row_type == "binary" else arrays
 
     @cached_property
     def recall_side(self) -> QuerySide | None:

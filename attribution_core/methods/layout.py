@@ -11,6 +11,7 @@ import torch
 
 from attribution_core.arrays import read_arrays
 from attribution_core.features.factors import write_gradients
+from attribution_core.features.rows import encoded, joined
 from attribution_core.features.store import FeatureStore, write_shard
 from attribution_core.methods.artifact import FEATURES_FOLDER, GRADIENTS_FOLDER, SEARCH_FILE
 from attribution_core.methods.base import FeatureMethod, QuerySide
@@ -32,12 +33,12 @@ def write_features(
         Cancelled: if the work should stop.
     """
     for number, shards in enumerate(watched(_ranges(context, files), progress)):
-        rows, weights = _side_by_side(shards)
+        weights = _weights(shards)
         if "self_influence" in shards[0]:
             own = np.mean([shard["self_influence"] for shard in shards], axis=0)
         else:
             own = _late_self_influence(context, member, shards) * weights
-        write_shard(into / FEATURES_FOLDER, first + number, rows, weights, own, dtype=context.row_type)
+        write_shard(into / FEATURES_FOLDER, first + number, _stored(context, shards), weights, own)
         if context.layout == "factors":
             write_gradients(into / GRADIENTS_FOLDER, first + number, [_gradients_of(shard) for shard in shards])
 
@@ -65,14 +66,13 @@ def exact_scores(context: FitContext, files: Sequence[Path], progress: Progress,
     Raises:
         Cancelled: if the work should stop.
     """
-    joined = []
+    parts = []
     for shards in watched(_ranges(context, files), progress):
         if EXACT in shards[0]:
-            joined.append(np.mean([shard[EXACT] for shard in shards], axis=0))
+            parts.append(np.mean([shard[EXACT] for shard in shards], axis=0))
             continue
-        rows, weights = _side_by_side(shards)
-        joined.append(rows @ query.rows.T * weights[:, None])
-    return np.concatenate(joined).T
+        parts.append(_side_by_side(shards) @ query.rows.T * _weights(shards)[:, None])
+    return np.concatenate(parts).T
 
 
 def _ranges(context: FitContext, files: Sequence[Path]) -> Iterator[list[Arrays]]:
@@ -93,10 +93,22 @@ def _late_self_influence(context: FitContext, member: Member, shards: Sequence[A
     return total
 
 
-def _side_by_side(shards: Sequence[Arrays]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows (count, k) and weights (count,) of one range from the shards of all checkpoints."""
-    rows = np.concatenate([shard["rows"] for shard in shards], axis=1)
-    return rows, np.mean([shard["weights"] for shard in shards], axis=0)
+def _stored(context: FitContext, shards: Sequence[Arrays]) -> Arrays:
+    """Return the rows of one range as they are stored, from the shards of all checkpoints."""
+    if context.row_type == "binary":
+        return joined(shards, context.row_size)
+    return encoded(_side_by_side(shards), context.row_type)
+
+
+def _side_by_side(shards: Sequence[Arrays]) -> np.ndarray:
+    """Return the rows (count, k) of one range."""
+    return np.concatenate([shard["rows"] for shard in shards], axis=1)
+
+
+def _weights(shards: Sequence[Arrays]) -> np.ndarray:
+    """Return the weights (count,) of one range."""
+    weights: np.ndarray = np.mean([shard["weights"] for shard in shards], axis=0)
+    return weights
 
 
 def _gradients_of(shard: Arrays) -> Arrays:

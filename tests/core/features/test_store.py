@@ -6,18 +6,22 @@ import numpy as np
 import pytest
 
 from attribution_core.errors import CorruptArtifactError
+from attribution_core.features import store as store_module
+from attribution_core.features.rows import RowType, encoded, joined, signs
 from attribution_core.features.store import FeatureStore, write_shard
 
 RNG = np.random.default_rng(0)
 
 
-def written(folder: Path, sizes: list[int], scale: float = 1.0, **options: str) -> tuple[np.ndarray, np.ndarray]:
+def written(
+    folder: Path, sizes: list[int], scale: float = 1.0, dtype: RowType = "float32"
+) -> tuple[np.ndarray, np.ndarray]:
     rows = (scale * RNG.normal(size=(sum(sizes), 7))).astype(np.float32)
     weights = RNG.uniform(0.5, 2, size=len(rows)).astype(np.float32)
     start = 0
     for number, size in enumerate(sizes):
         part = slice(start, start + size)
-        write_shard(folder, number, rows[part], weights[part], weights[part] * 10, **options)
+        write_shard(folder, number, encoded(rows[part], dtype), weights[part], weights[part] * 10)
         start += size
     return rows, weights
 
@@ -49,11 +53,11 @@ def test_float16_keeps_scores_whatever_the_scale_of_the_gradients(tmp_path: Path
 
 
 def _plain(folder: Path, rows: np.ndarray, weights: np.ndarray) -> Path:
-    write_shard(folder, 0, rows, weights, weights)
+    write_shard(folder, 0, encoded(rows, "float32"), weights, weights)
     return folder
 
 
-def naive(rows: np.ndarray, dtype: str) -> np.ndarray:
+def naive(rows: np.ndarray, dtype: RowType) -> np.ndarray:
     """What a type keeps of each row, number by number in float64."""
     found = []
     for row in rows.astype(np.float64):
@@ -68,7 +72,7 @@ def naive(rows: np.ndarray, dtype: str) -> np.ndarray:
 
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e9])
 @pytest.mark.parametrize("dtype", ["int8", "binary"])
-def test_few_bits_per_number_come_back_as_they_should(tmp_path: Path, dtype: str, scale: float) -> None:
+def test_few_bits_per_number_come_back_as_they_should(tmp_path: Path, dtype: RowType, scale: float) -> None:
     rows, weights = written(tmp_path, [6, 4], scale, dtype=dtype)
     store = FeatureStore(tmp_path, 10)
     assert store.dim == 7
@@ -84,11 +88,11 @@ def test_few_bits_per_number_come_back_as_they_should(tmp_path: Path, dtype: str
 
 
 @pytest.mark.parametrize(("dtype", "error"), [("float16", 1e-3), ("int8", 0.02), ("binary", 0.8)])
-def test_scores_keep_their_size(tmp_path: Path, dtype: str, error: float) -> None:
+def test_scores_keep_their_size(tmp_path: Path, dtype: RowType, error: float) -> None:
     """The slope of decoded on true scores is 1; bits with the scale of least error would have 2/π."""
     rows = RNG.normal(size=(400, 512)).astype(np.float32) * RNG.uniform(1e-3, 1e3, (400, 1)).astype(np.float32)
     directions = RNG.normal(size=(20, 512)) + rows[:20] / np.linalg.norm(rows[:20], axis=1, keepdims=True) * 10
-    write_shard(tmp_path, 0, rows, np.ones(400), np.ones(400), dtype=dtype)
+    write_shard(tmp_path, 0, encoded(rows, dtype), np.ones(400), np.ones(400))
     found = FeatureStore(tmp_path, 400).read(np.arange(400))
     unit = np.linalg.norm(rows, axis=1)
     true, kept = (directions @ matrix.T / unit for matrix in (rows.astype(np.float64), found.astype(np.float64)))
@@ -97,17 +101,18 @@ def test_scores_keep_their_size(tmp_path: Path, dtype: str, error: float) -> Non
 
 
 @pytest.mark.parametrize(("dtype", "most"), [("float16", 0.6), ("int8", 0.35), ("binary", 0.12)])
-def test_rows_take_the_bytes_that_were_asked_for(tmp_path: Path, dtype: str, most: float) -> None:
+def test_rows_take_the_bytes_that_were_asked_for(tmp_path: Path, dtype: RowType, most: float) -> None:
     rows = RNG.normal(size=(64, 256)).astype(np.float32)
-    for name in ("float32", dtype):
-        write_shard(tmp_path / name, 0, rows, np.ones(64), np.ones(64), dtype=name)
+    names: tuple[RowType, ...] = ("float32", dtype)
+    for name in names:
+        write_shard(tmp_path / name, 0, encoded(rows, name), np.ones(64), np.ones(64))
     sizes = [FeatureStore(tmp_path / name, 64).paths[0].stat().st_size for name in ("float32", dtype)]
     assert sizes[1] < most * sizes[0]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8", "binary"])
-def test_a_row_of_zeros_is_a_row_of_zeros(tmp_path: Path, dtype: str) -> None:
-    write_shard(tmp_path, 0, np.zeros((2, 3), np.float32), np.ones(2), np.zeros(2), dtype=dtype)
+def test_a_row_of_zeros_is_a_row_of_zeros(tmp_path: Path, dtype: RowType) -> None:
+    write_shard(tmp_path, 0, encoded(np.zeros((2, 3), np.float32), dtype), np.ones(2), np.zeros(2))
     np.testing.assert_array_equal(FeatureStore(tmp_path, 2).read(np.array([0, 1])), np.zeros((2, 3)))
 
 
@@ -121,3 +126,26 @@ def test_missing_and_damaged_shards_are_refused(tmp_path: Path) -> None:
     last.write_bytes(last.read_bytes()[:-20])
     with pytest.raises(CorruptArtifactError, match="00001"):
         FeatureStore(tmp_path, 10)
+
+
+@pytest.mark.parametrize("columns", [16, 13])
+def test_bits_of_parts_are_those_of_the_whole(columns: int) -> None:
+    """Parts are the checkpoints', whose rows lie side by side."""
+    rows = RNG.normal(size=(9, 3 * columns)).astype(np.float32)
+    found = joined([signs(part) for part in np.split(rows, 3, axis=1)], columns)
+    for name, value in encoded(rows, "binary").items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-6)
+
+
+def test_signs_of_nothing_are_not_left_to_rounding() -> None:
+    row = np.array([[1.0, -1.0, 0.0, -0.0, 1e-7, -1e-7, -1e-2]], np.float32)
+    np.testing.assert_array_equal(np.unpackbits(signs(row)["signs"], count=7, bitorder="little"), [1, 0, 1, 1, 1, 1, 0])
+
+
+def test_large_rows_are_decoded_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(tmp_path, [6, 4], dtype="binary")
+    whole = np.concatenate([block for _, block in FeatureStore(tmp_path, 10).weighted_blocks()])
+    monkeypatch.setattr(store_module, "_NUMBERS_AT_ONCE", 15)
+    blocks = list(FeatureStore(tmp_path, 10).weighted_blocks())
+    assert [(start, len(block)) for start, block in blocks] == [(0, 2), (2, 2), (4, 2), (6, 2), (8, 2)]
+    np.testing.assert_array_equal(np.concatenate([block for _, block in blocks]), whole)

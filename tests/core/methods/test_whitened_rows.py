@@ -70,11 +70,12 @@ def test_bits_are_the_default_where_rows_are_whitened_and_scanned(problem: Probl
         ({"type": "grad_dot"}, {"dtype": "binary"}, "binary", 16_384),
         ({"type": "trak"}, {}, "float32", 1024),
         ({"type": "ekfac", "projection": {"type": "factored"}}, {}, "float32", 57),
+        ({"type": "ekfac", "projection": {"type": "factored", "dim": 50}}, {"dtype": "binary"}, "binary", 46),
     ]
     for method, store, row_type, dim in cases:
         index = problem.fit("index", method=method, store={"layout": "vectors", **store})
         assert (index.context.row_type, index.dim) == (row_type, dim)
-        assert index.store.binary == (row_type == "binary")
+        assert (index.store.binary, index.store.dim) == (row_type == "binary", dim)
     for dtype, row_type in (("auto", "float32"), ("binary", "binary")):
         store, search = {"layout": "vectors", "dtype": dtype}, {"type": "ivf", "lists": 4}
         ivf = problem.fit("ivf", method={"type": "ekfac"}, store=store, search=search)
