@@ -43,7 +43,9 @@ def load(name: str) -> Arrays:
 def _make(name: str) -> None:
     path = CACHE / "data" / f"{name}.npz"
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(path, **_MAKERS[name]())
+    partial = path.with_name(f"{name}.partial.npz")  # what is broken off is no data set
+    np.savez_compressed(partial, **_MAKERS[name]())
+    partial.replace(path)
 
 
 def _mnist() -> Arrays:
