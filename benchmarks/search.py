@@ -8,6 +8,8 @@
   Lengths span orders of magnitude, as those of gradients do.
 * `clusters`: 4,096 clusters in 64 of the dimensions, log-normal lengths (σ = 0.5), white noise in all dimensions of a tenth of the energy;
   queries are made the same way from the same clusters.
+
+A third set, `bits`, is of rows as whitened sketches are stored: 16,384 random signs each (`--bits`), of log-normal sizes. They have one kind of index.
 """
 
 import argparse
@@ -25,9 +27,11 @@ import torch
 from safetensors.torch import load_file
 
 from attribution_core.data.batch import Batch
+from attribution_core.features.rows import decoded
 from attribution_core.gradients import GradientCapture
 from attribution_core.method_spec import ProjectionSpec
 from attribution_core.projection import build_projection
+from attribution_core.search.exact import BlockSearch
 from attribution_core.search.faiss_index import VectorIndex
 from attribution_core.spec import SearchSpec
 from benchmarks.data import CACHE, load
@@ -115,6 +119,19 @@ def made(name: str, n: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
     return np.array(stored[:QUERIES]), stored[QUERIES:]
 
 
+def bits(n: int, dim: int) -> np.ndarray:
+    """Return mapped packed signs (n, dim / 8), made at the first call."""
+    path = FOLDER / f"bits-{n}-{dim}.u8"
+    if not path.exists():
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        generator = np.random.default_rng(0)
+        with path.with_suffix(".partial").open("wb") as file:
+            for start in range(0, n, _CHUNK):
+                file.write(generator.bytes(min(_CHUNK, n - start) * dim // 8))
+        path.with_suffix(".partial").rename(path)
+    return np.memmap(path, np.uint8, "r", shape=(n, dim // 8))
+
+
 class Rows:
     """Mapped rows, as an index reads them."""
 
@@ -134,6 +151,29 @@ class Rows:
     def read_weighted(self, rows: np.ndarray) -> np.ndarray:
         """Return some rows."""
         return np.asarray(self._rows[rows])
+
+
+class BitRows(Rows):
+    """Mapped signs with a size per row, as an index reads them."""
+
+    binary = True
+
+    def __init__(self, packed: np.ndarray) -> None:
+        super().__init__(packed)
+        self.dim = 8 * packed.shape[1]
+        self._sizes = np.exp(0.5 * np.random.default_rng(1).normal(size=len(packed))).astype(np.float32)
+
+    def weighted_blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield `(first row, rows)`."""
+        for start in range(0, len(self._rows), _CHUNK // 16):
+            yield start, self._decoded(slice(start, start + _CHUNK // 16))
+
+    def read_weighted(self, rows: np.ndarray) -> np.ndarray:
+        """Return some rows."""
+        return self._decoded(rows)
+
+    def _decoded(self, chosen: np.ndarray | slice) -> np.ndarray:
+        return decoded(np.asarray(self._rows[chosen]), self._sizes[chosen], np.array([self.dim]))
 
 
 def measured(spec: SearchSpec, rows: Rows, queries: np.ndarray, wanted: np.ndarray | None) -> dict[str, Any]:
@@ -192,27 +232,40 @@ def write(name: str, queries: int, rows: Rows, results: list[dict[str, Any]]) ->
     RESULTS.write_text(json.dumps(written | {f"{name}-{len(rows)}-{rows.dim}": measured}, indent=1) + "\n")
 
 
+def measure(name: str, rows: Rows, queries: np.ndarray, searches: list[dict[str, Any]]) -> None:
+    """Measure and print one set's searches, the first of which finds what the others should."""
+    results: list[dict[str, Any]] = []
+    for search in searches:
+        wanted = results[0]["found"] if results else None
+        if rows.binary:
+            every = BlockSearch(rows)
+            wanted = np.stack([every.search(sign * queries, TOP).rows for sign in (1, -1)])
+        results.append(measured(SearchSpec(**search), rows, queries, wanted))
+        write(name, len(queries), rows, results)
+        gc.collect()
+        print(f"{name}, {len(rows):,} rows of {rows.dim}\n\n{table(results)}\n", flush=True)
+
+
 def main() -> None:
     """Measure every kind of index on every set of rows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--queries", type=int, default=QUERIES)
-    parser.add_argument("--sets", nargs="*", default=list(SETS), choices=SETS)
+    parser.add_argument("--bits", type=int, default=16_384)
+    parser.add_argument("--sets", nargs="*", default=[*SETS, "bits"], choices=[*SETS, "bits"])
     parser.add_argument("--searches", type=json.loads, nargs="*", default=[{"type": "ivf"}, {"type": "ivfpq"}])
     arguments = parser.parse_args()
     faiss.omp_set_num_threads(1)
     torch.set_num_threads(1)
     for name in arguments.sets:
+        if name == "bits":
+            signs = BitRows(bits(arguments.rows, arguments.bits))
+            asked = np.random.default_rng(2).normal(size=(min(arguments.queries, _BATCH), signs.dim)).astype(np.float32)
+            measure(name, signs, asked, [{"type": "flat"}])
+            continue
         queries, mapped = made(name, arguments.rows, arguments.dim)
-        rows, queries = Rows(mapped), queries[: arguments.queries]
-        results: list[dict[str, Any]] = []
-        for search in ({"type": "flat"}, *arguments.searches):
-            wanted = results[0]["found"] if results else None
-            results.append(measured(SearchSpec(**search), rows, queries, wanted))
-            write(name, len(queries), rows, results)
-            gc.collect()
-            print(f"{name}, {len(mapped):,} rows of {mapped.shape[1]}\n\n{table(results)}\n", flush=True)
+        measure(name, Rows(mapped), queries[: arguments.queries], [{"type": "flat"}, *arguments.searches])
 
 
 if __name__ == "__main__":
