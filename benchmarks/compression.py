@@ -67,9 +67,15 @@ class Given:
         return self.factors.damped(number, self.damping).sqrt().float()
 
     def in_basis(self, basis: str) -> tuple[Layers, Layers]:
-        """Return training gradients and queries in the parameters' own basis, the eigenbasis, or the whitened one."""
+        """Return training gradients and queries in the parameters' own basis, the eigenbasis, the whitened one, or as an index whitens them."""
         if basis == "own":
             return self.training, self.queries
+        if basis == "whitened by sides":
+            blocks = self.factors.whitening(self.damping)
+            forward = [
+                block.sides.forward(part) * block.scale for part, block in zip(self.training, blocks, strict=True)
+            ]
+            return forward, [block.against(part) for part, block in zip(self.queries, blocks, strict=True)]
         rotations = self.factors.basis.rotations
         turned = [[turn.forward(part) for part, turn in zip(side, rotations, strict=True)] for side in self.sides]
         if basis == "whitened":
@@ -98,7 +104,7 @@ def designs(given: Given) -> Iterator[Compressed]:
     yield Compressed("whole, float32", 4 * _numbers(given.training), _inner(given.queries, given.training))
     for basis in ("own", "eigenbasis", "whitened"):
         yield from _rounded(given, basis)
-    for basis in ("own", "whitened"):
+    for basis in ("own", "whitened", "whitened by sides"):
         yield from _sketched(given, basis)
     for whitened in (False, True):
         yield from _truncated(given, whitened)

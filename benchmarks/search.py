@@ -135,7 +135,7 @@ def bits(n: int, dim: int) -> np.ndarray:
 class Rows:
     """Mapped rows, as an index reads them."""
 
-    binary = False
+    sizes: np.ndarray | None = None
 
     def __init__(self, rows: np.ndarray) -> None:
         self._rows, self.dim = rows, rows.shape[1]
@@ -156,12 +156,10 @@ class Rows:
 class BitRows(Rows):
     """Mapped signs with a size per row, as an index reads them."""
 
-    binary = True
-
     def __init__(self, packed: np.ndarray) -> None:
         super().__init__(packed)
         self.dim = 8 * packed.shape[1]
-        self._sizes = np.exp(0.5 * np.random.default_rng(1).normal(size=len(packed))).astype(np.float32)
+        self.sizes = np.exp(0.5 * np.random.default_rng(1).normal(size=len(packed))).astype(np.float32)
 
     def weighted_blocks(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yield `(first row, rows)`."""
@@ -173,7 +171,8 @@ class BitRows(Rows):
         return self._decoded(rows)
 
     def _decoded(self, chosen: np.ndarray | slice) -> np.ndarray:
-        return decoded(np.asarray(self._rows[chosen]), self._sizes[chosen], np.array([self.dim]))
+        assert self.sizes is not None
+        return decoded(np.asarray(self._rows[chosen]), self.sizes[chosen], np.array([self.dim]))
 
 
 def measured(spec: SearchSpec, rows: Rows, queries: np.ndarray, wanted: np.ndarray | None) -> dict[str, Any]:
@@ -237,7 +236,7 @@ def measure(name: str, rows: Rows, queries: np.ndarray, searches: list[dict[str,
     results: list[dict[str, Any]] = []
     for search in searches:
         wanted = results[0]["found"] if results else None
-        if rows.binary:
+        if rows.sizes is not None:
             every = BlockSearch(rows)
             wanted = np.stack([every.search(sign * queries, TOP).rows for sign in (1, -1)])
         results.append(measured(SearchSpec(**search), rows, queries, wanted))

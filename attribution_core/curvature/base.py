@@ -56,8 +56,8 @@ class Curvature(ABC):
         """
         raise InvalidInputError("this curvature takes no penalty on the parameters")
 
-    def whitening(self, damping: float) -> "Whitening | None":
-        """Return the basis in which rows are sketched, made at one damping; None for the parameters' own."""
+    def whitening(self, damping: float) -> "list[Whitening] | None":
+        """Return the basis of each block in which rows are sketched, made at one damping; None for the parameters' own."""
         return None
 
     def paired(self, first: Sequence[LayerGradient], second: Sequence[LayerGradient], damping: float) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from attribution_core.curvature.base import Curvature, unit_of_damping
-from attribution_core.curvature.whitening import BlockWhitening, Whitening
+from attribution_core.curvature.whitening import Whitening
 from attribution_core.errors import SingularCurvatureError
 from attribution_core.gradients import Block, LayerGradient, Rotation
 
@@ -279,10 +279,10 @@ class EkfacFactors(Curvature):
                 products.append(torch.cat([rows.flatten(1) @ inverse.flatten() for rows in rotated]))
         return torch.stack(products).sum(0)
 
-    def whitening(self, damping: float) -> Whitening:
-        """Return `(H̄ + λ)⁻½` in the eigenbasis."""
+    def whitening(self, damping: float) -> list[Whitening]:
+        """Return what stands for `(H̄ + λ)⁻½`, block by block."""
         turns = enumerate(self.basis.rotations)
-        return Whitening([BlockWhitening(turn, self.damped(number, damping).sqrt()) for number, turn in turns])
+        return [Whitening.of_eigenvalues(turn, self.damped(number, damping)) for number, turn in turns]
 
     def rates(self, damping: float) -> list[float]:
         """Return λ of every block."""

@@ -134,7 +134,7 @@ class GaussNewton(Curvature):
     def _with(self, rows: Callable[[], PseudoRows], factors: EkfacFactors, penalty: float) -> "GaussNewton":
         return GaussNewton(rows, factors, self._iterations, self._tolerance, self._shrinkage, None, penalty)
 
-    def whitening(self, damping: float) -> Whitening:
+    def whitening(self, damping: float) -> list[Whitening]:
         """Return EK-FAC's."""
         return self._factors.whitening(damping)
 

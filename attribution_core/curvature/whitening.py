@@ -1,58 +1,61 @@
-"""The basis in which rows lose least when they are sketched: training gradients as `W φ`, what they are multiplied with as `W⁻ᵀ v`.
+"""The basis in which gradients are sketched: training gradients as `W φ`, what they are multiplied with as `W⁻¹ v`.
 
-With `W = (K + λ)⁻½ Qᵀ`, inner products are what they were, but errors are not. Along an axis with eigenvalue κ training gradients have a second
-moment in proportion to κ, and solved queries `v = (K + λ)⁻¹ ∇m` one in proportion to `κ / (κ + λ)²`: in the parameters' own basis a few axes have nearly
-all of the rows' length, and others nearly all of the queries', which a random projection, or a scale per row, mixes. Its error grows with the product
-of both lengths, which is smallest where the second moments are in equal proportion, that is after scaling by `(κ + λ)⁻½` and its inverse.
+Inner products are what they were, but errors are not. Along an axis with eigenvalue κ training gradients have a second moment in proportion to κ, and
+solved queries `v = (K + λ)⁻¹ ∇m` one in proportion to `κ / (κ + λ)²`: in the parameters' own basis a few axes have nearly all of the rows' length, and
+others nearly all of the queries'. The error of a random projection, or of a scale per row, grows with the product of both lengths, which is smallest
+for `W = (K + λ)^-½`. Here `K + λ` is replaced by the product of one number per row and one per column of its eigenvalues that has the same means, so that
+`W` is a symmetric matrix per side, `S_G ⊗ S_A`, applied to factors. Being symmetric it depends on the matrix `K`, not on which eigenvectors rounding
+picks for eigenvalues that are nearly equal.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from attribution_core.gradients import LayerGradient, Rotation
-from attribution_core.gradients.factors import coordinates
-from attribution_core.projection import Projection
-
-
-@dataclass(frozen=True)
-class BlockWhitening:
-    """`W` of one block.
-
-    Attributes:
-        rotation: `Q`.
-        roots: `(K + λ)^½`, (groups, d_out, d_in).
-    """
-
-    rotation: Rotation
-    roots: Tensor
-
-    def of(self, gradient: LayerGradient) -> Tensor:
-        """Return `W φ`, (batch, groups, d_out, d_in)."""
-        return self.rotation.back(self.rotation.of(gradient) / self.roots.to(gradient.inputs.dtype))
-
-    def against(self, matrices: Tensor) -> Tensor:
-        """Return `W⁻ᵀ v`, what `W φ` is multiplied with, for `v` (…, groups, d_out, d_in)."""
-        return self.rotation.back(self.rotation.forward(matrices) * self.roots.to(matrices.dtype))
 
 
 @dataclass(frozen=True)
 class Whitening:
-    """`W`, block by block."""
+    """`W` of one block.
 
-    blocks: Sequence[BlockWhitening]
+    Attributes:
+        sides: `S_A` and `S_G`, where the block has a basis of its own.
+        inverse: their inverses.
+        scale: what is left of `W` on sides that keep their axes, (groups, d_out or 1, d_in or 1).
+    """
 
-    def rows(self, gradients: Sequence[LayerGradient], projection: Projection) -> tuple[Tensor, Tensor]:
-        """Return `P W φ` (batch, dim) and `‖W φ‖² = φᵀ (K + λ)⁻¹ φ` (batch,); a few gradients are formed at a time."""
-        first = gradients[0].inputs
-        rows, squares = first.new_zeros(len(first), projection.dim), first.new_zeros(len(first))
-        for part, start, values in coordinates(gradients, self.blocks):
-            rows[part] += projection.project_range(values, start)
-            squares[part] += torch.linalg.vector_norm(values, dim=1).square()
-        return rows, squares
+    sides: Rotation
+    inverse: Rotation
+    scale: Tensor
 
-    def queries(self, solved: Sequence[Tensor], projection: Projection) -> Tensor:
-        """Return `P W⁻ᵀ v` (queries, dim)."""
-        return projection.project(block.against(matrices) for matrices, block in zip(solved, self.blocks, strict=True))
+    @classmethod
+    def of_eigenvalues(cls, basis: Rotation, damped: Tensor) -> "Whitening":
+        """Return `W` from eigenvectors and `K + λ`, (groups, d_out, d_in) and above 0."""
+        share = damped.mean((-2, -1), keepdim=True).pow(0.25)
+        inputs = damped.mean(-2, keepdim=True).rsqrt() * share  # (groups, 1, d_in)
+        outputs = damped.mean(-1, keepdim=True).rsqrt() * share  # (groups, d_out, 1)
+        scale = damped.new_ones(len(damped), 1, 1)
+        if basis.inputs is None:
+            scale = scale * inputs
+        if basis.outputs is None:
+            scale = scale * outputs
+        sides = [_symmetric(basis.inputs, inputs.squeeze(-2)), _symmetric(basis.outputs, outputs.squeeze(-1))]
+        inverse = [
+            _symmetric(basis.inputs, 1 / inputs.squeeze(-2)),
+            _symmetric(basis.outputs, 1 / outputs.squeeze(-1)),
+        ]
+        return cls(Rotation(*sides), Rotation(*inverse), scale)
+
+    def of(self, gradient: LayerGradient) -> Tensor:
+        """Return `W φ`, (batch, groups, d_out, d_in)."""
+        return self.sides.of(gradient) * self.scale.to(gradient.inputs.dtype)
+
+    def against(self, matrices: Tensor) -> Tensor:
+        """Return `W⁻¹ v`, what `W φ` is multiplied with, for `v` (…, groups, d_out, d_in)."""
+        return self.inverse.forward(matrices) / self.scale.to(matrices.dtype)
+
+
+def _symmetric(vectors: Tensor | None, values: Tensor) -> Tensor | None:
+    """Return `Q diag(values) Qᵀ`, (groups, d, d)."""
+    return None if vectors is None else (vectors * values.unsqueeze(-2).to(vectors)) @ vectors.mT

@@ -15,13 +15,11 @@ from typing import Literal
 
 import numpy as np
 
+Arrays = dict[str, np.ndarray]
 RowType = Literal["float32", "float16", "int8", "binary"]
 _LEVELS = 127
 # Entries below this share of a row's root mean square count as zero, whose sign no rounding decides: they are positive.
 _NOTHING = 1e-4
-
-
-Arrays = dict[str, np.ndarray]
 
 
 def encoded(rows: np.ndarray, dtype: RowType) -> Arrays:
@@ -39,12 +37,12 @@ def encoded(rows: np.ndarray, dtype: RowType) -> Arrays:
 
 def signs(rows: np.ndarray) -> Arrays:
     """Return what bits are made of, of a part of rows (count, k): `signs` (count, ⌈k/8⌉), and each part's `lengths` and `sums` of magnitudes."""
-    lengths = np.linalg.norm(rows, axis=1)
+    lengths = np.sqrt(np.einsum("ik,ik->i", rows, rows, dtype=np.float64))
     nothing = -_NOTHING / max(1, rows.shape[1]) ** 0.5 * lengths
     return {
         "signs": np.packbits(rows >= nothing[:, None], axis=1, bitorder="little"),
         "lengths": lengths,
-        "sums": np.abs(rows).sum(axis=1),
+        "sums": np.abs(rows).sum(axis=1, dtype=np.float64),
     }
 
 
@@ -54,8 +52,8 @@ def joined(parts: Sequence[Arrays], columns: int) -> Arrays:
     if columns % 8:
         whole = [np.unpackbits(part, axis=1, count=columns, bitorder="little") for part in bits]
         bits = [np.packbits(np.concatenate(whole, axis=1), axis=1, bitorder="little")]
-    squares = np.sum([np.square(part["lengths"], dtype=np.float64) for part in parts], axis=0)
-    sums = np.sum([part["sums"] for part in parts], axis=0, dtype=np.float64)
+    squares = np.sum([np.square(part["lengths"]) for part in parts], axis=0)
+    sums = np.sum([part["sums"] for part in parts], axis=0)
     scales = squares / np.where(sums > 0, sums, 1)
     return {
         "rows": np.concatenate(bits, axis=1),
@@ -69,11 +67,10 @@ def decoded(rows: np.ndarray, scales: np.ndarray | None, columns: np.ndarray | N
     if scales is None:
         return rows.astype(np.float32)
     if columns is not None:
-        signs = np.unpackbits(rows, axis=1, count=int(columns[0]), bitorder="little").astype(np.float32)
-        signs *= 2
-        signs -= 1
-        signs *= scales[:, None]
-        return signs
+        found = np.unpackbits(rows, axis=1, count=int(columns[0]), bitorder="little").astype(np.float32)
+        found *= 2
+        found -= 1
+        found *= scales[:, None]
+        return found
     per_level = scales / np.float32(_LEVELS) if rows.dtype == np.int8 else scales
-    found: np.ndarray = rows.astype(np.float32) * per_level[:, None]
-    return found
+    return rows.astype(np.float32) * per_level[:, None]

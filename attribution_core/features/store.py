@@ -1,6 +1,6 @@
 """Feature rows in shards of consecutive training examples.
 
-A shard file `NNNNN.safetensors` holds `rows` (count, k) as `rows.encoded` has them, with `scales` (count,) where the type needs them, and
+A shard file `NNNNN.safetensors` holds `rows` (count, k) as `rows.encoded` has them, with `scales` (count,) and `columns` (1,) where the type needs them, and
 `weights` (count,) and `self_influence` (count,), both float32. A training example's score for a query is `weights[i] · ⟨query, rows[i]⟩`.
 """
 
@@ -66,9 +66,13 @@ class FeatureStore:
         return int(_mapped_rows(self.paths[0]).shape[1] if self._columns is None else self._columns[0])
 
     @property
-    def binary(self) -> bool:
-        """Whether rows are one bit per number."""
-        return self._columns is not None
+    def sizes(self) -> np.ndarray | None:
+        """The magnitude that all numbers of a row have, (rows,), weighted; None where rows are not bits."""
+        if self._columns is None:
+            return None
+        scales = np.concatenate([part for part in self._scales if part is not None])
+        sizes: np.ndarray = np.abs(scales * self.weights)
+        return sizes
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yield `(first row, rows)`, rows as float32 (count, k), unweighted: a shard's at once, or some of them where these take much."""

@@ -228,18 +228,20 @@ class DenseGradient(LayerGradient):
 
 
 def coordinates(
-    gradients: Sequence[LayerGradient], turns: "Sequence[Turn] | None" = None
+    gradients: Sequence[LayerGradient], turns: "Sequence[Turn] | None" = None, *, together: bool = True
 ) -> Iterator[tuple[slice, int, Tensor]]:
     """Yield whole gradients a few examples and neighbouring blocks at a time: `(examples, first coordinate, (count, coordinates))`.
 
     Args:
         gradients: one entry per block.
         turns: the bases they are formed in.
+        together: join small blocks.
     """
+    most = _FLATTENED if together else 0
     first, number = 0, 0
     while number < len(gradients):
         start, numel = number, 0
-        while number < len(gradients) and (number == start or numel + gradients[number].block.numel <= _FLATTENED):
+        while number < len(gradients) and (number == start or numel + gradients[number].block.numel <= most):
             numel += gradients[number].block.numel
             number += 1
         chosen = range(start, number)

@@ -210,7 +210,7 @@ class GradientMethod(FeatureMethod):
         curvature: preconditions the query side.
         damping: where a query names none.
         projection: of stored rows and queries; None where gradients are stored whole, as factors.
-        whitening: the basis in which both are projected, of the curvature at `damping`; None for the parameters' own.
+        whitening: the basis of each block in which both are projected; None for the parameters' own.
     """
 
     linear = True
@@ -221,7 +221,7 @@ class GradientMethod(FeatureMethod):
         curvature: Curvature,
         damping: float,
         projection: Projection | None,
-        whitening: Whitening | None = None,
+        whitening: Sequence[Whitening] | None = None,
     ) -> None:
         super().__init__(checkpoint)
         self.whitening = whitening
@@ -247,24 +247,20 @@ class GradientMethod(FeatureMethod):
     def encode_observed(self, observed: Observed) -> TrainRows:
         """Return projected `φ_i`, and `τ_i(z_i)`, not a number where that would take a pass over the training set for each."""
         multiple = observed.multiple
-        rows, squares = self._sketched(observed.direction)
         own = torch.full_like(multiple, torch.nan)
         if self.curvature.solves_cheaply:
-            own = self._own_influence(observed, squares)
+            own = self._own_influence(observed)
         return TrainRows(
-            rows=rows * multiple.unsqueeze(1),
+            rows=self._sketched(observed.direction) * multiple.unsqueeze(1),
             weights=torch.ones_like(multiple),
             self_influence=own / self.checkpoint.num_examples,
         )
 
-    def _own_influence(self, observed: Observed, squares: Tensor | None) -> Tensor:
-        """Return `∇mᵀ (H̄ + λ)⁻¹ φ`; `squares` are `uᵀ (H̄ + λ)⁻¹ u` of each `direction`, where these are known."""
+    def _own_influence(self, observed: Observed) -> Tensor:
         if observed.slope is None:
             assert observed.losses is not None
             return -self.curvature.paired(observed.measured, observed.losses, self.default_damping)
-        if squares is None:
-            squares = self.curvature.quadratic(observed.measured, self.default_damping)
-        return -observed.slope * squares
+        return -observed.slope * self.curvature.quadratic(observed.measured, self.default_damping)
 
     def encode_query(self, batch: Batch) -> QuerySide:
         """Return `∇m_z` as factors; rows and gradients follow when it is preconditioned."""
@@ -315,23 +311,20 @@ class GradientMethod(FeatureMethod):
         side = QuerySide(query.output, query.rows, solved)
         return torch.stack([self.group_effect(side, batch) for batch in group.batches()]).sum(0)
 
-    def _sketched(self, gradients: Sequence[LayerGradient]) -> tuple[Tensor, Tensor | None]:
-        """Return projected gradients (batch, dim), and `uᵀ (H̄ + λ)⁻¹ u` of each (batch,) where that comes with it."""
+    def _sketched(self, gradients: Sequence[LayerGradient]) -> Tensor:
+        """Return projected gradients, (batch, dim)."""
         if self.projection is None:
-            return gradients[0].inputs.new_zeros(len(gradients[0]), 0), None
-        if self.whitening is None:
-            return self.projection.project_gradients(gradients), None
-        return self.whitening.rows(gradients, self.projection)
+            return gradients[0].inputs.new_zeros(len(gradients[0]), 0)
+        return self.projection.project_gradients(gradients, self.whitening)
 
     def _projected(self, solved: Sequence[Tensor], nothing: Tensor) -> Tensor:
         """Return what stored rows are multiplied with, (queries, dim)."""
         if self.projection is None:
             return nothing
-        return (
-            self.projection.project(solved)
-            if self.whitening is None
-            else self.whitening.queries(solved, self.projection)
-        )
+        if self.whitening is None:
+            return self.projection.project(solved)
+        pairs = zip(solved, self.whitening, strict=True)
+        return self.projection.project(block.against(matrices) for matrices, block in pairs)
 
 
 def _without_subnormals(gradients: Tensor) -> Tensor:

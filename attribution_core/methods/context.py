@@ -261,9 +261,9 @@ class FitContext:
                 return Exact(checkpoint, spec, partial(self.batches, number))
         assert isinstance(spec, GradientMethodBase)
         kept = self._projection(spec, number) if self.layout == "vectors" else None
-        curvature, damping = self._curvature(number, own), self.default_damping or 0.0
-        whitening = curvature.whitening(damping) if WHITENED in own else None
-        return GradientMethod(checkpoint, curvature, damping, kept, whitening)
+        curvature = self._curvature(number, own)
+        whitening = curvature.whitening(float(own[WHITENED][0])) if WHITENED in own else None
+        return GradientMethod(checkpoint, curvature, self.default_damping or 0.0, kept, whitening)
 
     @cached_property
     def row_type(self) -> RowType:

@@ -11,7 +11,7 @@ import torch
 
 from attribution_core.arrays import read_arrays
 from attribution_core.features.factors import write_gradients
-from attribution_core.features.rows import encoded, joined
+from attribution_core.features.rows import encoded, joined, signs
 from attribution_core.features.store import FeatureStore, write_shard
 from attribution_core.methods.artifact import FEATURES_FOLDER, GRADIENTS_FOLDER, SEARCH_FILE
 from attribution_core.methods.base import FeatureMethod, QuerySide
@@ -96,7 +96,9 @@ def _late_self_influence(context: FitContext, member: Member, shards: Sequence[A
 def _stored(context: FitContext, shards: Sequence[Arrays]) -> Arrays:
     """Return the rows of one range as they are stored, from the shards of all checkpoints."""
     if context.row_type == "binary":
-        return joined(shards, context.row_size)
+        # Shards of a fit that began before there were signs have rows.
+        parts = [shard if "signs" in shard else shard | signs(shard["rows"]) for shard in shards]
+        return joined(parts, context.row_size)
     return encoded(_side_by_side(shards), context.row_type)
 
 

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 OVERSAMPLING = 8
 MIN_CANDIDATES = 200
 _ROWS_AT_ONCE = 4096
+# Of stored rows, decoded together: 16 MB.
+_NUMBERS_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ class LoadedIndex:
         if self.gradients is not None:
             return 4 * parameters + factors + self.gradients.bytes
         path = self.folder / SEARCH_FILE
-        held = len(self.store) * (self.dim // 8 + 8 if self.store.binary else 4 * self.dim)
+        held = len(self.store) * (4 * self.dim if self.store.sizes is None else self.dim // 8 + 8)
         searched = path.stat().st_size if path.exists() else held
         return 4 * (parameters + 2 * len(self.store)) + searched + factors
 
@@ -245,8 +247,9 @@ class LoadedIndex:
         if rescore and self.rescores:
             return self._exact_scores(query, rows, progress or NoProgress())
         scores = np.empty((len(query), len(rows)), np.float32)
-        for start in range(0, len(rows), _ROWS_AT_ONCE):
-            part = rows[start : start + _ROWS_AT_ONCE]
+        step = max(1, _NUMBERS_AT_ONCE // max(1, self.dim))
+        for start in range(0, len(rows), step):
+            part = rows[start : start + step]
             scores[:, start : start + len(part)] = query.rows @ self.store.read(part).T * self.store.weights[part]
         return self._thresholded(scores)
 
@@ -337,7 +340,8 @@ class LoadedIndex:
     @cached_property
     def _search(self) -> "VectorIndex | BlockSearch":
         searched = (self.folder / SEARCH_FILE).exists()
-        if not searched and not self._holds_rows:
+        # Bits are few enough to be held, and what answers queries is what recall is measured of.
+        if not searched and not self._holds_rows and self.store.sizes is None:
             return BlockSearch(self.store)
         from attribution_core.search.faiss_index import VectorIndex  # noqa: PLC0415, megabytes that few indexes need
 

@@ -62,7 +62,7 @@ class Source(GradientMethod):
         """Return `∇m_z(θ_T)` per block."""
         return self.end.encode_query(batch)
 
-    def _own_influence(self, observed: Observed, squares: Tensor | None) -> Tensor:
+    def _own_influence(self, observed: Observed) -> Tensor:
         measured = self.end.observe(observed.batch).measured
         return self.curvature.paired(measured, observed.training, 0.0)
 

@@ -6,20 +6,26 @@ batch size, and no matrix needs to be stored beside an index. `method_spec.PROJE
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from attribution_core.gradients.factors import LayerGradient, coordinates
+from attribution_core.gradients.factors import LayerGradient, Turn, coordinates
 
 
 class Projection(ABC):
     """A linear map from any number of coordinates to `dim`.
 
+    Attributes:
+        generated: entries are made anew for every product, so that few of many rows are cheaper than many of few.
+
     Args:
         dim: numbers kept.
         seed: chooses the map.
     """
+
+    generated: ClassVar[bool] = False
 
     def __init__(self, dim: int, seed: int) -> None:
         self.dim = dim
@@ -34,10 +40,10 @@ class Projection(ABC):
             start += flat.shape[1]
         return projected
 
-    def project_gradients(self, gradients: Sequence[LayerGradient]) -> Tensor:
-        """Project per-example gradients, one entry per block, to (batch, dim); a few are formed at a time."""
+    def project_gradients(self, gradients: Sequence[LayerGradient], turns: Sequence[Turn] | None = None) -> Tensor:
+        """Project per-example gradients, one entry per block, to (batch, dim), in other bases if given; a few are formed at a time."""
         projected = gradients[0].inputs.new_zeros(len(gradients[0]), self.dim)
-        for part, start, values in coordinates(gradients):
+        for part, start, values in coordinates(gradients, turns, together=not self.generated):
             projected[part] += self.project_range(values, start)
         return projected
 

@@ -15,6 +15,8 @@ _ENTRIES_AT_ONCE = 1 << 22
 class DenseProjection(Projection):
     """Independent entries of variance 1/dim, generated a block of coordinates at a time and never kept."""
 
+    generated = True
+
     def project_range(self, values: Tensor, start: int) -> Tensor:
         """Project the coordinates from `start` on."""
         projected = values.new_zeros(len(values), self.dim)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from attribution_core.gradients import Block, LayerGradient
+from attribution_core.gradients.factors import Turn
 from attribution_core.projection.base import Projection
 from attribution_core.projection.sjlt import SparseProjection
 from attribution_core.random_numbers import hashed
@@ -56,8 +57,9 @@ class FactoredProjection(Projection):
         """Project matrices (batch, groups, d_out, d_in), one tensor per block, to (batch, dim)."""
         return torch.cat([self._project_matrices(number, part) for number, part in enumerate(parts)], dim=1)
 
-    def project_gradients(self, gradients: Sequence[LayerGradient]) -> Tensor:
-        """Project per-example gradients to (batch, dim) from their factors."""
+    def project_gradients(self, gradients: Sequence[LayerGradient], turns: Sequence[Turn] | None = None) -> Tensor:
+        """Project per-example gradients to (batch, dim) from their factors, in their own basis only."""
+        assert turns is None
         return torch.cat([self._project_factors(number, part) for number, part in enumerate(gradients)], dim=1)
 
     def project_range(self, values: Tensor, start: int) -> Tensor:

@@ -44,6 +44,10 @@ _REFINED = 16
 _REFINED_BITS = 2
 _MIN_REFINED = 400
 _DIMS_PER_CODE = 4
+# Of rows that are scored again, decoded together.
+_NUMBERS_AT_ONCE = 1 << 22
+# Of the longest row of bits: squares of its length stay far below the largest number.
+_MOST_DOUBLINGS = 50
 # Of each number of a query that is compared with bits.
 _QUERY_BITS = 8
 # How many standard deviations above its cluster's mean score a row worth finding is.
@@ -58,8 +62,8 @@ class Rows(Blocks, Protocol):
         """Numbers per row."""
 
     @property
-    def binary(self) -> bool:
-        """Whether each number is a row's one size, with a sign."""
+    def sizes(self) -> np.ndarray | None:
+        """The magnitude that all numbers of a row have, (n,); None where they have several."""
 
     def __len__(self) -> int: ...
 
@@ -74,12 +78,16 @@ class VectorIndex:
         index: the FAISS index, with rows added in order.
         rows: the rows themselves, read where codes are not enough.
         radii: (clusters,) float32, the root-mean-square distance of each cluster's rows from its centre; None where there are no clusters.
+        flips: (dim,) signs that columns of bits were multiplied with, and queries are; None where rows are not bits.
     """
 
-    def __init__(self, index: faiss.Index, rows: Rows, radii: np.ndarray | None = None) -> None:
+    def __init__(
+        self, index: faiss.Index, rows: Rows, radii: np.ndarray | None = None, flips: np.ndarray | None = None
+    ) -> None:
         self._index: Any = index  # FAISS's type stubs know too little of its classes
         self._rows = rows
         self._radii = radii
+        self._flips = flips
 
     @classmethod
     def build(cls, spec: SearchSpec, rows: Rows, progress: Progress | None = None) -> "VectorIndex":
@@ -95,7 +103,9 @@ class VectorIndex:
         with _one_thread():
             if spec.type != "flat":
                 return cls._clustered(spec, rows, progress)
-            index: Any = _bits(rows.dim) if rows.binary else faiss.IndexFlatIP(rows.dim)
+            if rows.sizes is not None:
+                return cls._of_bits(rows, rows.sizes, progress)
+            index: Any = faiss.IndexFlatIP(rows.dim)
             for _, block in watched(rows.weighted_blocks(), progress):
                 index.add(_padded(block, rows.dim))
             return cls(index, rows)
@@ -174,6 +184,24 @@ class VectorIndex:
             sizes += np.bincount(lists[:, 0], minlength=index.nlist)
         return cls(index, rows, np.sqrt(squares / np.maximum(sizes, 1)).astype(np.float32))
 
+    @classmethod
+    def _of_bits(cls, rows: Rows, sizes: np.ndarray, progress: Progress) -> "VectorIndex":
+        """Return an index of signs: of rows that have one size nothing is lost but what queries are rounded by.
+
+        A column that is empty in every row has a bit all the same, and a query's 0 is rounded there as everywhere: half of the columns are
+        flipped, so that these errors do not add up. FAISS takes rows that are short for empty, so they are made longer.
+        """
+        index: Any = faiss.IndexRaBitQ(rows.dim, faiss.METRIC_INNER_PRODUCT)
+        index.train(
+            np.zeros((1, rows.dim), np.float32)
+        )  # signs of the rows themselves, not of what they differ by from a mean
+        index.qb = _QUERY_BITS
+        flips = np.random.default_rng(0).permutation(np.resize(np.array([1, -1], np.float32), rows.dim))
+        factors = flips * _lengthened(sizes * rows.dim**0.5)
+        for _, block in watched(rows.weighted_blocks(), progress):
+            index.add(block * factors)
+        return cls(index, rows, flips=flips)
+
     @property
     def _coded(self) -> bool:
         return isinstance(self._index, faiss.IndexIVFPQ | faiss.IndexRaBitQ)
@@ -182,7 +210,8 @@ class VectorIndex:
         """Return k of the allowed rows per query, by codes or by scores; clusters are added until there are k."""
         chosen = {} if selector is None else {"sel": selector}
         if not isinstance(self._index, faiss.IndexIVF):
-            scores, rows = self._index.search(queries, k, params=faiss.SearchParameters(**chosen))
+            asked = queries if self._flips is None else _shortened(queries) * self._flips
+            scores, rows = self._index.search(asked, k, params=faiss.SearchParameters(**chosen))
             return Ranked(rows, scores)
         padded = _padded(queries, self._index.d)
         probes = min(-(-self._index.nprobe * self._index.ntotal // count), self._index.nlist)
@@ -223,9 +252,15 @@ class VectorIndex:
 
     def _rescored(self, queries: np.ndarray, k: int, found: Ranked) -> Ranked:
         """Return the k best of what codes found, by their rows."""
-        scores = np.stack(
-            [self._rows.read_weighted(rows) @ query for query, rows in zip(queries, found.rows, strict=True)]
-        )
+        scores = np.full(found.rows.shape, -np.inf, np.float32)
+        wanted = np.unique(found.rows[found.rows >= 0])  # FAISS finds nothing where it cannot compare
+        step = max(1, _NUMBERS_AT_ONCE // self._rows.dim)
+        for start in range(0, len(wanted), step):
+            part = wanted[start : start + step]
+            read = self._rows.read_weighted(part)
+            for line, query, rows in zip(scores, queries, found.rows, strict=True):
+                inside = (rows >= part[0]) & (rows <= part[-1])
+                line[inside] = read[np.searchsorted(part, rows[inside])] @ query
         return ordered(Ranked(found.rows, scores), k)
 
     def _scanned(self, queries: np.ndarray, k: int, numbers: np.ndarray) -> Ranked:
@@ -233,12 +268,19 @@ class VectorIndex:
         return ordered(Ranked(np.broadcast_to(numbers, scores.shape), scores), k)
 
 
-def _bits(dim: int) -> Any:
-    """Return an empty index of signs: of rows that have one size, nothing is lost."""
-    index: Any = faiss.IndexRaBitQ(dim, faiss.METRIC_INNER_PRODUCT)
-    index.train(np.zeros((1, dim), np.float32))  # signs of the rows themselves, not of what they differ by from a mean
-    index.qb = _QUERY_BITS
-    return index
+def _lengthened(lengths: np.ndarray) -> np.float32:
+    """Return the power of two that makes the shortest row at least 1 long, as far as the longest does not overflow."""
+    some = lengths[lengths > 0].astype(np.float64)
+    if len(some) == 0:
+        return np.float32(1)
+    return np.float32(2 ** min(np.ceil(-np.log2(some.min())), _MOST_DOUBLINGS - np.ceil(np.log2(some.max()))))
+
+
+def _shortened(queries: np.ndarray) -> np.ndarray:
+    """Return queries with a largest number of 1: squares of others may overflow, and their order of rows is the same."""
+    largest = np.abs(queries).max(axis=1, keepdims=True, initial=0)
+    found: np.ndarray = queries / np.where(largest > 0, largest, 1)
+    return found
 
 
 def _trained(spec: SearchSpec, rows: Rows, progress: Progress) -> Any:

@@ -31,7 +31,7 @@ def data(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 class Rows:
     """Rows in memory, handed out in blocks."""
 
-    binary = False
+    sizes: np.ndarray | None = None
 
     def __init__(self, rows: np.ndarray, size: int = N) -> None:
         self.rows, self.size, self.dim = rows, size, rows.shape[1]
@@ -243,24 +243,53 @@ def test_merging_is_independent_of_order() -> None:
     assert merged(Ranked.empty(1), first, 5).rows.tolist() == [[4, 2]]
 
 
-@pytest.mark.parametrize("dim", [8, 100, 4096])
-def test_bits_are_searched_as_they_are_stored(dim: int) -> None:
-    """Of both signs and with filters; a row of zeros is found by its score as any other."""
+def bits(count: int, dim: int, used: int, decades: float) -> Rows:
+    """Rows of signs with sizes over some decades; columns that are not used are positive in all of them, and some rows are zero."""
     rng = np.random.default_rng(dim)
-    lengths = np.exp(rng.normal(size=(N, 1)))
-    rows = (rng.choice([-1.0, 1.0], (N, dim)) * lengths).astype(np.float32)
-    rows[3] = 0
-    queries = rng.normal(size=(5, dim)).astype(np.float32)
-    held = Rows(rows, 37)
-    held.binary = True
+    signs = np.ones((count, dim), np.float32)
+    signs[:, :used] = rng.choice([-1.0, 1.0], (count, used))
+    sizes = (10 ** rng.uniform(-decades, 0, count)).astype(np.float32) * 1e-3
+    sizes[::97] = 0
+    held = Rows(signs * sizes[:, None], 500)
+    held.sizes = sizes
+    return held
+
+
+@pytest.mark.parametrize(("dim", "used", "decades"), [(64, 64, 1), (100, 100, 1), (4096, 4096, 6), (4096, 60, 1)])
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e20])
+def test_bits_are_searched_as_they_are_stored(
+    dim: int, used: int, decades: float, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of both signs and with filters, among ten times as many rows as are scored again."""
+    monkeypatch.setattr(faiss_index, "_MIN_REFINED", 0)
+    held = bits(2000, dim, used, decades)
     index = VectorIndex.build(FLAT, held)
     assert not index.exhaustive
-    allowed = np.arange(N) % 3 == 0
+    queries = np.zeros((5, dim), np.float32)
+    queries[:, :used] = scale * np.random.default_rng(1).normal(size=(5, used))
+    allowed = np.arange(2000) % 3 == 0
+    exact = queries.astype(np.float64) @ held.rows.T.astype(np.float64)
     for sign in (1, -1):
         for mask in (None, allowed):
-            found = index.search(sign * queries, 20, mask)
-            expected = brute_force(sign * queries, rows, 20, mask)
-            assert (found.rows == expected).mean() > 0.99
-            np.testing.assert_allclose(
-                found.scores, np.take_along_axis(sign * queries @ rows.T, found.rows, 1), rtol=1e-4, atol=1e-4
-            )
+            found = index.search(sign * queries, 100, mask)
+            scores = sign * exact if mask is None else np.where(mask, sign * exact, -np.inf)
+            wanted = np.argsort(-scores, axis=1)[:, :20]
+            assert np.mean([np.isin(*pair).mean() for pair in zip(wanted, found.rows, strict=True)]) > 0.97
+            np.testing.assert_allclose(found.scores, np.take_along_axis(scores, found.rows, 1), rtol=1e-3, atol=1e-30)
+
+
+def test_bits_of_nothing_are_searched() -> None:
+    held = Rows(np.zeros((9, 16), np.float32))
+    held.sizes = np.zeros(9, np.float32)
+    found = VectorIndex.build(FLAT, held).search(np.zeros((2, 16), np.float32), 3)
+    np.testing.assert_array_equal(found.scores, 0)
+
+
+def test_rows_that_are_scored_again_are_read_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = bits(600, 64, 64, 1)
+    queries = np.random.default_rng(1).normal(size=(3, 64)).astype(np.float32)
+    expected = VectorIndex.build(FLAT, held).search(queries, 50)
+    monkeypatch.setattr(faiss_index, "_NUMBERS_AT_ONCE", 64 * 7)
+    found = VectorIndex.build(FLAT, held).search(queries, 50)
+    np.testing.assert_array_equal(found.rows, expected.rows)
+    np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-5)
