@@ -137,6 +137,10 @@ class Rows:
 
     sizes: np.ndarray | None = None
 
+    def signs(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield nothing: these rows are no bits."""
+        yield from ()
+
     def __init__(self, rows: np.ndarray) -> None:
         self._rows, self.dim = rows, rows.shape[1]
 
@@ -169,6 +173,11 @@ class BitRows(Rows):
     def read_weighted(self, rows: np.ndarray) -> np.ndarray:
         """Return some rows."""
         return self._decoded(rows)
+
+    def signs(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield `(first row, packed signs)`."""
+        for start in range(0, len(self._rows), _CHUNK):
+            yield start, np.asarray(self._rows[start : start + _CHUNK])
 
     def _decoded(self, chosen: np.ndarray | slice) -> np.ndarray:
         assert self.sizes is not None

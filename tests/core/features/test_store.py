@@ -149,3 +149,17 @@ def test_large_rows_are_decoded_a_few_at_a_time(tmp_path: Path, monkeypatch: pyt
     blocks = list(FeatureStore(tmp_path, 10).weighted_blocks())
     assert [(start, len(block)) for start, block in blocks] == [(0, 2), (2, 2), (4, 2), (6, 2), (8, 2)]
     np.testing.assert_array_equal(np.concatenate([block for _, block in blocks]), whole)
+
+
+def test_signs_and_sizes_are_those_of_the_weighted_rows(tmp_path: Path) -> None:
+    rows = RNG.normal(size=(10, 13)).astype(np.float32)
+    weights = np.where(np.arange(10) % 3 == 0, -2.0, 0.5)
+    for number, part in enumerate((slice(0, 6), slice(6, 10))):
+        write_shard(tmp_path, number, encoded(rows[part], "binary"), weights[part], weights[part])
+    store = FeatureStore(tmp_path, 10)
+    assert store.sizes is not None
+    for start, packed in store.signs():
+        signs = 2.0 * np.unpackbits(packed, axis=1, count=13, bitorder="little") - 1
+        found = signs * store.sizes[start : start + len(packed), None]
+        np.testing.assert_allclose(found, store.read_weighted(np.arange(start, start + len(packed))), rtol=1e-6)
+    assert FeatureStore(_plain(tmp_path / "plain", rows, weights), 10).sizes is None

@@ -46,6 +46,10 @@ class Rows:
     def read_weighted(self, rows: np.ndarray) -> np.ndarray:
         return self.rows[rows]
 
+    def signs(self) -> Iterator[tuple[int, np.ndarray]]:
+        for start, rows in self.weighted_blocks():
+            yield start, np.packbits(rows > 0, axis=1, bitorder="little")
+
 
 def brute_force(queries: np.ndarray, rows: np.ndarray, k: int, allowed: np.ndarray | None = None) -> np.ndarray:
     """Row numbers by score and then by number, one query at a time."""
