@@ -1,6 +1,6 @@
 """From specs and files to loaded checkpoints with a method on each; shared by fitting and answering."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
@@ -10,14 +10,8 @@ import torch
 from torch import nn
 
 from attribution_core.checkpoints import load_model
-from attribution_core.curvature import Curvature, EkfacFactors, Identity
-from attribution_core.curvature.base import Multiple
-from attribution_core.curvature.dense import Spectral
-from attribution_core.curvature.fisher import Fisher, Observed, observe
-from attribution_core.curvature.iterative import ConjugateGradient, DataInf, GaussNewton, Lissa
-from attribution_core.curvature.products import HessianProducts
-from attribution_core.curvature.row_factor import RowFactor
-from attribution_core.curvature.rows import PseudoRows
+from attribution_core.curvature import EkfacFactors
+from attribution_core.curvature.fisher import Observed, observe
 from attribution_core.data.batch import Batch
 from attribution_core.data.collate import ExampleSource
 from attribution_core.data.reader import DatasetReader
@@ -30,31 +24,21 @@ from attribution_core.gradients.self_check import check_capture
 from attribution_core.method_spec import (
     DEFAULT_BITS,
     DEFAULT_DIM,
-    ArnoldiMethod,
-    CgMethod,
-    DataInfMethod,
-    DiagonalMethod,
-    EkfacMethod,
     ExactMethod,
-    ExplicitMethod,
     FisherMethod,
     GasMethod,
-    GaussNewtonMethod,
     GradCosMethod,
     GradientMethodBase,
-    HessianMethod,
-    KfacMethod,
-    LissaMethod,
     LograMethod,
     PerturbedMethodBase,
     RepresentationMethod,
     RepresenterMethod,
     SourceMethod,
-    TracinMethod,
     TrakMethod,
 )
 from attribution_core.methods import trak
 from attribution_core.methods.base import CheckedCapture, Checkpoint, FeatureMethod, GradientMethod
+from attribution_core.methods.curvatures import Curvatures
 from attribution_core.methods.exact import Exact
 from attribution_core.methods.grad_cos import GradCos
 from attribution_core.methods.linear_head import last_linear
@@ -65,7 +49,6 @@ from attribution_core.methods.representer import Representer
 from attribution_core.methods.source import Source, Unrolled
 from attribution_core.methods.trak import Trak
 from attribution_core.perturbation import perturb
-from attribution_core.progress import Progress
 from attribution_core.projection import FactoredProjection, Projection, build_projection
 from attribution_core.sampling import evenly_spread
 from attribution_core.spec import DatasetSpec
@@ -132,6 +115,7 @@ class FitContext:
         self._output_bytes: dict[int, int] = {}
         self._captures_rightly = False
         self.pseudo_gradients = PseudoGradients(self)
+        self.curvatures = Curvatures(self)
 
     def source_of(self, folder: Path, dataset: DatasetSpec) -> ExampleSource:
         """Return batches of a data set as this model takes them."""
@@ -254,14 +238,14 @@ class FitContext:
             case GradCosMethod():
                 return GradCos(checkpoint, self._projection(spec, number))
             case GasMethod():
-                return GradCos(checkpoint, self._projection(spec, number), self._share(number))
+                return GradCos(checkpoint, self._projection(spec, number), self.share(number))
             case SourceMethod():
                 return self._source(spec, number, fitted)
             case ExactMethod():
                 return Exact(checkpoint, spec, partial(self.batches, number))
         assert isinstance(spec, GradientMethodBase)
         kept = self._projection(spec, number) if self.layout == "vectors" else None
-        curvature = self._curvature(number, own)
+        curvature = self.curvatures.of(number, own)
         whitening = curvature.whitening(float(own[WHITENED][0])) if WHITENED in own else None
         return GradientMethod(checkpoint, curvature, self.default_damping or 0.0, kept, whitening)
 
@@ -308,43 +292,10 @@ class FitContext:
         targets = n * self.task.num_targets(counted) / len(counted)
         return method.damping_for(self.checkpoint(0).capture.num_parameters / targets)
 
-    def products(self, number: int) -> HessianProducts:
-        """Return products with the Hessian under one checkpoint."""
-        checkpoint, method = self.checkpoint(number), self.spec.method
-        assert isinstance(method, HessianMethod)
-        return HessianProducts(checkpoint.capture, self.task, method.curvature, method.l2)
-
     def batches(self, number: int, rows: np.ndarray | None = None) -> Iterator[Batch]:
         """Yield training examples as one checkpoint takes them; all by default."""
         chosen = self.training_rows if rows is None else rows
         return self.source.batches(chosen, self.batch_size(number))
-
-    def _curvature(self, number: int, fitted: Arrays) -> Curvature:
-        spec, blocks, drawn = self.spec.method, self.checkpoint(number).capture.blocks, self.pseudo_gradients
-        match spec:
-            case GaussNewtonMethod():
-                make = partial(drawn.chosen, number, fitted)
-                return self._gauss_newton(spec, number, fitted, partial(drawn.kept, number, make))
-            case EkfacMethod() | KfacMethod() | DiagonalMethod():
-                return EkfacFactors.from_arrays(blocks, fitted, self.device)
-            case DataInfMethod():
-                empirical = Fisher("empirical", 1, 0)
-                make = partial(drawn.rows, number, empirical, spec.curvature_examples)
-                return DataInf(partial(drawn.kept, number, make))
-            case ExplicitMethod():
-                return Spectral.from_arrays(blocks, fitted, self.device, self.products(number))
-            case ArnoldiMethod():
-                return Spectral.from_arrays(blocks, fitted, self.device)
-            case CgMethod():
-                used = self.spread(spec.curvature_examples)
-                batches = partial(self.batches, number, used)
-                return ConjugateGradient(self.products(number), batches, blocks, spec.iterations, spec.tolerance)
-            case LissaMethod():
-                return Lissa(self.products(number), partial(self._drawn, spec), partial(self.batches, number), blocks)
-            case TracinMethod():
-                # A score of one step on one example's loss, where the other methods' is of the mean loss.
-                return Multiple(self._share(number) * self.spec.num_training)
-        return Identity()
 
     def _source(self, spec: SourceMethod, number: int, fitted: Arrays) -> Source:
         """Return SOURCE on one checkpoint; the mean over all checkpoints is the mean over runs of sums over their segments' means."""
@@ -365,47 +316,11 @@ class FitContext:
             checkpoint, Unrolled(list(later), spec.l2, weight), kept, self.checkpoint(run[-1].checkpoints[-1])
         )
 
-    def _share(self, number: int) -> float:
+    def share(self, number: int) -> float:
         """Return a checkpoint's weight in a mean over all checkpoints that is the sum `Σ η_t` over each run's, averaged over runs."""
         learning_rate = self.spec.checkpoints[number].learning_rate
         assert learning_rate is not None
         return learning_rate * len(self.spec.checkpoints) / len(self.spec.runs())
-
-    def _gauss_newton(
-        self, spec: GaussNewtonMethod, number: int, fitted: Arrays, rows: Callable[[], PseudoRows]
-    ) -> GaussNewton:
-        factors = EkfacFactors.from_arrays(self.checkpoint(number).capture.blocks, fitted, self.device)
-        factor = RowFactor.from_arrays(fitted, self.device)
-        return GaussNewton(rows, factors, spec.iterations, spec.tolerance, spec.shrinkage, factor)
-
-    def factorised(self, number: int, fitted: Arrays, progress: Progress) -> dict[str, np.ndarray]:
-        """Return what a fit of `gauss_newton` keeps of a checkpoint's pseudo-gradients: which they are, and their factorisation if there is one.
-
-        Nothing of rows that are more than parameters: to list them would take more than the matrix that is formed of them.
-
-        Args:
-            number: the checkpoint's.
-            fitted: its EK-FAC factors.
-            progress: asked between batches and between blocks of rows whether the work should stop.
-
-        Raises:
-            Cancelled: if it should.
-        """
-        spec = self.spec.method
-        assert isinstance(spec, GaussNewtonMethod)
-        rows = self.pseudo_gradients.chosen(number, fitted, progress)
-        factor = self._gauss_newton(spec, number, fitted, lambda: rows).factorised(self.default_damping or 0.0)
-        if rows.has_matrix:
-            return {}
-        return rows.selection.arrays() | ({} if factor is None else factor.arrays())
-
-    def _drawn(self, method: LissaMethod) -> Iterator[Batch]:
-        """Yield LiSSA's mini-batches."""
-        generator = np.random.default_rng(method.seed)
-        rows = self.training_rows
-        for _ in range(method.depth):
-            chosen = generator.choice(len(rows), min(method.batch, len(rows)), replace=False)
-            yield self.source.batch(rows[np.sort(chosen)])
 
     def spread(self, count: int | None) -> np.ndarray:
         """Return so many training rows, evenly spread; all by default."""

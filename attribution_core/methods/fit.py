@@ -124,7 +124,7 @@ class FitPipeline:
                     eigenvalues.add(draws)
                 return eigenvalues.arrays()
             case "hessian":
-                products, batches = self.context.products(shard.checkpoint), self._counted(shard, progress)
+                products, batches = self.context.curvatures.products(shard.checkpoint), self._counted(shard, progress)
                 return {"hessian": summed_hessian(products, batches, self._blocks(shard))}
             case "krylov":
                 return self._krylov(shard, progress)
@@ -171,7 +171,7 @@ class FitPipeline:
                 values = {name: (value / n).astype(np.float32) for name, value in summed_arrays(watched_files).items()}
                 if isinstance(method, GaussNewtonMethod):
                     basis = of_checkpoint(self._reduced("covariance"), number)
-                    values |= self.context.factorised(number, basis | values, progress)
+                    values |= self.context.curvatures.factorised(number, basis | values, progress)
                 return values | self._whitened(stage)
             case "hessian":
                 assert isinstance(method, HessianMethod)
@@ -285,7 +285,7 @@ class FitPipeline:
         return {name: value for stage in stages for name, value in self._reduced(stage).items()}
 
     def _krylov(self, shard: Shard, progress: Progress) -> Arrays:
-        method, products = self.spec.method, self.context.products(shard.checkpoint)
+        method, products = self.spec.method, self.context.curvatures.products(shard.checkpoint)
         assert isinstance(method, ArnoldiMethod)
         blocks = self._blocks(shard)
         size = sum(block.numel for block in blocks)
