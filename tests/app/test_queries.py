@@ -402,6 +402,7 @@ STORED = {
         {"type": "grad_dot", "projection": _RADEMACHER},
         {"store": {"dtype": "binary"}, "search": {"type": "ivf", "lists": 24, "probes": 6}},
     ),
+    "whitened-bits": ({"type": "ekfac"}, {"store": {"layout": "vectors"}}),
     "int8-factors": ({"type": "ekfac"}, {"store": {"dtype": "int8", "layout": "factors"}}),
 }
 
