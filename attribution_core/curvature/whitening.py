@@ -14,6 +14,9 @@ from torch import Tensor
 
 from attribution_core.gradients import LayerGradient, Rotation
 
+# Of a side's largest mean eigenvalue.
+_SMALLEST = 1e-6
+
 
 @dataclass(frozen=True)
 class Whitening:
@@ -33,8 +36,8 @@ class Whitening:
     def of_eigenvalues(cls, basis: Rotation, damped: Tensor) -> "Whitening":
         """Return `W` from eigenvectors and `K + λ`, (groups, d_out, d_in) and above 0."""
         share = damped.mean((-2, -1), keepdim=True).pow(0.25)
-        inputs = damped.mean(-2, keepdim=True).rsqrt() * share  # (groups, 1, d_in)
-        outputs = damped.mean(-1, keepdim=True).rsqrt() * share  # (groups, d_out, 1)
+        inputs = _roots(damped.mean(-2, keepdim=True)) * share  # (groups, 1, d_in)
+        outputs = _roots(damped.mean(-1, keepdim=True)) * share  # (groups, d_out, 1)
         scale = damped.new_ones(len(damped), 1, 1)
         if basis.inputs is None:
             scale = scale * inputs
@@ -54,6 +57,11 @@ class Whitening:
     def against(self, matrices: Tensor) -> Tensor:
         """Return `W⁻¹ v`, what `W φ` is multiplied with, for `v` (…, groups, d_out, d_in)."""
         return self.inverse.forward(matrices) / self.scale.to(matrices.dtype)
+
+
+def _roots(means: Tensor) -> Tensor:
+    """Return `x^-½`, of no less than a share of the largest: what a side is multiplied with and divided by again must not be rounded away."""
+    return means.clamp(min=_SMALLEST * float(means.max())).rsqrt()
 
 
 def _symmetric(vectors: Tensor | None, values: Tensor) -> Tensor | None:

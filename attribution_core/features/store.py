@@ -76,10 +76,11 @@ class FeatureStore:
 
     def signs(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yield `(first row, packed signs)` of rows of bits shard by shard, weighted."""
+        every = np.packbits(np.ones(self.dim, bool), bitorder="little")  # padding stays 0
         for number, start in enumerate(self.starts[:-1]):
             packed = np.asarray(_mapped_rows(self.paths[number]))
             negative = self.weights[start : start + len(packed)] < 0
-            yield int(start), np.where(negative[:, None], ~packed, packed) if negative.any() else packed
+            yield int(start), np.where(negative[:, None], packed ^ every, packed) if negative.any() else packed
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yield `(first row, rows)`, rows as float32 (count, k), unweighted: a shard's at once, or some of them where these take much."""

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
@@ -210,7 +211,7 @@ class GradientMethod(FeatureMethod):
         curvature: preconditions the query side.
         damping: where a query names none.
         projection: of stored rows and queries; None where gradients are stored whole, as factors.
-        whitening: the basis of each block in which both are projected; None for the parameters' own.
+        whitened_at: the damping of the basis in which both are projected; None for the parameters' own basis.
     """
 
     linear = True
@@ -221,10 +222,10 @@ class GradientMethod(FeatureMethod):
         curvature: Curvature,
         damping: float,
         projection: Projection | None,
-        whitening: Sequence[Whitening] | None = None,
+        whitened_at: float | None = None,
     ) -> None:
         super().__init__(checkpoint)
-        self.whitening = whitening
+        self.whitened_at = whitened_at
         self.curvature = curvature
         self.default_damping = damping
         self.projection = projection
@@ -233,6 +234,11 @@ class GradientMethod(FeatureMethod):
     def dim(self) -> int:
         """The projection's dimension."""
         return 0 if self.projection is None else self.projection.dim
+
+    @cached_property
+    def whitening(self) -> Sequence[Whitening] | None:
+        """The basis of each block in which rows and queries are projected; None for the parameters' own."""
+        return None if self.whitened_at is None else self.curvature.whitening(self.whitened_at)
 
     def encode_train(self, batch: Batch) -> TrainRows:
         """Return projected `φ_i`, and `τ_i(z_i)`."""

@@ -245,9 +245,8 @@ class FitContext:
                 return Exact(checkpoint, spec, partial(self.batches, number))
         assert isinstance(spec, GradientMethodBase)
         kept = self._projection(spec, number) if self.layout == "vectors" else None
-        curvature = self.curvatures.of(number, own)
-        whitening = curvature.whitening(float(own[WHITENED][0])) if WHITENED in own else None
-        return GradientMethod(checkpoint, curvature, self.default_damping or 0.0, kept, whitening)
+        damping, whitened_at = self.default_damping or 0.0, float(own[WHITENED][0]) if WHITENED in own else None
+        return GradientMethod(checkpoint, self.curvatures.of(number, own), damping, kept, whitened_at)
 
     @cached_property
     def row_type(self) -> RowType:

@@ -152,7 +152,7 @@ class LoadedIndex:
     def _loaded_bytes(self) -> int:
         parameters = sum(p.numel() for member in self.members for p in member.checkpoint.module.parameters())
         factors = (self.folder / FACTORS_FILE).stat().st_size
-        if any(isinstance(member, GradientMethod) and member.whitening for member in self.members):
+        if any(isinstance(member, GradientMethod) and member.whitened_at is not None for member in self.members):
             factors *= 3  # the whitening's sides and their inverses are as large as the eigenvectors
         if self.gradients is not None:
             return 4 * parameters + factors + self.gradients.bytes

@@ -79,16 +79,13 @@ class VectorIndex:
         index: the FAISS index, with rows added in order.
         rows: the rows themselves, read where codes are not enough.
         radii: (clusters,) float32, the root-mean-square distance of each cluster's rows from its centre; None where there are no clusters.
-        flips: (dim,) signs that columns of bits were multiplied with, and queries are; None where rows are not bits.
     """
 
-    def __init__(
-        self, index: faiss.Index, rows: Rows, radii: np.ndarray | None = None, flips: np.ndarray | None = None
-    ) -> None:
+    def __init__(self, index: faiss.Index, rows: Rows, radii: np.ndarray | None = None) -> None:
         self._index: Any = index  # FAISS's type stubs know too little of its classes
         self._rows = rows
         self._radii = radii
-        self._flips = flips
+        self._flips = _flips(index.d) if isinstance(index, faiss.IndexRaBitQ) else None
 
     @classmethod
     def build(cls, spec: SearchSpec, rows: Rows, progress: Progress | None = None) -> "VectorIndex":
@@ -198,12 +195,15 @@ class VectorIndex:
             np.zeros((1, rows.dim), np.float32)
         )  # signs of the rows themselves, not of what they differ by from a mean
         index.qb = _QUERY_BITS
-        flips = np.random.default_rng(0).permutation(np.resize(np.array([1, -1], np.float32), rows.dim))
+        flips = _flips(rows.dim)
+        if not _lays_out_codes(index):  # a version of FAISS that is not known
+            for _, block in watched(rows.weighted_blocks(), progress):
+                index.add(block * flips)
+            return cls(index, rows)
         flipped, lengths = np.packbits(flips < 0, bitorder="little"), sizes * np.float32(rows.dim**0.5)
-        _check_codes(index)
         for start, signs in watched(rows.signs(), progress):
             index.add_sa_codes(_codes(signs ^ flipped, lengths[start : start + len(signs)]))
-        return cls(index, rows, flips=flips)
+        return cls(index, rows)
 
     @property
     def _coded(self) -> bool:
@@ -277,21 +277,22 @@ def _codes(signs: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.concatenate([signs, factors.view(np.uint8)], axis=1)
 
 
-def _check_codes(index: Any) -> None:
-    """Refuse a FAISS whose codes are laid out in another way.
+def _flips(dim: int) -> np.ndarray:
+    """Return signs (dim,) that columns of bits and of queries are multiplied with, half of each."""
+    signs: np.ndarray = np.random.default_rng(0).permutation(np.resize(np.array([1, -1], np.float32), dim))
+    return signs
 
-    Raises:
-        RuntimeError: if they are.
-    """
+
+def _lays_out_codes(index: Any) -> bool:
+    """Return whether FAISS lays out codes as `_codes` does."""
     row = np.where(np.arange(index.d) % 3 == 0, np.float32(2), np.float32(-2))[None]
     own = _codes(np.packbits(row > 0, axis=1, bitorder="little"), np.array([2 * index.d**0.5], np.float32))
     found = index.sa_encode(row)
     bits = own.shape[1] - 8
-    same = found.shape == own.shape and np.array_equal(found[:, :bits], own[:, :bits])
-    if not same or not np.allclose(
-        found[:, bits:].copy().view(np.float32), own[:, bits:].copy().view(np.float32), rtol=1e-5
-    ):
-        raise RuntimeError("this version of FAISS lays out the codes of IndexRaBitQ in another way")
+    if found.shape != own.shape or not np.array_equal(found[:, :bits], own[:, :bits]):
+        return False
+    given, expected = (codes[:, bits:].copy().view(np.float32) for codes in (found, own))
+    return np.allclose(given, expected, rtol=1e-5)
 
 
 def _shortened(queries: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from attribution_core.curvature.whitening import Whitening
-from attribution_core.gradients import LayerGradient, Rotation
+from attribution_core.gradients import Block, LayerGradient, Rotation
 from attribution_core.method_spec import ProjectionSpec
 from attribution_core.projection import build_projection
 from tests.core.curvature.test_ekfac import NETWORKS, fitted, prepared
@@ -82,3 +82,20 @@ def test_rows_do_not_depend_on_which_eigenvectors_span_a_space() -> None:
     bases = [Rotation(inputs, rotation.outputs) for inputs in (vectors, vectors @ turn)]
     found = [Whitening.of_eigenvalues(basis, damped).of(gradients[0]) for basis in bases]
     torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("smallest", [1e-3, 1e-9])
+def test_inner_products_survive_rounding(smallest: float) -> None:
+    """In single precision, whatever the range of eigenvalues."""
+    generator = torch.Generator().manual_seed(0)
+    vectors = [torch.linalg.qr(torch.randn(1, 64, 64, generator=generator)).Q for _ in range(2)]
+    spectrum = torch.logspace(-12, 0, 64)
+    damped = spectrum[:, None] * spectrum + smallest
+    whitening = Whitening.of_eigenvalues(Rotation(*vectors), damped[None])
+    block = Block("layer", 1, 64, 64)
+    inputs, outputs = torch.randn(2, 8, 1, 1, 64, generator=generator)
+    gradient = LayerGradient(block, inputs * spectrum.sqrt(), outputs * spectrum.sqrt())
+    solved = torch.randn(5, 1, 64, 64, generator=generator)
+    found = whitening.against(solved).flatten(1) @ whitening.of(gradient).flatten(1).T
+    expected = solved.flatten(1) @ gradient.materialise().flatten(1).T
+    assert float((found - expected).norm() / expected.norm()) < 0.02

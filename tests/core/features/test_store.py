@@ -159,6 +159,7 @@ def test_signs_and_sizes_are_those_of_the_weighted_rows(tmp_path: Path) -> None:
     store = FeatureStore(tmp_path, 10)
     assert store.sizes is not None
     for start, packed in store.signs():
+        assert not np.unpackbits(packed, axis=1, bitorder="little")[:, 13:].any()
         signs = 2.0 * np.unpackbits(packed, axis=1, count=13, bitorder="little") - 1
         found = signs * store.sizes[start : start + len(packed), None]
         np.testing.assert_allclose(found, store.read_weighted(np.arange(start, start + len(packed))), rtol=1e-6)

@@ -297,3 +297,21 @@ def test_rows_that_are_scored_again_are_read_a_few_at_a_time(monkeypatch: pytest
     found = VectorIndex.build(FLAT, held).search(queries, 50)
     np.testing.assert_array_equal(found.rows, expected.rows)
     np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-5)
+
+
+def test_bits_that_were_written_are_found_again(tmp_path: Path) -> None:
+    held = bits(600, 100, 100, 1)
+    index = VectorIndex.build(FLAT, held)
+    index.write(tmp_path / "index")
+    queries = np.random.default_rng(1).normal(size=(3, 100)).astype(np.float32)
+    np.testing.assert_array_equal(
+        VectorIndex.read(tmp_path / "index", held).search(queries, 5).rows, index.search(queries, 5).rows
+    )
+
+
+def test_bits_are_searched_by_a_faiss_whose_codes_are_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = bits(600, 100, 100, 1)
+    queries = np.random.default_rng(1).normal(size=(3, 100)).astype(np.float32)
+    expected = VectorIndex.build(FLAT, held).search(queries, 5)
+    monkeypatch.setattr(faiss_index, "_lays_out_codes", lambda _: False)
+    np.testing.assert_array_equal(VectorIndex.build(FLAT, held).search(queries, 5).rows, expected.rows)
