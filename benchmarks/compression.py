@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from attribution_core.curvature.ekfac import EkfacFactors
+from attribution_core.curvature.whitening import Whitening
 from attribution_core.method_spec import ProjectionSpec
 from attribution_core.methods.base import GradientMethod
 from attribution_core.methods.fit import fit
@@ -72,9 +73,7 @@ class Given:
             return self.training, self.queries
         if basis == "whitened by sides":
             blocks = self.factors.whitening(self.damping)
-            forward = [
-                block.sides.forward(part) * block.scale for part, block in zip(self.training, blocks, strict=True)
-            ]
+            forward = [_by_sides(block, part) for part, block in zip(self.training, blocks, strict=True)]
             return forward, [block.against(part) for part, block in zip(self.queries, blocks, strict=True)]
         rotations = self.factors.basis.rotations
         turned = [[turn.forward(part) for part, turn in zip(side, rotations, strict=True)] for side in self.sides]
@@ -221,6 +220,12 @@ def _mixed(parts: Sequence[_Truncation], mean: int) -> list[int]:
         if ranks[number] == rank and cost <= budget:
             ranks[number], budget = rank + 1, budget - cost
     return ranks
+
+
+def _by_sides(block: Whitening, matrices: Tensor) -> Tensor:
+    """Return `W φ` of whole gradients as an index whitens them."""
+    turned = block.sides.forward(matrices)
+    return turned if block.scale is None else turned * block.scale
 
 
 def _separable(given: Given, number: int) -> Tensor:

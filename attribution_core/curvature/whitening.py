@@ -9,6 +9,7 @@ picks for eigenvalues that are nearly equal.
 """
 
 from dataclasses import dataclass
+from math import prod
 
 from torch import Tensor
 
@@ -25,12 +26,12 @@ class Whitening:
     Attributes:
         sides: `S_A` and `S_G`, where the block has a basis of its own.
         inverse: their inverses.
-        scale: what is left of `W` on sides that keep their axes, (groups, d_out or 1, d_in or 1).
+        scale: what is left of `W` on sides that keep their axes, (groups, d_out or 1, d_in or 1); None where there are none.
     """
 
     sides: Rotation
     inverse: Rotation
-    scale: Tensor
+    scale: Tensor | None
 
     @classmethod
     def of_eigenvalues(cls, basis: Rotation, damped: Tensor) -> "Whitening":
@@ -38,11 +39,8 @@ class Whitening:
         share = damped.mean((-2, -1), keepdim=True).pow(0.25)
         inputs = _roots(damped.mean(-2, keepdim=True)) * share  # (groups, 1, d_in)
         outputs = _roots(damped.mean(-1, keepdim=True)) * share  # (groups, d_out, 1)
-        scale = damped.new_ones(len(damped), 1, 1)
-        if basis.inputs is None:
-            scale = scale * inputs
-        if basis.outputs is None:
-            scale = scale * outputs
+        kept = [side for side, axes in ((inputs, basis.inputs), (outputs, basis.outputs)) if axes is None]
+        scale = prod(kept[1:], start=kept[0]) if kept else None
         sides = [_symmetric(basis.inputs, inputs.squeeze(-2)), _symmetric(basis.outputs, outputs.squeeze(-1))]
         inverse = [
             _symmetric(basis.inputs, 1 / inputs.squeeze(-2)),
@@ -52,11 +50,13 @@ class Whitening:
 
     def of(self, gradient: LayerGradient) -> Tensor:
         """Return `W φ`, (batch, groups, d_out, d_in)."""
-        return self.sides.of(gradient) * self.scale.to(gradient.inputs.dtype)
+        turned = self.sides.of(gradient)
+        return turned if self.scale is None else turned * self.scale.to(turned.dtype)
 
     def against(self, matrices: Tensor) -> Tensor:
         """Return `W⁻¹ v`, what `W φ` is multiplied with, for `v` (…, groups, d_out, d_in)."""
-        return self.inverse.forward(matrices) / self.scale.to(matrices.dtype)
+        turned = self.inverse.forward(matrices)
+        return turned if self.scale is None else turned / self.scale.to(turned.dtype)
 
 
 def _roots(means: Tensor) -> Tensor:
