@@ -142,6 +142,11 @@ class QuerySide:
         return QuerySide(self.output[part], self.rows[part], gradients)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the rows and the whole gradients."""
+        return sum(values.nbytes for values in (self.rows, *(self.gradients or ())))
+
+    @property
     def finite(self) -> Tensor:
         """Whether all that training examples are multiplied with is finite, (queries,)."""
         # A sum needs no copy, and is not finite if one of its terms is not.

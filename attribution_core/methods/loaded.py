@@ -15,6 +15,7 @@ from attribution_core.errors import FingerprintMismatchError, InvalidInputError,
 from attribution_core.features.factors import GradientStore
 from attribution_core.features.store import FeatureStore
 from attribution_core.fit_spec import FitSpec
+from attribution_core.memory import release_freed
 from attribution_core.method_spec import TrakMethod
 from attribution_core.methods.artifact import (
     FACTORS_FILE,
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 OVERSAMPLING = 8
 MIN_CANDIDATES = 200
 _ROWS_AT_ONCE = 4096
+# Bytes of one member's query side after which freed memory is given back.
+_LARGE_SIDE = 16 << 20
 # Of stored rows, decoded together: 16 MB.
 _NUMBERS_AT_ONCE = 1 << 22
 
@@ -179,9 +182,12 @@ class LoadedIndex:
             InvalidInputError: if the queries do not fit the model, have no target, or overflow.
         """
         used = self.default_damping if damping is None else damping
-        return self.joined(
-            [member.precondition(member.encode_query(batch), used or 0.0) for member in self.members], batch, used
-        )
+        sides = []
+        for member in self.members:
+            sides.append(member.precondition(member.encode_query(batch), used or 0.0))
+            if len(self.members) > 1 and sides[-1].nbytes > _LARGE_SIDE:
+                release_freed()  # else what one member's passes leave in pieces adds up over the ensemble
+        return self.joined(sides, batch, used)
 
     def joined(self, sides: Sequence[QuerySide], batch: Batch, damping: float | None) -> Query:
         """Return queries whose sides, one per checkpoint, were preconditioned with a damping.
