@@ -18,6 +18,8 @@ import numpy as np
 Arrays = dict[str, np.ndarray]
 RowType = Literal["float32", "float16", "int8", "binary"]
 _LEVELS = 127
+# Numbers decoded together: 16 MB.
+_NUMBERS_AT_ONCE = 1 << 22
 # Entries below this share of a row's root mean square count as zero, whose sign no rounding decides: they are positive.
 _NOTHING = 1e-4
 
@@ -33,6 +35,11 @@ def encoded(rows: np.ndarray, dtype: RowType) -> Arrays:
     if dtype == "float16":
         return {"rows": divided.astype(np.float16), "scales": scales}
     return {"rows": np.rint(_LEVELS * divided).astype(np.int8), "scales": scales}
+
+
+def rows_at_once(dim: int) -> int:
+    """Return how many rows of `dim` numbers are decoded together."""
+    return max(1, _NUMBERS_AT_ONCE // max(1, dim))
 
 
 def signs(rows: np.ndarray) -> Arrays:

@@ -13,11 +13,9 @@ from safetensors import SafetensorError, safe_open
 
 from attribution_core.arrays import write_arrays
 from attribution_core.errors import CorruptArtifactError
-from attribution_core.features.rows import decoded
+from attribution_core.features.rows import decoded, rows_at_once
 
 Arrays = dict[str, np.ndarray]
-# Decoded together: 16 MB.
-_NUMBERS_AT_ONCE = 1 << 22
 _DTYPES = {"F32": np.float32, "F16": np.float16, "I8": np.int8, "U8": np.uint8}
 
 
@@ -84,7 +82,7 @@ class FeatureStore:
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yield `(first row, rows)`, rows as float32 (count, k), unweighted: a shard's at once, or some of them where these take much."""
-        step = max(1, _NUMBERS_AT_ONCE // max(1, self.dim))
+        step = rows_at_once(self.dim)
         for number, start in enumerate(self.starts[:-1]):
             for first in range(0, int(self.starts[number + 1] - start), step):
                 yield int(start) + first, self._decoded(number, slice(first, first + step))

@@ -13,6 +13,7 @@ from attribution_core.arrays import read_arrays
 from attribution_core.data.batch import Batch
 from attribution_core.errors import FingerprintMismatchError, InvalidInputError, NotFiniteError
 from attribution_core.features.factors import GradientStore
+from attribution_core.features.rows import rows_at_once
 from attribution_core.features.store import FeatureStore
 from attribution_core.fit_spec import FitSpec
 from attribution_core.memory import release_freed
@@ -39,8 +40,6 @@ MIN_CANDIDATES = 200
 _ROWS_AT_ONCE = 4096
 # Bytes of one member's query side after which freed memory is given back.
 _LARGE_SIDE = 16 << 20
-# Of stored rows, decoded together: 16 MB.
-_NUMBERS_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -255,7 +254,7 @@ class LoadedIndex:
         if rescore and self.rescores:
             return self._exact_scores(query, rows, progress or NoProgress())
         scores = np.empty((len(query), len(rows)), np.float32)
-        step = max(1, _NUMBERS_AT_ONCE // max(1, self.dim))
+        step = rows_at_once(self.dim)
         for start in range(0, len(rows), step):
             part = rows[start : start + step]
             scores[:, start : start + len(part)] = query.rows @ self.store.read(part).T * self.store.weights[part]

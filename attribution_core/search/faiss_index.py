@@ -27,6 +27,7 @@ import numpy as np
 
 from attribution_core.arrays import read_arrays, write_arrays
 from attribution_core.errors import CorruptArtifactError
+from attribution_core.features.rows import rows_at_once
 from attribution_core.progress import NoProgress, Progress, watched
 from attribution_core.search.exact import Blocks
 from attribution_core.search.merge import Ranked, ordered
@@ -44,8 +45,6 @@ _REFINED = 16
 _REFINED_BITS = 2
 _MIN_REFINED = 400
 _DIMS_PER_CODE = 4
-# Of rows that are scored again, decoded together.
-_NUMBERS_AT_ONCE = 1 << 22
 # Of each number of a query that is compared with bits.
 _QUERY_BITS = 8
 # How many standard deviations above its cluster's mean score a row worth finding is.
@@ -191,9 +190,8 @@ class VectorIndex:
         errors do not add up.
         """
         index: Any = faiss.IndexRaBitQ(rows.dim, faiss.METRIC_INNER_PRODUCT)
-        index.train(
-            np.zeros((1, rows.dim), np.float32)
-        )  # signs of the rows themselves, not of what they differ by from a mean
+        # Signs of the rows themselves, not of what they differ by from a mean.
+        index.train(np.zeros((1, rows.dim), np.float32))
         index.qb = _QUERY_BITS
         flips = _flips(rows.dim)
         if not _lays_out_codes(index):  # a version of FAISS that is not known
@@ -257,7 +255,7 @@ class VectorIndex:
         """Return the k best of what codes found, by their rows."""
         scores = np.full(found.rows.shape, -np.inf, np.float32)
         wanted = np.unique(found.rows[found.rows >= 0])  # FAISS finds nothing where it cannot compare
-        step = max(1, _NUMBERS_AT_ONCE // self._rows.dim)
+        step = rows_at_once(self._rows.dim)
         for start in range(0, len(wanted), step):
             part = wanted[start : start + step]
             read = self._rows.read_weighted(part)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from attribution_core.errors import CorruptArtifactError
-from attribution_core.features import store as store_module
+from attribution_core.features import rows as rows_module
 from attribution_core.features.rows import RowType, encoded, joined, signs
 from attribution_core.features.store import FeatureStore, write_shard
 
@@ -145,7 +145,7 @@ def test_signs_of_nothing_are_not_left_to_rounding() -> None:
 def test_large_rows_are_decoded_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written(tmp_path, [6, 4], dtype="binary")
     whole = np.concatenate([block for _, block in FeatureStore(tmp_path, 10).weighted_blocks()])
-    monkeypatch.setattr(store_module, "_NUMBERS_AT_ONCE", 15)
+    monkeypatch.setattr(rows_module, "_NUMBERS_AT_ONCE", 15)
     blocks = list(FeatureStore(tmp_path, 10).weighted_blocks())
     assert [(start, len(block)) for start, block in blocks] == [(0, 2), (2, 2), (4, 2), (6, 2), (8, 2)]
     np.testing.assert_array_equal(np.concatenate([block for _, block in blocks]), whole)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from attribution_core.errors import CorruptArtifactError
+from attribution_core.features import rows as rows_module
 from attribution_core.search import faiss_index
 from attribution_core.search.exact import BlockSearch, exact_top
 from attribution_core.search.faiss_index import RADII_FILE_NAME, VectorIndex
@@ -293,7 +294,7 @@ def test_rows_that_are_scored_again_are_read_a_few_at_a_time(monkeypatch: pytest
     held = bits(600, 64, 64, 1)
     queries = np.random.default_rng(1).normal(size=(3, 64)).astype(np.float32)
     expected = VectorIndex.build(FLAT, held).search(queries, 50)
-    monkeypatch.setattr(faiss_index, "_NUMBERS_AT_ONCE", 64 * 7)
+    monkeypatch.setattr(rows_module, "_NUMBERS_AT_ONCE", 64 * 7)
     found = VectorIndex.build(FLAT, held).search(queries, 50)
     np.testing.assert_array_equal(found.rows, expected.rows)
     np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-5)
