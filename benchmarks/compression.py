@@ -21,6 +21,7 @@ from attribution_core.method_spec import ProjectionSpec
 from attribution_core.methods.base import GradientMethod
 from attribution_core.methods.fit import fit
 from attribution_core.methods.loaded import LoadedIndex
+from attribution_core.processor import set_up_processor
 from attribution_core.progress import NoProgress
 from attribution_core.projection import build_projection
 from benchmarks.lds import Truth
@@ -284,7 +285,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("workloads", nargs="+", choices=WORKLOADS)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    set_up_processor(threads=1)
     for name in arguments.workloads:
         truth = Truth.read(WORKLOADS[name].truth)
         print(f"\n{name}\n\n| stored | bytes per example | LDS | top {TOP} among {CANDIDATES} |\n|---|---|---|---|")

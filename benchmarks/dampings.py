@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from attribution_core.methods.fit import fit
 from attribution_core.methods.loaded import LoadedIndex
+from attribution_core.processor import set_up_processor
 from attribution_core.progress import NoProgress
 from benchmarks.lds import Truth, read_results, summary, write_results
 from benchmarks.ours import dataset_of, fit_spec
@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--dampings", type=float, nargs="*", help="instead of each sweep's own")
     parser.add_argument("--tables", action="store_true", help="print what was measured and measure nothing")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    set_up_processor(threads=1)
     for name in [] if arguments.tables else arguments.names:
         for sweep in SWEEPS:
             if arguments.only and sweep.label not in arguments.only:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from attribution_core.fingerprint import sha256_file
 from attribution_core.fit_spec import CheckpointRef, DatasetRef, FitSpec
 from attribution_core.methods.fit import fit
 from attribution_core.methods.loaded import LoadedIndex
+from attribution_core.processor import set_up_processor
 from attribution_core.progress import NoProgress
 from attribution_core.spec import DatasetSpec
 from benchmarks.cost import damping_name, damping_of, peak_megabytes, plain_passes
@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    set_up_processor(arguments.threads)
     cost = run(
         WORKLOADS[arguments.workload],
         arguments.method,

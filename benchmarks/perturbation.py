@@ -7,8 +7,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from attribution_core.processor import set_up_processor
 from benchmarks.dampings import Sweep, judged
 from benchmarks.lds import read_results, summary, write_results
 from benchmarks.workloads import WORKLOADS, Workload
@@ -65,7 +64,7 @@ def main() -> None:
     parser.add_argument("--method", nargs="*", default=["ekfac"])
     parser.add_argument("--table", action="store_true", help="print what was measured and measure nothing")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    set_up_processor(threads=1)
     for name in [] if arguments.table else arguments.names:
         for kind in arguments.method:
             for noise, copies in TRIED:

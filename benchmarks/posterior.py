@@ -11,13 +11,13 @@ import time
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import torch
 
 from attribution_core.bank_methods.datamodels import ridge_datamodel
 from attribution_core.bank_methods.posterior import condition, fit_posterior, learn
 from attribution_core.evaluate.calibration import fit_affine
 from attribution_core.evaluate.conformal import coverage, fit_intervals, squared_scores_removed
 from attribution_core.evaluate.retrainings import Retrainings
+from attribution_core.processor import set_up_processor
 from benchmarks.lds import Truth
 from benchmarks.plan import ENTRIES
 from benchmarks.run import folder_of
@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--workload", nargs="*", default=NAMES, choices=NAMES)
     parser.add_argument("--bank", nargs="*", type=int)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    set_up_processor(threads=1)
     for name in arguments.workload:
         workload = WORKLOADS[name]
         truth, priors = Truth.read(workload.truth), prior_scores(workload)

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from attribution_core.methods.fit import fit
+from attribution_core.processor import set_up_processor
 from attribution_core.progress import NoProgress
 from benchmarks.cost import peak_megabytes, plain_passes
 from benchmarks.ours import dataset_of, fit_spec
@@ -99,7 +100,7 @@ def measured(what: str, size: int) -> Point:
 
 def _alone(what: str, size: int) -> Point:
     """Measure in a process that has made a small fit before, as the first pays for imports; seconds are the fastest of a few."""
-    torch.set_num_threads(1)
+    set_up_processor(threads=1)
     measured(what, min(_PANELS[what]))
     points = [measured(what, size) for _ in range(_REPEATS)]
     return points[0] | {name: min(point[name] for point in points) for name in ("fit", "plain")}

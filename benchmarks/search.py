@@ -30,6 +30,7 @@ from attribution_core.data.batch import Batch
 from attribution_core.features.rows import decoded
 from attribution_core.gradients import GradientCapture
 from attribution_core.method_spec import ProjectionSpec
+from attribution_core.processor import set_up_processor
 from attribution_core.projection import build_projection
 from attribution_core.search.exact import BlockSearch
 from attribution_core.search.faiss_index import VectorIndex
@@ -265,7 +266,7 @@ def main() -> None:
     parser.add_argument("--searches", type=json.loads, nargs="*", default=[{"type": "ivf"}, {"type": "ivfpq"}])
     arguments = parser.parse_args()
     faiss.omp_set_num_threads(1)
-    torch.set_num_threads(1)
+    set_up_processor(threads=1)
     for name in arguments.sets:
         if name == "bits":
             signs = BitRows(bits(arguments.rows, arguments.bits))

@@ -25,6 +25,7 @@ from attribution_core.fingerprint import sha256_file
 from attribution_core.fit_spec import CheckpointRef, DatasetRef, FitSpec
 from attribution_core.methods.fit import fit
 from attribution_core.methods.loaded import LoadedIndex
+from attribution_core.processor import set_up_processor
 from attribution_core.progress import NoProgress
 from attribution_core.spec import ArchitectureSpec, DatasetSpec
 from benchmarks.cost import peak_megabytes
@@ -225,7 +226,7 @@ def main() -> None:
         "--method", type=json.loads, default={"type": "logra", "projection": {"type": "factored", "dim": 7680}}
     )
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    set_up_processor(arguments.threads)
     path = arguments.out / "result.json"
     result = json.loads(path.read_text()) if arguments.only_study else run(arguments)
     path.write_text(json.dumps(result, indent=1))

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from attribution_core.method_spec import DEFAULT_BITS, DEFAULT_DIM
 from attribution_core.method_spec import METHODS as METHOD_SPECS
 from attribution_core.methods.fit import fit
 from attribution_core.methods.loaded import LoadedIndex
+from attribution_core.processor import set_up_processor
 from attribution_core.progress import NoProgress
 from benchmarks.lds import Truth, interval
 from benchmarks.ours import dataset_of, fit_spec, stored_bytes
@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("workloads", nargs="+", choices=WORKLOADS)
     parser.add_argument("--methods", type=json.loads, nargs="*", default=list(METHODS))
     parser.add_argument("--frontier", action="store_true")
-    torch.set_num_threads(1)
+    set_up_processor(threads=1)
     arguments = parser.parse_args()
     for name in arguments.workloads:
         print(

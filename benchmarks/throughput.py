@@ -13,6 +13,7 @@ import torch
 
 from attribution_core.data.importer import import_dataset
 from attribution_core.fit_spec import DatasetRef
+from attribution_core.processor import set_up_processor
 from attribution_core.progress import NoProgress
 from attribution_core.spec import DatasetSpec
 from attribution_core.training.bank import group_runs
@@ -87,7 +88,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=2)
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    set_up_processor(arguments.threads)
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_of(WORKLOADS[arguments.workload], Path(folder), arguments.epochs)
         runs = group_runs(Protocol(subsets=1), len(trainer.data), 0, trainer.network.num_parameters)

@@ -25,6 +25,7 @@ from app.log import configure_logging
 from app.settings import Settings
 from app.storage.artifacts import ArtifactStore
 from attribution_core.errors import AttributionError, CorruptArtifactError, FingerprintMismatchError
+from attribution_core.processor import set_up_processor
 from attribution_core.projection import check_projections
 
 MAX_BATCH = 64
@@ -173,7 +174,7 @@ def main() -> None:
     settings = Settings()
     configure_logging(settings, "engine")
     check_projections()
-    torch.set_num_threads(settings.engine.threads or os.cpu_count() or 1)
+    set_up_processor(settings.engine.threads)
     device = settings.engine.device
     used = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     cache = IndexCache(ArtifactStore(settings.data_dir), settings.engine.memory_bytes, used)

@@ -11,7 +11,6 @@ import socket
 import time
 
 import structlog
-import torch
 
 from app.db.failures import OUTAGE
 from app.db.session import create_engine, create_sessionmaker, plain_url
@@ -27,6 +26,7 @@ from app.worker.sweeping import sweep_files
 from app.worker.trainings import TRAINING
 from app.worker.unlearnings import UNLEARNING
 from app.worker.verifications import VERIFICATION
+from attribution_core.processor import set_up_processor
 from attribution_core.projection import check_projections
 
 log = structlog.get_logger("headwater.worker")
@@ -110,8 +110,7 @@ def main() -> None:
     settings = Settings()
     configure_logging(settings, "worker")
     check_projections()
-    threads = settings.worker.threads or os.cpu_count() or 1
-    torch.set_num_threads(threads)
+    set_up_processor(settings.worker.threads)
     with asyncio.Runner() as runner:
         runner.run(work(settings))
         # A computation that has not stopped by now would be joined; its lease was given back, and what it writes is its attempt's.

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from attribution_core.gradients import Block, LayerGradient, Rotation
 
@@ -159,10 +158,5 @@ class Drawn:
         used, places = owners.unique(return_inverse=True)
         factors = LayerGradient(self.block, self.inputs[used].unsqueeze(2), mixed.unsqueeze(2))
         turned = (turn.input_factor(factors)[:, :, 0], turn.output_factor(factors)[:, :, 0])
-        inputs, outputs = (without_tiny(part).transpose(0, 1).contiguous() for part in turned)
+        inputs, outputs = (part.transpose(0, 1).contiguous() for part in turned)
         return RankOneRows(inputs, outputs, places)
-
-
-def without_tiny(vectors: Tensor) -> Tensor:
-    """Set numbers to 0 whose products could be subnormal, which slows those down tenfold; to vectors whose largest number is 1 they are nothing."""
-    return F.hardshrink(vectors, torch.finfo(vectors.dtype).tiny ** 0.5)

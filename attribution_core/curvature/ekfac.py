@@ -360,7 +360,7 @@ def _second_moment(factor: Tensor) -> Tensor:
     else:
         joined = factor.transpose(0, 1).flatten(1, 2)
         moments = joined.mT @ joined
-    return moments.double().cpu()
+    return moments.cpu()
 
 
 def _eigen(covariance: Tensor) -> tuple[Tensor, Tensor]:

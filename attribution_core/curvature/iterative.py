@@ -10,7 +10,6 @@ from torch import Tensor
 
 from attribution_core.curvature import solvers
 from attribution_core.curvature.base import Curvature, unit_of_damping
-from attribution_core.curvature.block_rows import without_tiny
 from attribution_core.curvature.ekfac import EkfacFactors
 from attribution_core.curvature.group import Group
 from attribution_core.curvature.products import Batches, HessianProducts
@@ -115,7 +114,7 @@ class GaussNewton(Curvature):
         damped = flattened([factors.damped(number, damping).unsqueeze(0) for number in range(len(blocks))]).to(whole)
 
         def product(vectors: Tensor) -> Tensor:
-            parts = [without_tiny(part) for part in unflattened(vectors, blocks)]
+            parts = unflattened(vectors, blocks)
             return flattened(rows.product(parts)).mul_(share).addcmul_(vectors, whole)
 
         return lambda part: solvers.conjugate_gradients(

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attribution_core.curvature.block_rows import without_tiny
 from attribution_core.curvature.rows import PseudoRows
 
 # The factorisation has half of this many rows squared: 32 MiB.
@@ -64,7 +63,7 @@ class RowFactor:
             vectors: v.
             diagonal: D, (groups, d_out, d_in) per block.
         """
-        divided = [without_tiny(part / divisor) for part, divisor in zip(vectors, diagonal, strict=True)]
+        divided = [part / divisor for part, divisor in zip(vectors, diagonal, strict=True)]
         weights = torch.cholesky_solve(rows.inner(divided), self.lower)
         moved = rows.combined(weights * self.share)
         return [part - other / divisor for part, other, divisor in zip(divided, moved, diagonal, strict=True)]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attribution_core.curvature.block_rows import NUMBERS_AT_ONCE, Drawn, RankOneRows, WholeRows, without_tiny
+from attribution_core.curvature.block_rows import NUMBERS_AT_ONCE, Drawn, RankOneRows, WholeRows
 from attribution_core.curvature.ekfac import Draws
 from attribution_core.curvature.selection import Chosen, Frame, Selection, every_draw
 from attribution_core.curvature.vectors import flattened, unflattened
@@ -147,7 +147,7 @@ class PseudoRows:
         for number, own in enumerate(self._parts):
             for _, whole in self._whole(own):
                 rows, column = slice(start, start + len(whole[0])), 0
-                divided = [without_tiny(part / divisor) for part, divisor in zip(whole, divisors, strict=True)]
+                divided = [part / divisor for part, divisor in zip(whole, divisors, strict=True)]
                 for other in watched(self._parts[: number + 1], self._progress):
                     products[rows, column : column + len(other[0])] = _inner(other, divided).T
                     column += len(other[0])

@@ -280,13 +280,13 @@ class Rotation:
     def forward(self, matrices: Tensor) -> Tensor:
         """Rotate (…, groups, d_out, d_in)."""
         if self.inputs is not None:
-            matrices = matrices @ self.inputs.to(matrices.dtype)
+            matrices = _turned(matrices, self.inputs)
         return matrices if self.outputs is None else self.outputs.mT.to(matrices.dtype) @ matrices
 
     def back(self, matrices: Tensor) -> Tensor:
         """Undo `forward`."""
         if self.inputs is not None:
-            matrices = matrices @ self.inputs.mT.to(matrices.dtype)
+            matrices = _turned(matrices, self.inputs.mT)
         return matrices if self.outputs is None else self.outputs.to(matrices.dtype) @ matrices
 
     def input_factor(self, gradient: LayerGradient) -> Tensor:
@@ -310,9 +310,9 @@ class Rotation:
         return self.output_factor(gradient).transpose(-1, -2) @ self.input_factor(gradient)
 
 
-def _turned(factor: Tensor, matrices: Tensor) -> Tensor:
-    """Return (batch, groups, positions, d) times (groups, d, d), as one product where there is one group: many small ones are slow."""
-    matrices = matrices.to(factor.dtype)
+def _turned(rows: Tensor, matrices: Tensor) -> Tensor:
+    """Return (…, groups, rows, d) times (groups, d, d), as one product where there is one group: many small ones are slow."""
+    matrices = matrices.to(rows.dtype)
     if len(matrices) > 1:
-        return factor @ matrices
-    return (factor.flatten(0, 2) @ matrices[0]).view_as(factor)
+        return rows @ matrices
+    return (rows.flatten(0, -2) @ matrices[0]).view(rows.shape)

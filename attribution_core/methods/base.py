@@ -286,7 +286,6 @@ class GradientMethod(FeatureMethod):
         # 1/n goes into the factors: a second copy of what is solved would be the peak of memory.
         share = query.measured[0].inputs.new_full((len(query.output),), 1 / self.checkpoint.num_examples)
         solved = self.curvature.solve_factored(scaled(query.measured, share), damping)
-        solved = [_without_subnormals(gradient) for gradient in solved]
         return QuerySide(query.output, self._projected(solved, query.rows), solved)
 
     def exact_scores(self, query: QuerySide, batch: Batch) -> Tensor:
@@ -336,11 +335,6 @@ class GradientMethod(FeatureMethod):
             return self.projection.project(solved)
         pairs = zip(solved, self.whitening, strict=True)
         return self.projection.project(block.against(matrices) for matrices, block in pairs)
-
-
-def _without_subnormals(gradients: Tensor) -> Tensor:
-    """Set numbers below the smallest normal one to zero, in place: no product needs them, and they slow all of them down."""
-    return torch.hardshrink(gradients, torch.finfo(gradients.dtype).tiny, out=gradients)
 
 
 def inner(query: QuerySide, gradients: Sequence[LayerGradient]) -> Tensor:

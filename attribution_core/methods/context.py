@@ -1,6 +1,7 @@
 """From specs and files to loaded checkpoints with a method on each; shared by fitting and answering."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
@@ -82,6 +83,23 @@ def of_checkpoint(arrays: Arrays, number: int) -> dict[str, np.ndarray]:
     return {name.split(".", 1)[1]: value for name, value in arrays.items() if name.startswith(f"{number}.")}
 
 
+@dataclass(frozen=True)
+class _Probe:
+    """A few training examples under one checkpoint, from which sizes are told.
+
+    Attributes:
+        output_bytes: of the model's output for one example.
+    """
+
+    observed: Observed
+    output_bytes: int
+
+    @cached_property
+    def kept_bytes(self) -> int:
+        """Bytes of one example's gradients and draws in the form that they are kept in."""
+        return self.observed.compact().nbytes // len(self.observed)
+
+
 class FitContext:
     """Loads what a `FitSpec` names, once, and builds methods on its checkpoints.
 
@@ -111,8 +129,7 @@ class FitContext:
         # The rows that are trained on, ascending.
         self.training_rows = np.setdiff1d(np.arange(spec.dataset.num_examples), np.asarray(spec.left_out, np.int64))
         self._checkpoints: dict[int, Checkpoint] = {}
-        self._probes: dict[int, Observed] = {}
-        self._output_bytes: dict[int, int] = {}
+        self._probes: dict[int, _Probe] = {}
         self._captures_rightly = False
         self.pseudo_gradients = PseudoGradients(self)
         self.curvatures = Curvatures(self)
@@ -172,14 +189,14 @@ class FitContext:
         """Return how many examples go through at once: bounded by the memory of their gradients, not by n."""
         if self.spec.batch_size is not None:
             return self.spec.batch_size
-        observed = self._probe(number)
-        probe = observed.training
+        probe = self._probe(number)
         # A batch may take what the model itself takes.
         model = 4 * sum(value.numel() for value in self.checkpoint(number).module.parameters())
-        bytes_each = observed.nbytes // len(observed)
-        outputs = max(1, _OUTPUT_BYTES // (_OUTPUT_COPIES * self._output_bytes[number]))
-        if self.layout == "vectors" or not all(gradient.rank_one for gradient in probe):
-            bytes_each += 4 * max(gradient.block.numel for gradient in probe)
+        bytes_each = probe.observed.nbytes // len(probe.observed)
+        outputs = max(1, _OUTPUT_BYTES // (_OUTPUT_COPIES * probe.output_bytes))
+        gradients = probe.observed.training
+        if self.layout == "vectors" or not all(gradient.rank_one for gradient in gradients):
+            bytes_each += 4 * max(gradient.block.numel for gradient in gradients)
         return max(1, min(_MAX_BATCH, outputs, max(_BATCH_BYTES, model) // bytes_each))
 
     @cached_property
@@ -200,7 +217,7 @@ class FitContext:
         width = FACTOR_BYTES.get(self.spec.store.dtype)
         if not possible or large or width is None or self.spec.search.type != "flat":
             return "vectors"
-        return "factors" if numbers_kept(self._probe(0).training) * width <= MAX_FACTOR_BYTES else "vectors"
+        return "factors" if numbers_kept(self._probe(0).observed.training) * width <= MAX_FACTOR_BYTES else "vectors"
 
     @property
     def _compares_whole_gradients(self) -> bool:
@@ -329,16 +346,15 @@ class FitContext:
 
     def kept_bytes(self, number: int) -> int:
         """Return the bytes of one training example's gradients and draws, as one pass keeps them for the next."""
-        probe = self._probe(number).compact()
-        return probe.nbytes // len(probe)
+        return self._probe(number).kept_bytes
 
-    def _probe(self, number: int) -> Observed:
-        """Return the gradients of a few training examples, from which sizes are told."""
+    def _probe(self, number: int) -> _Probe:
+        """Return what a few training examples tell of sizes."""
         if number not in self._probes:
             checkpoint, batch = self.checkpoint(number), self.source.batch(self.spread(_PROBED))
             run = checkpoint.run(batch)
-            self._output_bytes[number] = max(1, run.output.nbytes // len(batch))
-            self._probes[number] = observe(run, self.task, batch, self.spec.measurement, self.pseudo_gradients.fisher)
+            observed = observe(run, self.task, batch, self.spec.measurement, self.pseudo_gradients.fisher)
+            self._probes[number] = _Probe(observed, max(1, run.output.nbytes // len(batch)))
         return self._probes[number]
 
     def _projection(self, method: GradientMethodBase, number: int) -> Projection:
