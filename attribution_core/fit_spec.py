@@ -8,7 +8,15 @@ from pydantic import Field, model_validator
 
 from attribution_core.errors import InvalidInputError
 from attribution_core.fingerprint import sha256_file, sha256_of
-from attribution_core.method_spec import PROJECTION_VERSION, LograMethod, MethodSpec, RepresenterMethod, SourceMethod
+from attribution_core.method_spec import (
+    PROJECTION_VERSION,
+    WHOLE_LAYERS,
+    EigenvalueCorrected,
+    LograMethod,
+    MethodSpec,
+    RepresenterMethod,
+    SourceMethod,
+)
 from attribution_core.references import CheckpointRef, DatasetRef
 from attribution_core.spec import (
     ArchitectureSpec,
@@ -150,9 +158,11 @@ class FitSpec(Spec):
         )
         weights = [self._identity(checkpoint) for checkpoint in self.checkpoints]
         tokenizer = sha256_file(self.tokenizer_path) if self.tokenizer_path else None
+        # As it was before there were such choices; what an index has of either is told by its files.
         if not self.method.copies:
-            # As it was before there were copies.
             decides["method"].pop("perturbation", None)
+        if isinstance(self.method, EigenvalueCorrected) and self.method.whole_layers == WHOLE_LAYERS:
+            del decides["method"]["whole_layers"]
         base = None if self.base is None else self.base.model_dump(mode="json", exclude={"folder"})
         data = [self.dataset.reading(), self.dataset.sha256, self.queries and self.queries.sha256]
         priors = [prior.fit.fingerprint() for prior in self.priors]

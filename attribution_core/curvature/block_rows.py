@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attribution_core.gradients import Block, LayerGradient, Rotation
+from attribution_core.gradients import AnyRotation, Block, LayerGradient, Rotation
 
 # Numbers of whole gradients formed at once.
 NUMBERS_AT_ONCE = 1 << 23
@@ -141,7 +141,7 @@ class Drawn:
         lengths = self.inputs.square().sum(-1)
         return ((outputs @ outputs.mT) * lengths[:, :, None, None]).sum(1)
 
-    def rows(self, owners: Tensor, bases: Tensor, turn: Rotation) -> RankOneRows | WholeRows:
+    def rows(self, owners: Tensor, bases: Tensor, turn: AnyRotation) -> RankOneRows | WholeRows:
         """Return combinations of the draws of examples, in a rotated basis.
 
         Args:
@@ -155,6 +155,8 @@ class Drawn:
             mixed[part] = (bases[part].unsqueeze(1) @ self.outputs[owners[part]].flatten(2)).view_as(mixed[part])
         if self.inputs is None:
             return WholeRows(turn.forward(mixed))
+        if not isinstance(turn, Rotation):
+            return WholeRows(turn.forward(mixed.unsqueeze(-1) * self.inputs[owners].unsqueeze(-2)))
         used, places = owners.unique(return_inverse=True)
         factors = LayerGradient(self.block, self.inputs[used].unsqueeze(2), mixed.unsqueeze(2))
         turned = (turn.input_factor(factors)[:, :, 0], turn.output_factor(factors)[:, :, 0])

@@ -2,142 +2,38 @@
 
 Per block, with inputs `a` and pre-activation pseudo-gradients `g`: `A = Σ aaᵀ`, `G = Σ ggᵀ`, eigenbases `Q_A`, `Q_G`, and
 `Λ = mean (Q_Gᵀ (Σ_t g_t a_tᵀ) Q_A)^∘2` over examples. The curvature is that of the mean loss, so `H̄ ≈ (Q_G ⊗ Q_A) diag(Λ) (Q_G ⊗ Q_A)ᵀ`.
+Small blocks can have the eigenbasis of their whole matrix in place of `Q_G ⊗ Q_A`, in which Λ is exact (docs/decisions/0020-whole-layers.md).
 
 Sources: Martens & Grosse 2015 (K-FAC), George et al. 2018 (eigenvalue correction), Grosse et al. 2023 (sequences).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from attribution_core.curvature.base import Curvature, unit_of_damping
+from attribution_core.curvature.covariances import is_summary
+from attribution_core.curvature.draws import Draws
 from attribution_core.curvature.whitening import Whitening
 from attribution_core.errors import SingularCurvatureError
-from attribution_core.gradients import Block, LayerGradient, Rotation
+from attribution_core.gradients import AnyRotation, Block, LayerGradient, Rotation, WholeRotation
 
 if TYPE_CHECKING:
     from attribution_core.curvature.group import Group
 
-# Beyond this size a side keeps its own axes: its eigendecomposition would cost more than all else together.
-MAX_ROTATED_DIM = 4096
-# Sides of elementwise layers, up to which products of columns are faster than those of matrices.
-_FEW = 2
-
 Arrays = dict[str, np.ndarray]
 
 
-@dataclass(frozen=True)
-class Draws(Sequence[Sequence[LayerGradient]]):
-    """Pseudo-gradients `g` of one batch, whose `Σ g gᵀ` is its Fisher matrix.
-
-    Attributes:
-        parts: per drawn or enumerated label, those of all examples; or sets of those that matter. One entry per block.
-        inputs: in the second case the input factors of all examples, where no objective changes them (`Pass.inputs`).
-    """
-
-    parts: Sequence[Sequence[LayerGradient]] = ()
-    inputs: Sequence[LayerGradient | None] | None = None
-
-    @overload
-    def __getitem__(self, place: int) -> Sequence[LayerGradient]: ...
-    @overload
-    def __getitem__(self, place: slice) -> Sequence[Sequence[LayerGradient]]: ...
-    def __getitem__(self, place: int | slice) -> Sequence[LayerGradient] | Sequence[Sequence[LayerGradient]]:
-        return self.parts[place]
-
-    def __len__(self) -> int:
-        return len(self.parts)
-
-    @property
-    def aligned(self) -> bool:
-        """Whether every part has all examples."""
-        return self.inputs is None
-
-    def compact(self) -> "Draws":
-        """Return the same with whole gradients where these are smaller than their factors, and without the inputs."""
-        return Draws([compact(part) for part in self.parts], None if self.aligned else ())
-
-
-def compact(gradients: Sequence[LayerGradient]) -> list[LayerGradient]:
-    """Return each block's gradients whole where that takes fewer numbers than their factors."""
-    return [gradient.compact() for gradient in gradients]
-
-
-def _rotates_inputs(block: Block) -> bool:
-    return block.d_in <= MAX_ROTATED_DIM
-
-
-def _rotates_outputs(block: Block) -> bool:
-    # One-hot output factors (embeddings) are uncorrelated as they are.
-    return not block.outputs_fixed and block.d_out <= MAX_ROTATED_DIM
-
-
-class CovarianceSums:
-    """Sums of `aaᵀ` and `ggᵀ` per block in float64; shards add up in any grouping.
-
-    Sides that are not rotated are not collected, but for K-FAC their traces are.
-
-    Args:
-        for_kfac: also count the positions that are not padding, which K-FAC divides by, and keep each side that is not rotated as the spectrum of
-            an isotropic matrix with its trace.
-    """
-
-    def __init__(self, blocks: Sequence[Block], *, for_kfac: bool = False) -> None:
-        self.blocks = list(blocks)
-        self.inputs = [_zeros(b.groups, b.d_in, rotated=_rotates_inputs(b), needed=for_kfac) for b in blocks]
-        self.outputs = [_zeros(b.groups, b.d_out, rotated=_rotates_outputs(b), needed=for_kfac) for b in blocks]
-        self.positions = np.zeros(len(self.blocks)) if for_kfac else None
-
-    def add(self, draws: Draws) -> None:
-        """Add a batch; the inputs that all draws share are added once."""
-        for number, block in enumerate(self.blocks):
-            parts = [draw[number] for draw in draws]
-            shared = parts[0] if draws.inputs is None else draws.inputs[number]
-            inputs, outputs = self.inputs[number], self.outputs[number]
-            if self.positions is not None:
-                assert shared is not None
-                self.positions[number] += float(shared.inputs.any(-1).sum()) / block.groups
-            if inputs is not None:
-                for part in [shared] if block.inputs_fixed else parts:
-                    assert part is not None
-                    inputs.add_(_moment(part.inputs, inputs))
-            if outputs is not None and block.outputs_fixed:
-                # One 1 for each position, whatever is drawn.
-                assert shared is not None
-                outputs.add_(_moment(shared.inputs.any(-1, keepdim=True).double(), outputs))
-            elif outputs is not None:
-                for part in parts:
-                    outputs.add_(_moment(part.dense_outputs(), outputs))
-
-    def arrays(self) -> Arrays:
-        """Return the sums by name."""
-        found = {
-            f"{side}.{number}" if value.dim() == 3 else f"spectrum.{side}.{number}": value.numpy()
-            for side, values in (("inputs", self.inputs), ("outputs", self.outputs))
-            for number, value in enumerate(values)
-            if value is not None
-        }
-        return found if self.positions is None else found | {"positions": self.positions}
-
-
-def is_summary(name: str) -> bool:
-    """Return whether a sum is no matrix: K-FAC's positions, or the spectrum of a side that is not rotated."""
-    return name == "positions" or name.startswith("spectrum.")
-
-
 class Eigenbasis:
-    """Eigenvectors of the covariances: one rotation per block, whose sides are None where they were not collected."""
+    """Eigenvectors of the covariances: one rotation per block, whose sides are None where they were not collected, or of the whole."""
 
     def __init__(self, blocks: Sequence[Block], arrays: Mapping[str, np.ndarray], device: str = "cpu") -> None:
         self.blocks = list(blocks)
-        self.rotations = [
-            Rotation(_loaded(f"inputs.{number}", arrays, device), _loaded(f"outputs.{number}", arrays, device))
-            for number in range(len(blocks))
-        ]
+        self.rotations = [_rotation(number, arrays, device) for number in range(len(blocks))]
 
     @staticmethod
     def solve(sums: Mapping[str, np.ndarray]) -> Arrays:
@@ -169,7 +65,8 @@ class EigenvalueSums:
         """Add a batch; positions are summed inside an example before squaring."""
         for number, rotation in enumerate(self.basis.rotations):
             parts = [draw[number] for draw in draws]
-            same_inputs = draws.aligned and parts[0].rank_one and parts[0].block.inputs_fixed
+            by_sides = isinstance(rotation, Rotation) and draws.aligned and parts[0].rank_one
+            same_inputs = by_sides and parts[0].block.inputs_fixed
             for together in [parts] if same_inputs else [[part] for part in parts]:
                 for squares in _summed_squares(rotation, together):
                     self.values[number] += squares.double().cpu()
@@ -254,7 +151,7 @@ class EkfacFactors(Curvature):
         products = []
         for number, (u, v, rotation) in enumerate(zip(first, second, self.basis.rotations, strict=True)):
             inverse = self.damped(number, damping).to(u.inputs.dtype).reciprocal()
-            if u.rank_one and v.rank_one:
+            if u.rank_one and v.rank_one and isinstance(rotation, Rotation):
                 outputs = rotation.output_factor(u) * rotation.output_factor(v)  # (batch, groups, 1, d_out)
                 inputs = rotation.input_factor(u) * rotation.input_factor(v)
                 products.append(((outputs @ inverse) * inputs).flatten(1).sum(1))
@@ -271,7 +168,7 @@ class EkfacFactors(Curvature):
         products = []
         for number, (gradient, rotation) in enumerate(zip(gradients, self.basis.rotations, strict=True)):
             inverse = self.damped(number, damping).to(gradient.inputs.dtype).reciprocal()
-            if gradient.rank_one:
+            if gradient.rank_one and isinstance(rotation, Rotation):
                 outputs, inputs = rotation.output_factor(gradient), rotation.input_factor(gradient)
                 products.append(((outputs.square() @ inverse) * inputs.square()).flatten(1).sum(1))
             else:
@@ -317,9 +214,9 @@ def kronecker_eigenvalues(blocks: Sequence[Block], arrays: Mapping[str, np.ndarr
     return found
 
 
-def _summed_squares(rotation: Rotation, parts: Sequence[LayerGradient]) -> Iterator[Tensor]:
+def _summed_squares(rotation: AnyRotation, parts: Sequence[LayerGradient]) -> Iterator[Tensor]:
     """Yield squared rotated gradients of a batch, summed over some of its examples; several parts are of rank one, with the same inputs."""
-    if parts[0].rank_one:
+    if parts[0].rank_one and isinstance(rotation, Rotation):
         yield _rank_one_squares(rotation, parts)
         return
     for _, rotated in parts[0].materialised(rotation):
@@ -333,40 +230,17 @@ def _rank_one_squares(rotation: Rotation, parts: Sequence[LayerGradient]) -> Ten
     return torch.einsum("bgto,bgti->goi", outputs, inputs)
 
 
-def _zeros(groups: int, dim: int, *, rotated: bool, needed: bool) -> Tensor | None:
-    """Return an empty sum of matrices if the side is rotated, else of spectra (groups, dim) if these are needed."""
-    if rotated:
-        return torch.zeros(groups, dim, dim, dtype=torch.float64)
-    return torch.zeros(groups, dim, dtype=torch.float64) if needed else None
-
-
-def _moment(factor: Tensor, like: Tensor) -> Tensor:
-    """Return what a batch adds to a sum of matrices (groups, d, d), or to one of spectra (groups, d): its trace, evenly spread."""
-    if like.dim() == 3:
-        return _second_moment(factor)
-    trace = factor.square().sum((0, 2, 3)).double().cpu()  # (groups,)
-    return (trace / like.shape[1]).unsqueeze(1).expand_as(like)
-
-
-def _second_moment(factor: Tensor) -> Tensor:
-    """Sum over examples and positions of outer products: (batch, groups, positions, d) to (groups, d, d)."""
-    groups, positions, dim = factor.shape[1:]
-    if groups > 1 and dim <= _FEW:
-        columns = factor.unbind(-1)
-        rows = [torch.stack([(one * other).sum((0, 2)) for other in columns], -1) for one in columns]
-        moments = torch.stack(rows, -2)
-    elif factor.stride(-1) != 1 and dim <= positions:
-        moments = (factor.mT @ factor).sum(0)  # joining examples would copy channels that lie apart
-    else:
-        joined = factor.transpose(0, 1).flatten(1, 2)
-        moments = joined.mT @ joined
-    return moments.cpu()
-
-
 def _eigen(covariance: Tensor) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(covariance)
     largest = vectors.abs().argmax(dim=-2, keepdim=True)
     return values.clamp(min=0), vectors * vectors.gather(-2, largest).sign()
+
+
+def _rotation(number: int, arrays: Mapping[str, np.ndarray], device: str) -> AnyRotation:
+    axes = _loaded(f"whole.{number}", arrays, device)
+    if axes is not None:
+        return WholeRotation(axes)
+    return Rotation(_loaded(f"inputs.{number}", arrays, device), _loaded(f"outputs.{number}", arrays, device))
 
 
 def _loaded(name: str, arrays: Mapping[str, np.ndarray], device: str) -> Tensor | None:

@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from attribution_core.curvature.ekfac import Draws, compact
+from attribution_core.curvature.draws import Draws, compact
 from attribution_core.data.batch import Batch
 from attribution_core.gradients import LayerGradient, Pass
 from attribution_core.method_spec import FisherSampling

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from attribution_core.curvature.ekfac import Draws
+from attribution_core.curvature.draws import Draws
 from attribution_core.data.batch import Batch
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attribution_core.curvature.block_rows import NUMBERS_AT_ONCE, Drawn, RankOneRows, WholeRows
-from attribution_core.curvature.ekfac import Draws
+from attribution_core.curvature.draws import Draws
 from attribution_core.curvature.selection import Chosen, Frame, Selection, every_draw
 from attribution_core.curvature.vectors import flattened, unflattened
 from attribution_core.errors import InvalidInputError

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attribution_core.curvature.block_rows import Drawn
 from attribution_core.curvature.ekfac import EkfacFactors
-from attribution_core.gradients import Rotation
+from attribution_core.gradients import AnyRotation
 
 
 class Chosen(NamedTuple):
@@ -99,7 +99,7 @@ class Frame:
         negligible: from 0, where all rows are kept, to 1.
     """
 
-    rotations: Sequence[Rotation]
+    rotations: Sequence[AnyRotation]
     traces: Sequence[float]
     negligible: float
 

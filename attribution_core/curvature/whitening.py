@@ -4,8 +4,8 @@ Inner products are what they were, but errors are not. Along an axis with eigenv
 solved queries `v = (K + λ)⁻¹ ∇m` one in proportion to `κ / (κ + λ)²`: in the parameters' own basis a few axes have nearly all of the rows' length, and
 others nearly all of the queries'. The error of a random projection, or of a scale per row, grows with the product of both lengths, which is smallest
 for `W = (K + λ)^-½`. Here `K + λ` is replaced by the product of one number per row and one per column of its eigenvalues that has the same means, so that
-`W` is a symmetric matrix per side, `S_G ⊗ S_A`, applied to factors. Being symmetric it depends on the matrix `K`, not on which eigenvectors rounding
-picks for eigenvalues that are nearly equal.
+`W` is a symmetric matrix per side, `S_G ⊗ S_A`, applied to factors. (Blocks with a basis of their whole have the root itself.) Being symmetric it depends
+on the matrix `K`, not on which eigenvectors rounding picks for eigenvalues that are nearly equal.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from math import prod
 
 from torch import Tensor
 
-from attribution_core.gradients import LayerGradient, Rotation
+from attribution_core.gradients import AnyRotation, LayerGradient, Rotation, WholeRotation
 
 # Of a side's largest mean eigenvalue.
 _SMALLEST = 1e-6
@@ -24,18 +24,22 @@ class Whitening:
     """`W` of one block.
 
     Attributes:
-        sides: `S_A` and `S_G`, where the block has a basis of its own.
+        sides: `S_A` and `S_G`, where the block has a basis of its own; or `W` itself.
         inverse: their inverses.
         scale: what is left of `W` on sides that keep their axes, (groups, d_out or 1, d_in or 1); None where there are none.
     """
 
-    sides: Rotation
-    inverse: Rotation
+    sides: AnyRotation
+    inverse: AnyRotation
     scale: Tensor | None
 
     @classmethod
-    def of_eigenvalues(cls, basis: Rotation, damped: Tensor) -> "Whitening":
+    def of_eigenvalues(cls, basis: AnyRotation, damped: Tensor) -> "Whitening":
         """Return `W` from eigenvectors and `K + λ`, (groups, d_out, d_in) and above 0."""
+        if isinstance(basis, WholeRotation):
+            roots = _roots(damped.flatten())
+            root, inverse_root = (WholeRotation(_product(basis.axes, values)) for values in (roots, 1 / roots))
+            return cls(root, inverse_root, None)
         share = damped.mean((-2, -1), keepdim=True).pow(0.25)
         inputs = _roots(damped.mean(-2, keepdim=True)) * share  # (groups, 1, d_in)
         outputs = _roots(damped.mean(-1, keepdim=True)) * share  # (groups, d_out, 1)
@@ -65,5 +69,9 @@ def _roots(means: Tensor) -> Tensor:
 
 
 def _symmetric(vectors: Tensor | None, values: Tensor) -> Tensor | None:
-    """Return `Q diag(values) Qᵀ`, (groups, d, d)."""
-    return None if vectors is None else (vectors * values.unsqueeze(-2).to(vectors)) @ vectors.mT
+    return None if vectors is None else _product(vectors, values)
+
+
+def _product(vectors: Tensor, values: Tensor) -> Tensor:
+    """Return `Q diag(values) Qᵀ`, (…, d, d)."""
+    return (vectors * values.unsqueeze(-2).to(vectors)) @ vectors.mT

@@ -40,8 +40,10 @@ from attribution_core.method_spec.features import (
     TrakMethod,
 )
 from attribution_core.method_spec.fisher import (
+    WHOLE_LAYERS,
     DataInfMethod,
     DiagonalMethod,
+    EigenvalueCorrected,
     EkfacMethod,
     FisherMethod,
     FisherSampling,
@@ -57,6 +59,7 @@ __all__ = [
     "METHODS",
     "OFFERED",
     "PROJECTION_VERSION",
+    "WHOLE_LAYERS",
     "AmeMethod",
     "ArnoldiMethod",
     "AutoMethod",
@@ -68,6 +71,7 @@ __all__ = [
     "DataInfMethod",
     "DatamodelsMethod",
     "DiagonalMethod",
+    "EigenvalueCorrected",
     "EkfacMethod",
     "EmpiricalInfluenceMethod",
     "ExactMethod",

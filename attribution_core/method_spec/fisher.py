@@ -16,6 +16,8 @@ from attribution_core.spec import Seed
 # Default dampings: from the least that keeps rounding small to that of the largest ratio which was measured.
 MIN_DEFAULT_DAMPING = 0.001
 MOST_PARAMETERS_PER_TARGET = 32
+# More would be slow: an eigendecomposition takes a third of a second at this size, and eight times as long at twice of it.
+WHOLE_LAYERS = 1280
 
 
 class FisherSampling(GradientMethodBase):
@@ -34,12 +36,15 @@ class FisherMethod(FisherSampling, PerturbedMethodBase):
     """A method that inverts the Fisher matrix."""
 
     estimators: ClassVar[tuple[GroupEstimator, ...]] = ("additive", "newton")
-    # The default damping where the data say as little of each parameter as on the benchmark's convolutional networks, and less.
+    # The default damping where the data say as little of each parameter as on the benchmark's convolutional networks, and less; and how it
+    # grows up to there.
     max_default: ClassVar[float] = 1.0
+    growth: ClassVar[int] = 2
     damping: Damping | None = Field(
         default=None,
         description="Default damping, as a multiple of each layer's mean eigenvalue. If null, it follows how well the data determine "
-        "the curvature: it grows with the square of attributed parameters per training target (example, or predicted token), up to a bound.",
+        "the curvature: it grows with the square (`ekfac`: the cube) of attributed parameters per training target (example, or predicted token), "
+        "up to a bound.",
     )
 
     def damping_for(self, parameters_per_target: float) -> float:
@@ -50,10 +55,22 @@ class FisherMethod(FisherSampling, PerturbedMethodBase):
         if self.damping is not None:
             return self.damping
         scarcity = min(parameters_per_target / MOST_PARAMETERS_PER_TARGET, 1.0)
-        return max(MIN_DEFAULT_DAMPING, self.max_default * scarcity**2)
+        return max(MIN_DEFAULT_DAMPING, self.max_default * scarcity**self.growth)
 
 
-class EkfacMethod(FisherMethod):
+class EigenvalueCorrected(FisherMethod):
+    """A method whose curvature is diagonal in eigenvectors of second moments, with the eigenvalues that the data have along them."""
+
+    whole_layers: int = Field(
+        default=WHOLE_LAYERS,
+        ge=0,
+        le=4096,
+        description="Layers of up to so many parameters, and of no more than there are training examples, have the eigenvectors of their whole Fisher "
+        "matrix in place of Kronecker products (docs/decisions/0020-whole-layers.md). 0: no layer has.",
+    )
+
+
+class EkfacMethod(EigenvalueCorrected):
     """Influence functions with eigenvalue-corrected Kronecker-factored curvature (true Fisher)."""
 
     extends: ClassVar[bool] = True
@@ -61,6 +78,8 @@ class EkfacMethod(FisherMethod):
         "George et al. 2018; Grosse et al. 2023, Studying LLM Generalization with Influence Functions"
     )
     type: Literal["ekfac"]
+    max_default: ClassVar[float] = 5.0
+    growth: ClassVar[int] = 3
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -96,7 +115,7 @@ class DiagonalMethod(FisherMethod):
         return ("eigenvalues", "features")
 
 
-class GaussNewtonMethod(FisherMethod):
+class GaussNewtonMethod(EigenvalueCorrected):
     """Influence functions with the true Gauss-Newton matrix shrunk towards EK-FAC: what matters of it factorised by the fit, else by iterations."""
 
     extends: ClassVar[bool] = True

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from attribution_core.arrays import read_arrays, write_arrays
-from attribution_core.curvature.ekfac import is_summary, kronecker_eigenvalues
+from attribution_core.curvature.covariances import is_summary
+from attribution_core.curvature.ekfac import kronecker_eigenvalues
 from attribution_core.errors import FingerprintMismatchError
 from attribution_core.fit_spec import FitSpec, FitSummary
 from attribution_core.method_spec import KfacMethod, LograMethod, TrakMethod

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from attribution_core.arrays import read_arrays, write_arrays
 from attribution_core.curvature import CovarianceSums, Eigenbasis, EigenvalueSums
+from attribution_core.curvature.covariances import whole_blocks
 from attribution_core.curvature.dense import spectrum, summed_hessian
-from attribution_core.curvature.ekfac import Draws, kronecker_eigenvalues
+from attribution_core.curvature.draws import Draws
+from attribution_core.curvature.ekfac import kronecker_eigenvalues
 from attribution_core.curvature.iterative import product_over
 from attribution_core.curvature.solvers import arnoldi, mean_eigenvalue
 from attribution_core.data.batch import Batch
@@ -28,6 +30,7 @@ from attribution_core.gradients import Block
 from attribution_core.memory import release_freed
 from attribution_core.method_spec import (
     ArnoldiMethod,
+    EigenvalueCorrected,
     GaussNewtonMethod,
     HessianMethod,
     KfacMethod,
@@ -50,7 +53,7 @@ from attribution_core.methods.opening import opened_priors
 from attribution_core.methods.recall import measured_recall, recall_rows
 from attribution_core.methods.representer import Representer
 from attribution_core.methods.trak import Trak
-from attribution_core.progress import Progress, watched
+from attribution_core.progress import NoProgress, Progress, watched
 from attribution_core.sharding import Shard, Stage, shard_ranges
 
 Arrays = dict[str, np.ndarray]
@@ -113,8 +116,7 @@ class FitPipeline:
     def _computed(self, stage: str, shard: Shard, progress: Progress) -> Arrays:
         match stage:
             case "covariance":
-                kfac = isinstance(self.spec.method, KfacMethod)
-                covariances = CovarianceSums(self._blocks(shard), for_kfac=kfac)
+                covariances = self._covariances(shard.checkpoint)
                 for draws in self._draws(stage, shard, progress):
                     covariances.add(draws)
                 return covariances.arrays()
@@ -160,7 +162,8 @@ class FitPipeline:
         match stage:
             case "covariance":
                 solved: Arrays = {}
-                for name, value in watched(summed_arrays(watched_files).items(), progress):
+                summed = _summed(self._of_these_sums(group, watched_files))
+                for name, value in watched(summed.items(), progress):
                     solved |= Eigenbasis.solve({name: value})
                 if isinstance(method, KfacMethod):
                     blocks = self.context.checkpoint(number).capture.blocks
@@ -255,6 +258,21 @@ class FitPipeline:
 
     def _blocks(self, shard: Shard) -> list[Block]:
         return self.context.checkpoint(shard.checkpoint).capture.blocks
+
+    def _covariances(self, number: int) -> CovarianceSums:
+        """Return empty sums of a checkpoint's covariances."""
+        method, blocks = self.spec.method, self.context.checkpoint(number).capture.blocks
+        limit = method.whole_layers if isinstance(method, EigenvalueCorrected) else 0
+        whole = whole_blocks(blocks, limit, self.spec.num_training)
+        return CovarianceSums(blocks, whole=whole, for_kfac=isinstance(method, KfacMethod))
+
+    def _of_these_sums(self, group: tuple[int, ...], files: Iterable[Path]) -> Iterator[Arrays]:
+        """Yield shards of covariances of checkpoints that share them; those of a version that summed something else are computed again."""
+        names = self._covariances(group[0]).arrays().keys()
+        shards = (shard for shard in self._shards("covariance") if shard.checkpoint in group)
+        for shard, path in zip(shards, files, strict=True):
+            arrays = read_arrays(path)
+            yield arrays if arrays.keys() == names else self.run_shard("covariance", shard.ordinal, NoProgress())
 
     def _basis(self, number: int) -> Eigenbasis:
         before = [stage for stage in self.spec.method.stages if stage == "covariance"]
@@ -398,8 +416,12 @@ def run(pipeline: AnyPipeline, into: Path, progress: Progress) -> FitSummary:
 
 def summed_arrays(files: Iterable[Path]) -> Arrays:
     """Return the sums over files of arrays of the same name."""
+    return _summed(read_arrays(path) for path in files)
+
+
+def _summed(shards: Iterable[Arrays]) -> Arrays:
     total: Arrays = {}
-    for path in files:
-        for name, value in read_arrays(path).items():
+    for found in shards:
+        for name, value in found.items():
             total[name] = total[name] + value if name in total else value
     return total

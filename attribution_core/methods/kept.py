@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 
 from attribution_core.curvature import Identity
-from attribution_core.curvature.ekfac import Draws
+from attribution_core.curvature.draws import Draws
 from attribution_core.curvature.fisher import Fisher, Observed
 from attribution_core.data.batch import Batch
 from attribution_core.methods.base import GradientMethod

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from attribution_core.curvature import EkfacFactors
-from attribution_core.curvature.ekfac import Draws
+from attribution_core.curvature.draws import Draws
 from attribution_core.curvature.fisher import Fisher
 from attribution_core.curvature.group import Group
 from attribution_core.curvature.rows import KeptRows, PseudoRows

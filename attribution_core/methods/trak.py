@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from attribution_core.curvature.base import unit_of_damping
-from attribution_core.curvature.ekfac import Draws
+from attribution_core.curvature.draws import Draws
 from attribution_core.curvature.fisher import Fisher
 from attribution_core.curvature.group import Group
 from attribution_core.data.batch import Batch

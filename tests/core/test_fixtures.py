@@ -16,6 +16,8 @@ from attribution_core.methods.loaded import LoadedIndex
 from tests.core.methods.problems import MLP, SMALL, Problem, problem, relative_error
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
+# As others define it: Kronecker products for every layer.
+EKFAC = {"type": "ekfac", "whole_layers": 0, "projection": SMALL}
 Arrays = dict[str, np.ndarray]
 
 
@@ -138,7 +140,7 @@ def test_lissa_of_small_batches_is_numpys_recursion(network: tuple[Problem, Arra
 
 def test_ekfac_is_kronfluences_and_no_wrong_one(network: tuple[Problem, Arrays]) -> None:
     given, arrays = network
-    index = given.fit("ekfac", method={"type": "ekfac", "fisher": "empirical", "projection": SMALL})
+    index = given.fit("ekfac", method={**EKFAC, "fisher": "empirical"})
     found = scores(index, arrays, 0.1)
     assert relative_error(found, arrays["ekfac"]) < 1e-4
     wrong = errors_of_wrong_ones(found, arrays, "ekfac")
@@ -148,7 +150,7 @@ def test_ekfac_is_kronfluences_and_no_wrong_one(network: tuple[Problem, Arrays])
 
 def test_ekfac_of_enumerated_labels_is_numpys(network: tuple[Problem, Arrays]) -> None:
     given, arrays = network
-    index = given.fit("exact", method={"type": "ekfac", "fisher": "exact", "projection": SMALL})
+    index = given.fit("exact", method={**EKFAC, "fisher": "exact"})
     found = scores(index, arrays, 0.1)
     assert relative_error(found, arrays["ekfac exact"]) < 1e-4
     assert relative_error(found, arrays["ekfac"]) > 0.05

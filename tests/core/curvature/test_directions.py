@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attribution_core.curvature.ekfac import CovarianceSums, Draws, Eigenbasis, EigenvalueSums
+from attribution_core.curvature import CovarianceSums, Eigenbasis, EigenvalueSums
+from attribution_core.curvature.draws import Draws
 from attribution_core.curvature.fisher import LEFT_OUT, Fisher
 from attribution_core.data.batch import Batch
 from attribution_core.gradients import GradientCapture, Pass

@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attribution_core.curvature import CovarianceSums, Eigenbasis, EigenvalueSums, EkfacFactors, ekfac
-from attribution_core.curvature.ekfac import Draws, kronecker_eigenvalues
+from attribution_core.curvature import CovarianceSums, Eigenbasis, EigenvalueSums, EkfacFactors, covariances
+from attribution_core.curvature.draws import Draws
+from attribution_core.curvature.ekfac import kronecker_eigenvalues
 from attribution_core.errors import SingularCurvatureError
 from attribution_core.gradients import GradientCapture, Rotation
 
@@ -199,7 +200,7 @@ def test_kfac_has_the_trace_of_its_factors_whatever_is_rotated(tokens: int, monk
     torch.manual_seed(0)
     network, inputs, found = Lookup(), torch.randint(0, 40, (50, tokens)), []
     for largest in (4096, 8):
-        monkeypatch.setattr(ekfac, "MAX_ROTATED_DIM", largest)
+        monkeypatch.setattr(covariances, "MAX_ROTATED_DIM", largest)
         traces, draws = kfac_traces(network, inputs)
         found.append(traces)
     assert found[1] == pytest.approx(found[0], rel=1e-5)

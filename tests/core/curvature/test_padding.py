@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from attribution_core.architectures.build import build
-from attribution_core.curvature.ekfac import CovarianceSums, Draws
+from attribution_core.curvature import CovarianceSums
+from attribution_core.curvature.draws import Draws
 from attribution_core.curvature.fisher import Fisher
 from attribution_core.data.batch import Batch
 from attribution_core.gradients import GradientCapture

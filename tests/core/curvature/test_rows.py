@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attribution_core.curvature import CovarianceSums, Eigenbasis, EigenvalueSums, EkfacFactors, block_rows
 from attribution_core.curvature import rows as curvature_rows
-from attribution_core.curvature.ekfac import Draws
+from attribution_core.curvature.draws import Draws
 from attribution_core.curvature.fisher import Fisher
 from attribution_core.curvature.iterative import GaussNewton
 from attribution_core.curvature.row_factor import RowFactor

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from attribution_core.architectures.build import build
-from attribution_core.curvature.ekfac import CovarianceSums, Draws, Eigenbasis, EigenvalueSums, EkfacFactors
+from attribution_core.curvature import CovarianceSums, Eigenbasis, EigenvalueSums, EkfacFactors
+from attribution_core.curvature.draws import Draws
 from attribution_core.gradients import Block, GradientCapture, LayerGradient, Rotation, factors
 from attribution_core.method_spec import ProjectionSpec
 from attribution_core.projection import build_projection

@@ -108,7 +108,7 @@ def test_an_extension_keeps_the_default_damping(problem: Problem, tmp_path: Path
     found = LoadedIndex(tmp_path / "2", spec)
     parameters = found.members[0].checkpoint.capture.num_parameters
     assert parameters < 32 * FIRST
-    assert found.default_damping == pytest.approx((parameters / FIRST / 32) ** 2)
+    assert found.default_damping == pytest.approx(5 * (parameters / FIRST / 32) ** 3)
     assert found.default_damping > 0.001
     assert found.query(problem.queries(), None).damping == found.default_damping
 

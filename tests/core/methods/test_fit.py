@@ -11,7 +11,7 @@ import pytest
 
 from attribution_core.arrays import write_arrays
 from attribution_core.curvature import rows as curvature_rows
-from attribution_core.curvature.ekfac import Draws
+from attribution_core.curvature.draws import Draws
 from attribution_core.curvature.fisher import Fisher
 from attribution_core.data.batch import Batch
 from attribution_core.errors import Cancelled, InvalidInputError
@@ -326,8 +326,8 @@ def test_progress_counts_examples_and_can_stop_the_work(problem: Problem, tmp_pa
 @pytest.mark.parametrize(
     ("method", "places"),
     [
-        ({"type": "ekfac"}, {"covariance": {"summed_arrays", "_reduction"}, "eigenvalues": {"summed_arrays"}}),
-        ({"type": "kfac"}, {"covariance": {"summed_arrays", "_reduction"}}),
+        ({"type": "ekfac"}, {"covariance": {"_of_these_sums", "_reduction"}, "eigenvalues": {"summed_arrays"}}),
+        ({"type": "kfac"}, {"covariance": {"_of_these_sums", "_reduction"}}),
         ({"type": "explicit", "damping": 10.0}, {"hessian": {"summed_arrays"}}),
         ({"type": "trak", "projection": SMALL}, {"features": {"kernel_of"}}),
         ({"type": "trak", "projection": SMALL, "curvature": "fisher"}, {"kernel": {"summed_arrays"}}),

@@ -76,8 +76,8 @@ def test_targets_are_predicted_tokens(tmp_path: Path, left_out: list[int]) -> No
     trained = np.delete(ALL, left_out)
     predicted = sum(len(context.source.batch(ALL[row : row + 1]).inputs[0]) - 1 for row in trained)
     parameters = context.checkpoint(0).capture.num_parameters
-    assert context.default_damping == pytest.approx((parameters / predicted / 32) ** 2)
-    assert 0.001 < (parameters / predicted / 32) ** 2 < 1
+    assert context.default_damping == pytest.approx(5 * (parameters / predicted / 32) ** 3)
+    assert 0.001 < 5 * (parameters / predicted / 32) ** 3 < 5
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -132,7 +132,7 @@ def test_rows_stay_whitened_at_the_damping_that_their_factors_name(problem: Prob
     assert isinstance(member, GradientMethod)
     assert member.whitening is not None
     for block, expected in zip(member.whitening, member.curvature.whitening(3.0) or (), strict=True):
-        assert torch.equal(block.sides.outputs, expected.sides.outputs)
+        assert torch.equal(block.sides.axes, expected.sides.axes)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "binary"])
