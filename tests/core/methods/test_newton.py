@@ -26,6 +26,7 @@ GROUP = np.arange(3, 60, 3)
 FACTORED = {"type": "factored", "dim": 40, "seed": 2}
 NEWTON: dict[str, dict[str, Any]] = {
     "ekfac": {"type": "ekfac", "projection": SMALL, "whole_layers": 0},
+    "ekfac of whole layers": {"type": "ekfac", "projection": SMALL},
     "kfac": {"type": "kfac", "projection": SMALL},
     "diagonal": {"type": "diagonal", "projection": SMALL},
     "gauss_newton": {
@@ -287,7 +288,8 @@ def mean_curvature(index: LoadedIndex) -> float:
 
 
 @pytest.mark.parametrize(
-    ("name", "tolerance"), [("exact", 0.08), ("gauss_newton", 0.08), ("ekfac", 0.22), ("trak fisher", 0.08)]
+    ("name", "tolerance"),
+    [("exact", 0.08), ("gauss_newton", 0.08), ("ekfac", 0.22), ("ekfac of whole layers", 0.08), ("trak fisher", 0.08)],
 )
 def test_large_groups_are_predicted_at_their_scale(
     multinomial: tuple[Problem, Batch, list[np.ndarray], np.ndarray], name: str, tolerance: float
