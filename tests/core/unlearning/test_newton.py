@@ -32,7 +32,13 @@ def parameters(arrays: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def by_hand(
-    problem: Problem, forget: np.ndarray, damping: float, l2: float, share: bool, shrinkage: float = 1.0
+    problem: Problem,
+    forget: np.ndarray,
+    damping: float,
+    l2: float,
+    share: bool,
+    shrinkage: float = 1.0,
+    whole: bool = True,
 ) -> np.ndarray:
     """The step's formula with dense matrices made from nothing but features, targets and weights; EK-FAC's curvature if wholly shrunk."""
     theta, a = refit(problem, np.empty(0, np.int64)), features_of(problem.inputs)
@@ -40,14 +46,14 @@ def by_hand(
     p = np.exp(logits - logits.max(1, keepdims=True))
     p /= p.sum(1, keepdims=True)
     pseudo = np.sqrt(p)[:, :, None] * (p[:, None, :] - np.eye(CLASSES))  # (n, label, C)
+    draws = np.einsum("nlc,nd->nlcd", pseudo, a).reshape(N, CLASSES, theta.size)
     q_a = np.linalg.eigh(a.T @ a)[1]
     q_g = np.linalg.eigh(np.einsum("nlc,nle->ce", pseudo, pseudo))[1]
-    shares = np.einsum("nlc,nd->ncd", (pseudo @ q_g) ** 2, (a @ q_a) ** 2)  # of the eigenvalues, by example
-    basis = np.kron(q_g, q_a)
+    basis = np.linalg.eigh(np.einsum("nlp,nlq->pq", draws, draws))[1] if whole else np.kron(q_g, q_a)
+    shares = ((draws @ basis) ** 2).sum(1)  # of the eigenvalues, by example
     staying = np.delete(np.arange(N), forget) if share else np.arange(N)
-    factored = basis @ np.diag(shares[staying].sum(0).ravel()) @ basis.T
-    draws = np.einsum("nlc,nd->nlcd", pseudo, a)[staying].reshape(-1, theta.size)
-    curvature = (1 - shrinkage) * draws.T @ draws + shrinkage * factored
+    factored = basis @ np.diag(shares[staying].sum(0)) @ basis.T
+    curvature = (1 - shrinkage) * np.einsum("nlp,nlq->pq", draws[staying], draws[staying]) + shrinkage * factored
     curvature += (N * damping * shares.mean(0).mean() + len(staying) * l2) * np.eye(theta.size)
     gradient = (p - np.eye(CLASSES)[problem.targets])[forget].T @ a[forget] + len(forget) * l2 * theta
     step = np.linalg.solve(curvature, gradient.ravel())
@@ -55,10 +61,12 @@ def by_hand(
 
 
 @pytest.mark.parametrize(("curvature", "damping", "l2"), [("rest", 0.1, L2), ("rest", 0.0, L2), ("all", 0.3, 0.0)])
-def test_the_step_is_the_formula(regression: Problem, curvature: str, damping: float, l2: float) -> None:
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_step_is_the_formula(tmp_path: Path, whole: bool, curvature: str, damping: float, l2: float) -> None:
+    problem = logistic(tmp_path, method={"type": "ekfac", "whole_layers": 1280 if whole else 0})
     method = {"type": "newton", "curvature": curvature, "damping": damping, "l2": l2}
-    found = parameters(unlearned(regression, method))
-    expected = by_hand(regression, SOURCE, damping, l2, curvature == "rest")
+    found = parameters(unlearned(problem, method))
+    expected = by_hand(problem, SOURCE, damping, l2, curvature == "rest", whole=whole)
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
 
 
