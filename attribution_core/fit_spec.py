@@ -10,7 +10,6 @@ from attribution_core.errors import InvalidInputError
 from attribution_core.fingerprint import sha256_file, sha256_of
 from attribution_core.method_spec import (
     PROJECTION_VERSION,
-    WHOLE_LAYERS,
     EigenvalueCorrected,
     LograMethod,
     MethodSpec,
@@ -161,8 +160,10 @@ class FitSpec(Spec):
         # As it was before there were such choices; what an index has of either is told by its files.
         if not self.method.copies:
             decides["method"].pop("perturbation", None)
-        if isinstance(self.method, EigenvalueCorrected) and self.method.whole_layers == WHOLE_LAYERS:
-            del decides["method"]["whole_layers"]
+        if isinstance(self.method, EigenvalueCorrected):
+            for name in ("axes", "whole_layers"):
+                if decides["method"][name] == EigenvalueCorrected.model_fields[name].default:
+                    del decides["method"][name]
         base = None if self.base is None else self.base.model_dump(mode="json", exclude={"folder"})
         data = [self.dataset.reading(), self.dataset.sha256, self.queries and self.queries.sha256]
         priors = [prior.fit.fingerprint() for prior in self.priors]

@@ -1,6 +1,12 @@
-"""Second moments of pseudo-gradients, block by block: of their factors, as Kronecker factorisations need them, or of small blocks themselves."""
+"""Second moments of pseudo-gradients, block by block, from whose eigenvectors axes are made.
 
-from collections.abc import Collection, Sequence
+Of small blocks those of gradients as they are; else those of their sides: `Σ ΦᵀΦ` and `Σ ΦΦᵀ` of each example's gradient `Φ = Σ_t g_t a_tᵀ` (Shampoo), or
+`Σ aaᵀ` and `Σ ggᵀ` position by position, as if these were examples of their own and inputs had nothing to do with output gradients (K-FAC).
+
+Sources: Martens & Grosse 2015 (K-FAC); Gupta et al. 2018 (Shampoo), Vyas et al. 2024 (SOAP: eigenvalues corrected in Shampoo's basis).
+"""
+
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,20 +36,29 @@ def whole_blocks(blocks: Sequence[Block], parameters: int, examples: int) -> set
 
 
 class CovarianceSums:
-    """Sums of `aaᵀ` and `ggᵀ` per block in float64, or of `vec(g aᵀ) vec(g aᵀ)ᵀ`; shards add up in any grouping.
+    """Sums of second moments per block in float64; shards add up in any grouping.
 
     Sides that are not rotated are not collected, but for K-FAC their traces are.
 
     Args:
-        whole: the numbers of the blocks whose gradients are summed as wholes.
+        whole: the numbers of the blocks that have the moments of whole gradients.
+        by_example: whether the others have those of examples' gradients, not of positions.
         for_kfac: also count the positions that are not padding, which K-FAC divides by, and keep each side that is not rotated as the spectrum of
             an isotropic matrix with its trace.
     """
 
-    def __init__(self, blocks: Sequence[Block], *, whole: Collection[int] = (), for_kfac: bool = False) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        *,
+        whole: Collection[int] = (),
+        by_example: bool = False,
+        for_kfac: bool = False,
+    ) -> None:
         self.blocks = list(blocks)
+        sides = _ExampleSides if by_example else _Sides
         self._sums = [
-            _Whole.empty(block) if number in whole else _Sides.empty(block, for_kfac=for_kfac)
+            _Whole.empty(block) if number in whole else sides.empty(block, for_kfac=for_kfac)
             for number, block in enumerate(blocks)
         ]
         self._positions = np.zeros(len(self.blocks)) if for_kfac else None
@@ -125,6 +140,38 @@ class _Sides:
             for name, value in sides.items()
             if value is not None
         }
+
+
+class _ExampleSides(_Sides):
+    """`Σ ΦᵀΦ` and `Σ ΦΦᵀ` of one block's gradients Φ, (groups, d_out, d_in) per example."""
+
+    def add(self, parts: Sequence[LayerGradient], shared: LayerGradient | None) -> None:
+        if self.block.outputs_fixed:  # of an embedding's rows each is looked up by itself
+            super().add(parts, shared)
+            return
+        for part in parts:
+            for inputs, outputs in _side_moments(part):
+                if self.inputs is not None:
+                    self.inputs.add_(inputs.cpu())
+                if self.outputs is not None:
+                    self.outputs.add_(outputs.cpu())
+
+
+def _side_moments(gradient: LayerGradient) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield parts of `Σ ΦᵀΦ` and `Σ ΦΦᵀ` over a batch, from factors where positions are fewer than either side has dimensions."""
+    block = gradient.block
+    if gradient.has_factors and gradient.positions <= min(block.d_in, block.d_out):
+        a, g = gradient.inputs, gradient.outputs
+        yield _cross_moment(a, (g @ g.mT) @ a), _cross_moment(g, (a @ a.mT) @ g)
+        return
+    for _, rows in gradient.materialised():
+        yield _cross_moment(rows, rows), _cross_moment(rows.mT, rows.mT)
+
+
+def _cross_moment(first: Tensor, second: Tensor) -> Tensor:
+    """Sum over examples and positions of outer products: both (batch, groups, positions, d) to (groups, d, d)."""
+    joined = [part.transpose(0, 1).flatten(1, 2) for part in (first, second)]
+    return joined[0].mT @ joined[1]
 
 
 def is_summary(name: str) -> bool:

@@ -40,7 +40,6 @@ from attribution_core.method_spec.features import (
     TrakMethod,
 )
 from attribution_core.method_spec.fisher import (
-    WHOLE_LAYERS,
     DataInfMethod,
     DiagonalMethod,
     EigenvalueCorrected,
@@ -59,7 +58,6 @@ __all__ = [
     "METHODS",
     "OFFERED",
     "PROJECTION_VERSION",
-    "WHOLE_LAYERS",
     "AmeMethod",
     "ArnoldiMethod",
     "AutoMethod",

@@ -16,8 +16,6 @@ from attribution_core.spec import Seed
 # Default dampings: from the least that keeps rounding small to that of the largest ratio which was measured.
 MIN_DEFAULT_DAMPING = 0.001
 MOST_PARAMETERS_PER_TARGET = 32
-# More would be slow: an eigendecomposition takes a third of a second at this size, and eight times as long at twice of it.
-WHOLE_LAYERS = 1280
 
 
 class FisherSampling(GradientMethodBase):
@@ -61,8 +59,14 @@ class FisherMethod(FisherSampling, PerturbedMethodBase):
 class EigenvalueCorrected(FisherMethod):
     """A method whose curvature is diagonal in eigenvectors of second moments, with the eigenvalues that the data have along them."""
 
+    axes: Literal["examples", "positions"] = Field(
+        default="examples",
+        description="Whose second moments the eigenvectors are of: of the sides of each example's gradient (as in Shampoo), or of a layer's inputs and "
+        "output gradients, position by position (as in K-FAC). Embeddings have the latter.",
+    )
+    # More would be slow: an eigendecomposition takes a third of a second at this size, and eight times as long at twice of it.
     whole_layers: int = Field(
-        default=WHOLE_LAYERS,
+        default=1280,
         ge=0,
         le=4096,
         description="Layers of up to so many parameters, and of no more than there are training examples, have the eigenvectors of their whole Fisher "

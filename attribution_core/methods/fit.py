@@ -262,9 +262,10 @@ class FitPipeline:
     def _covariances(self, number: int) -> CovarianceSums:
         """Return empty sums of a checkpoint's covariances."""
         method, blocks = self.spec.method, self.context.checkpoint(number).capture.blocks
-        limit = method.whole_layers if isinstance(method, EigenvalueCorrected) else 0
-        whole = whole_blocks(blocks, limit, self.spec.num_training)
-        return CovarianceSums(blocks, whole=whole, for_kfac=isinstance(method, KfacMethod))
+        if not isinstance(method, EigenvalueCorrected):
+            return CovarianceSums(blocks, for_kfac=isinstance(method, KfacMethod))
+        whole = whole_blocks(blocks, method.whole_layers, self.spec.num_training)
+        return CovarianceSums(blocks, whole=whole, by_example=method.axes == "examples")
 
     def _of_these_sums(self, group: tuple[int, ...], files: Iterable[Path]) -> Iterator[Arrays]:
         """Yield shards of covariances of checkpoints that share them; those of a version that summed something else are computed again."""

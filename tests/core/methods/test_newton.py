@@ -25,7 +25,7 @@ from tests.core.methods.test_scores import SHARP, ekfac_inverse, measured, negat
 GROUP = np.arange(3, 60, 3)
 FACTORED = {"type": "factored", "dim": 40, "seed": 2}
 NEWTON: dict[str, dict[str, Any]] = {
-    "ekfac": {"type": "ekfac", "projection": SMALL, "whole_layers": 0},
+    "ekfac": {"type": "ekfac", "projection": SMALL, "axes": "positions", "whole_layers": 0},
     "ekfac of whole layers": {"type": "ekfac", "projection": SMALL},
     "kfac": {"type": "kfac", "projection": SMALL},
     "diagonal": {"type": "diagonal", "projection": SMALL},
@@ -84,7 +84,8 @@ def test_gauss_newton_without_a_group_is_the_dense_solve(problem: Problem, subse
 def test_shrunk_gauss_newton_without_a_group_has_the_others_ekfac(problem: Problem) -> None:
     module, staying = problem.modules()[0], torch.ones(60, dtype=torch.bool)
     staying[GROUP] = False
-    index = problem.fit("gn", method={**NEWTON["gauss_newton"], "shrinkage": 0.4, "whole_layers": 0})
+    method = {**NEWTON["gauss_newton"], "shrinkage": 0.4, "axes": "positions", "whole_layers": 0}
+    index = problem.fit("gn", method=method)
     rows = draws_of(index, np.flatnonzero(staying))
     factors = index.members[0].curvature._factors  # type: ignore[attr-defined]
     sizes = [block.numel for block in factors.basis.blocks]

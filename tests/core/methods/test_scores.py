@@ -92,7 +92,7 @@ def test_representation_is_the_similarity_of_the_last_hidden_layer(problem: Prob
 
 
 def ekfac_layers(
-    modules: Sequence[nn.Module], inputs: Tensor, staying: Tensor | None = None
+    modules: Sequence[nn.Module], inputs: Tensor, staying: Tensor | None = None, axes: str = "positions"
 ) -> list[tuple[Tensor, Tensor]]:
     """Per layer of the two-layer tanh network the eigenbasis (P, P) and eigenvalues (P,), averaged over networks, every factor written out.
 
@@ -116,8 +116,12 @@ def ekfac_layers(
                 seen[layer].append((a, pseudo))
         layers = []
         for parts in seen.values():
-            _, q_in = torch.linalg.eigh(torch.stack([a.T @ a for a, _ in parts]).sum(0))
-            _, q_out = torch.linalg.eigh(torch.stack([g.T @ g for _, pseudo in parts for g in pseudo]).sum(0))
+            gradients = torch.cat([torch.einsum("bo,bi->boi", g, a) for a, pseudo in parts for g in pseudo])
+            if axes == "examples":
+                moments = [(gradients.mT @ gradients).sum(0), (gradients @ gradients.mT).sum(0)]
+            else:
+                moments = [sum(a.T @ a for a, _ in parts), sum(g.T @ g for _, pseudo in parts for g in pseudo)]
+            (_, q_in), (_, q_out) = (torch.linalg.eigh(moment) for moment in moments)
             squares = [
                 torch.einsum("bo,bi->boi", g @ q_out, a @ q_in)[kept].square().sum(0) / len(inputs)
                 for a, pseudo in parts
@@ -127,9 +131,11 @@ def ekfac_layers(
     return layers
 
 
-def ekfac_inverse(module: nn.Module, inputs: Tensor, damping: float, staying: Tensor | None = None) -> Tensor:
+def ekfac_inverse(
+    module: nn.Module, inputs: Tensor, damping: float, staying: Tensor | None = None, axes: str = "positions"
+) -> Tensor:
     """Dense `(H + λ)⁻¹`: (P, P); with `staying` (n,) bool H is of some examples only, and the λ of all."""
-    everything, some = ekfac_layers([module], inputs), ekfac_layers([module], inputs, staying)
+    everything, some = (ekfac_layers([module], inputs, those, axes) for those in (None, staying))
     return torch.block_diag(
         *(
             basis @ torch.diag(1 / (values + damping * whole.mean())) @ basis.T
@@ -139,11 +145,12 @@ def ekfac_inverse(module: nn.Module, inputs: Tensor, damping: float, staying: Te
 
 
 @pytest.mark.parametrize("damping", [0.03, 0.1, 10.0])
-def test_ekfac_is_the_dense_computation(problem: Problem, damping: float) -> None:
+@pytest.mark.parametrize("axes", ["examples", "positions"])
+def test_ekfac_is_the_dense_computation(problem: Problem, axes: str, damping: float) -> None:
     module = problem.modules()[0]
-    inverse = ekfac_inverse(module, problem.inputs, damping)
+    inverse = ekfac_inverse(module, problem.inputs, damping, axes=axes)
     expected = measured(problem, module, "margin") @ inverse @ negative_loss(problem, module).T / 60
-    index = problem.fit("ekfac", method={"type": "ekfac", "projection": SMALL, "whole_layers": 0})
+    index = problem.fit("ekfac", method={"type": "ekfac", "projection": SMALL, "axes": axes, "whole_layers": 0})
     assert relative_error(scores(index, problem, damping), expected) < 1e-4
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from attribution_core.arrays import read_arrays, write_arrays
+from attribution_core.curvature import CovarianceSums
 from attribution_core.curvature.whitening import Whitening
 from attribution_core.gradients import WholeRotation
 from attribution_core.methods import fit as fits
@@ -133,9 +134,9 @@ def test_nothing_depends_on_batches_or_shards(name: str, kind: str, tmp_path: Pa
 
 def test_an_index_of_before_answers_as_it_did(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its specification does not say what its layers have; its factors do."""
-    kronecker = problem.fit("sides", method={**EKFAC, "whole_layers": 0})
+    kronecker = problem.fit("sides", method={**EKFAC, "axes": "positions", "whole_layers": 0})
     with monkeypatch.context() as before:
-        before.setattr(fits, "whole_blocks", lambda *_: set())
+        before.setattr(fits, "CovarianceSums", lambda blocks, **_: CovarianceSums(blocks))
         old = problem.fit("old", method=EKFAC)
     found = LoadedIndex(old.folder, problem.with_(method=EKFAC))
     assert whole(found) == [False, False]
@@ -149,7 +150,7 @@ def test_a_fit_that_began_before_goes_on(problem: Problem, tmp_path: Path, monke
     """Sums of factors are no sums of whole gradients: what has the former is computed again."""
     spec = problem.with_(method=EKFAC, shard_size=25)
     with monkeypatch.context() as before:
-        before.setattr(fits, "whole_blocks", lambda *_: set())
+        before.setattr(fits, "CovarianceSums", lambda blocks, **_: CovarianceSums(blocks))
         old = FitPipeline(spec, tmp_path / "old").run_shard("covariance", 1, NoProgress())
     pipeline, files = FitPipeline(spec, tmp_path / "work"), [tmp_path / str(number) for number in range(3)]
     new = [pipeline.run_shard("covariance", number, NoProgress()) for number in range(3)]
