@@ -43,7 +43,8 @@ _EKFAC = (0.001, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 _KERNELS = (0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 SWEEPS = (
     Sweep("ekfac", {"type": "ekfac"}, _EKFAC),
-    Sweep("ekfac, Kronecker factors alone", {"type": "ekfac", "whole_layers": 0}, _EKFAC),
+    Sweep("ekfac, axes of positions", {"type": "ekfac", "axes": "positions"}, _EKFAC),
+    Sweep("ekfac, Kronecker factors alone", {"type": "ekfac", "axes": "positions", "whole_layers": 0}, _EKFAC),
     *map(_gauss_newton, (0.0, 0.5, 0.8, 0.9)),
     Sweep("trak, kernel of all classes", {"type": "trak", "curvature": "fisher", "projection": {"dim": 2048}}, _KERNELS),
     Sweep("trak", {"type": "trak", "projection": {"dim": 2048}}, _KERNELS),

@@ -176,7 +176,7 @@ def test_directions_that_matter_are_few_and_the_same_however_a_fit_is_cut(
     reference = given.fit("reference", method=method)
     expected = reference.scores(reference.query(given.queries(), None), ALL, rescore=False)
     of_labels = labels.scores(labels.query(given.queries(), None), ALL, rescore=False)
-    assert 0 < relative_error(expected, of_labels) < 0.1
+    assert 0 < relative_error(expected, of_labels) < 0.12
     for budget in (0, kept.KEPT_BYTES):
         monkeypatch.setattr(kept, "KEPT_BYTES", budget)
         for shard_size, batch_size in ((60, 60), (7, 3), (1, 1)):

@@ -63,7 +63,8 @@ def by_hand(
 @pytest.mark.parametrize(("curvature", "damping", "l2"), [("rest", 0.1, L2), ("rest", 0.0, L2), ("all", 0.3, 0.0)])
 @pytest.mark.parametrize("whole", [False, True])
 def test_the_step_is_the_formula(tmp_path: Path, whole: bool, curvature: str, damping: float, l2: float) -> None:
-    problem = logistic(tmp_path, method={"type": "ekfac", "whole_layers": 1280 if whole else 0})
+    limit = 1280 if whole else 0
+    problem = logistic(tmp_path, method={"type": "ekfac", "axes": "positions", "whole_layers": limit})
     method = {"type": "newton", "curvature": curvature, "damping": damping, "l2": l2}
     found = parameters(unlearned(problem, method))
     expected = by_hand(problem, SOURCE, damping, l2, curvature == "rest", whole=whole)
