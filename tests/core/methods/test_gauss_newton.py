@@ -108,7 +108,7 @@ def test_examples_whose_outputs_do_not_matter_have_no_row(tmp_path: Path, monkey
     assert relative_error(scores(index, given), scores(everywhere, given)) < 0.1
     monkeypatch.undo()
     again = LoadedIndex(index.folder, index.spec.model_copy(update={"batch_size": 5}))
-    assert relative_error(scores(again, given), scores(index, given)) < 1e-5
+    assert relative_error(scores(again, given), scores(index, given)) < 2e-5
 
 
 def test_rows_that_are_more_than_parameters_are_not_listed(given: Problem) -> None:
@@ -128,7 +128,7 @@ def test_what_is_left_out_changes_scores_by_little(given: Problem, monkeypatch: 
     whole = kept("whole", 0)
     errors = [relative_error(kept("less", share), whole) for share in (0.01, 0.3, 1.0)]
     assert 0 < errors[0] < min(errors[1:])
-    assert max(errors) < 0.06
+    assert max(errors) < 0.1
     alone, most = kept("alone", 0, 0.0), kept("most", 1.0, 0.0)
     monkeypatch.setattr(PseudoRows, "left_out", lambda self, diagonals: [torch.zeros_like(part) for part in diagonals])
     lost = kept("lost", 1.0, 0.0)
