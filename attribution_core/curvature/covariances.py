@@ -165,7 +165,7 @@ def _side_moments(gradient: LayerGradient) -> Iterator[tuple[Tensor, Tensor]]:
         yield _cross_moment(a, (g @ g.mT) @ a), _cross_moment(g, (a @ a.mT) @ g)
         return
     for _, rows in gradient.materialised():
-        yield _cross_moment(rows, rows), _cross_moment(rows.mT, rows.mT)
+        yield _second_moment(rows), _second_moment(rows.mT)
 
 
 def _cross_moment(first: Tensor, second: Tensor) -> Tensor:
@@ -204,6 +204,5 @@ def _second_moment(factor: Tensor) -> Tensor:
     elif factor.stride(-1) != 1 and dim <= positions:
         moments = (factor.mT @ factor).sum(0)  # joining examples would copy channels that lie apart
     else:
-        joined = factor.transpose(0, 1).flatten(1, 2)
-        moments = joined.mT @ joined
+        moments = _cross_moment(factor, factor)
     return moments.cpu()
