@@ -1,27 +1,30 @@
 """LDS against damping, for every method that has one: `python -m benchmarks.dampings NAME …` measures workloads and prints the study's tables.
 
-Each method is fitted once per number of checkpoints, and scored at every damping. Results are kept in `benchmarks/results/dampings/<workload>.json`, so that
-the tables can be printed without measuring (`--tables`) and sweeps can be measured one by one (`--only LABEL`).
+Each method is fitted once per number of checkpoints, and scored at every damping and at its default. Results are kept in
+`benchmarks/results/dampings/<workload>.json`, so that the tables can be printed without measuring (`--tables`) and sweeps can be measured one by one
+(`--only LABEL`). Workloads are the benchmark's and their variants.
 """
 
 import argparse
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from attribution_core.methods.fit import fit
-from attribution_core.methods.loaded import LoadedIndex
+from attribution_core.methods.loaded import LoadedIndex, Query
 from attribution_core.processor import set_up_processor
 from attribution_core.progress import NoProgress
 from benchmarks.lds import Truth, read_results, summary, write_results
 from benchmarks.ours import dataset_of, fit_spec
-from benchmarks.workloads import WORKLOADS, Workload, batch_of, prepare
+from benchmarks.variants import VARIANTS
+from benchmarks.workloads import WORKLOADS, Workload, batch_of, prepare, retrain
 
 RESULTS = Path(__file__).parent / "results" / "dampings"
+KNOWN: dict[str, Workload] = {**WORKLOADS, **VARIANTS}
 Found = dict[str, dict[str, dict[str, list[float]]]]
 
 
@@ -40,11 +43,15 @@ def _gauss_newton(shrinkage: float) -> Sweep:
 
 
 _EKFAC = (0.001, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
+# Where a default damping is kept among the others.
+DEFAULT = "default"
 _KERNELS = (0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 SWEEPS = (
     Sweep("ekfac", {"type": "ekfac"}, _EKFAC),
     Sweep("ekfac, axes of positions", {"type": "ekfac", "axes": "positions"}, _EKFAC),
     Sweep("ekfac, Kronecker factors alone", {"type": "ekfac", "axes": "positions", "whole_layers": 0}, _EKFAC),
+    Sweep("kfac", {"type": "kfac"}, _EKFAC),
+    Sweep("diagonal", {"type": "diagonal"}, _EKFAC),
     *map(_gauss_newton, (0.0, 0.5, 0.8, 0.9)),
     Sweep("trak, kernel of all classes", {"type": "trak", "curvature": "fisher", "projection": {"dim": 2048}}, _KERNELS),
     Sweep("trak", {"type": "trak", "projection": {"dim": 2048}}, _KERNELS),
@@ -52,25 +59,30 @@ SWEEPS = (
 )  # fmt: skip
 
 
-def judged(workload: Workload, sweep: Sweep, checkpoints: int) -> Iterator[tuple[float | None, np.ndarray, float]]:
-    """Fit once and yield each damping with every query's correlation, and the slope of predicted on true outputs."""
-    data, truth = prepare(workload), Truth.read(workload.truth)
+def judged(workload: Workload, sweep: Sweep, checkpoints: int) -> Iterator[tuple[Query, np.ndarray, float]]:
+    """Fit once and yield queries at each damping with every query's correlation, and the slope of predicted on true outputs."""
+    data = prepare(workload)
+    retrain(workload, data)
+    truth = Truth.read(workload.truth)
     spec = fit_spec(workload, dataset_of(workload, data), checkpoints, method=sweep.method, shard_size=4096)
     with tempfile.TemporaryDirectory() as folder:
         fit(spec, Path(folder) / "work", Path(folder) / "index", NoProgress())
         index, queries = LoadedIndex(Path(folder) / "index", spec), batch_of(data, "query")
         for damping in sweep.dampings:
-            scores = index.scores(index.query(queries, damping), np.arange(index.num_examples), rescore=True)
-            yield damping, truth.correlations(scores), truth.slope(scores)
+            query = index.query(queries, damping)
+            scores = index.scores(query, np.arange(index.num_examples), rescore=True)
+            yield query, truth.correlations(scores), truth.slope(scores)
 
 
 def measure(workload: Workload, sweep: Sweep, checkpoints: int) -> None:
     """Add a sweep to a workload's results."""
     found = read(workload)
-    for damping, each, slope in judged(workload, sweep, checkpoints):
+    every = replace(sweep, dampings=(None, *sweep.dampings))
+    for damping, (query, each, slope) in zip(every.dampings, judged(workload, every, checkpoints), strict=True):
         rows = found.setdefault(sweep.label, {}).setdefault(str(checkpoints), {})
-        rows[f"{damping:g}"] = summary(each, slope)
-        print(workload.name, sweep.label, checkpoints, f"{damping:g}", rows[f"{damping:g}"], flush=True)
+        name = DEFAULT if damping is None else f"{damping:g}"
+        rows[name] = summary(each, slope) + ([] if damping is not None else [round(query.damping or 0.0, 6)])
+        print(workload.name, sweep.label, checkpoints, name, rows[name], flush=True)
         write_results(RESULTS / f"{workload.name}.json", found)
 
 
@@ -80,19 +92,19 @@ def read(workload: Workload) -> Found:
 
 
 def tables() -> str:
-    """Return a table of LDS per sweep and number of checkpoints, and one of dampings chosen on the other workloads."""
-    found = {name: read(workload) for name, workload in WORKLOADS.items()}
+    """Return a table of LDS per sweep and number of checkpoints, and one of the defaults."""
+    found = {name: read(workload) for name, workload in KNOWN.items()}
     lines: list[str] = []
-    chosen = [
-        "| method | checkpoints | workload | chosen on the others | LDS there | best | LDS there |",
-        "|---" * 7 + "|",
-    ]
+    defaults = ["| method | checkpoints | workload | default | LDS there | best | LDS there |", "|---" * 7 + "|"]
     for sweep in SWEEPS:
         for checkpoints in ("1", "5"):
-            rows = {
-                name: {float(d): each[0] for d, each in every[sweep.label][checkpoints].items()}
+            measured = {
+                name: every[sweep.label][checkpoints]
                 for name, every in found.items()
                 if checkpoints in every.get(sweep.label, {})
+            }
+            rows = {
+                name: {float(d): each[0] for d, each in row.items() if d != DEFAULT} for name, row in measured.items()
             }
             if not rows:
                 continue
@@ -100,8 +112,14 @@ def tables() -> str:
             lines += ["", f"**{sweep.label}, {checkpoints} checkpoint(s)**", ""]
             lines += [f"| workload | {' | '.join(f'{d:g}' for d in dampings)} |", "|---" * (len(dampings) + 1) + "|"]
             lines += [f"| {name} | {' | '.join(_cell(row, d) for d in dampings)} |" for name, row in rows.items()]
-            chosen += [f"| {sweep.label} | {checkpoints} {line}" for line in _left_out(rows)]
-    return "\n".join([*lines, "", *chosen])
+            for name, row in measured.items():
+                if DEFAULT in row:
+                    lds, *_, damping = row[DEFAULT]
+                    best = max(rows[name], key=rows[name].__getitem__)
+                    defaults.append(
+                        f"| {sweep.label} | {checkpoints} | {name} | {damping:.2g} | {lds:.3f} | {best:g} | {rows[name][best]:.3f} |"
+                    )
+    return "\n".join([*lines, "", *defaults])
 
 
 def _cell(row: dict[float, float], damping: float) -> str:
@@ -111,22 +129,10 @@ def _cell(row: dict[float, float], damping: float) -> str:
     return f"**{text}**" if row[damping] == max(row.values()) else text
 
 
-def _left_out(rows: dict[str, dict[float, float]]) -> Iterator[str]:
-    """Yield, for each workload, the damping with the best mean over the others among those that all were tried at."""
-    common = sorted(set.intersection(*(set(row) for row in rows.values())))
-    for name, row in rows.items():
-        others = [other for key, other in rows.items() if key != name]
-        if not others or not common:
-            continue
-        taken = max(common, key=lambda damping: sum(other[damping] for other in others))
-        best = max(row, key=lambda damping: row[damping])
-        yield f"| {name} | {taken:g} | {row[taken]:.3f} | {best:g} | {row[best]:.3f} |"
-
-
 def main() -> None:
     """Measure workloads and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", default=list(WORKLOADS))
+    parser.add_argument("names", nargs="*", default=list(KNOWN))
     parser.add_argument("--only", nargs="*", help="labels of the sweeps measured")
     parser.add_argument("--checkpoints", type=int, nargs="*", default=[1])
     parser.add_argument("--dampings", type=float, nargs="*", help="instead of each sweep's own")
@@ -140,7 +146,7 @@ def main() -> None:
             dampings = tuple(arguments.dampings or sweep.dampings)
             for checkpoints in arguments.checkpoints:
                 if checkpoints == 1 or name != "letter-logistic":  # its optimum is one, whatever the seed
-                    measure(WORKLOADS[name], Sweep(sweep.label, sweep.method, dampings), checkpoints)
+                    measure(KNOWN[name], Sweep(sweep.label, sweep.method, dampings), checkpoints)
     print(tables())
 
 

@@ -69,7 +69,9 @@ class Workload:
         return build_task(ClassificationTask() if self.task == "classification" else CausalLanguageModelingTask())
 
 
-def _images(name: str, n: int, queries: int, pooled: bool) -> Callable[[], Arrays]:
+def images(name: str, n: int, queries: int, pooled: bool) -> Callable[[], Arrays]:
+    """Return what makes a data set of images, standardised; `pooled` ones are vectors of 14 x 14 means."""
+
     def make() -> Arrays:
         found = load(name)
         order = np.random.default_rng(0).permutation(len(found["labels"]))[: n + queries]
@@ -89,14 +91,19 @@ def _letters() -> Arrays:
     return _split(features, found["labels"][order], 2000)
 
 
-def _austen() -> Arrays:
-    text = load("austen")["bytes"]
-    vocabulary = np.unique(text)
-    tokens = np.searchsorted(vocabulary, text).astype(np.int64)
-    windows = len(tokens) // 64
-    order = np.random.default_rng(0).permutation(windows)[:1100]
-    pieces = tokens[: windows * 64].reshape(windows, 64)[order]
-    return {"train_inputs": pieces[:1000], "query_inputs": pieces[1000:]}
+def pieces(n: int, queries: int) -> Callable[[], Arrays]:
+    """Return what makes a data set of pieces of Austen's novels, 64 characters each."""
+
+    def make() -> Arrays:
+        text = load("austen")["bytes"]
+        vocabulary = np.unique(text)
+        tokens = np.searchsorted(vocabulary, text).astype(np.int64)
+        windows = len(tokens) // 64
+        order = np.random.default_rng(0).permutation(windows)[: n + queries]
+        chosen = tokens[: windows * 64].reshape(windows, 64)[order]
+        return {"train_inputs": chosen[:n], "query_inputs": chosen[n:]}
+
+    return make
 
 
 def _split(inputs: np.ndarray, labels: np.ndarray, n: int) -> Arrays:
@@ -118,12 +125,10 @@ _SGD = Recipe("sgd", 0.05, 1e-3, epochs=20, batch_size=50)
 WORKLOADS = {
     workload.name: workload
     for workload in (
-        Workload("mnist-mlp", _MLP, _images("mnist", 1000, 200, True), _SGD, 100, 10, 100),
-        Workload("fashion-mlp", _MLP, _images("fashion", 1000, 200, True), _SGD, 100, 10, 100),
-        Workload("mnist-cnn", _CNN, _images("mnist", 2000, 200, False), Recipe("sgd", 0.05, 1e-3, 8, 50), 50, 4, 10),
-        Workload(
-            "fashion-cnn", _CNN, _images("fashion", 2000, 200, False), Recipe("sgd", 0.05, 1e-3, 8, 50), 50, 4, 10
-        ),
+        Workload("mnist-mlp", _MLP, images("mnist", 1000, 200, True), _SGD, 100, 10, 100),
+        Workload("fashion-mlp", _MLP, images("fashion", 1000, 200, True), _SGD, 100, 10, 100),
+        Workload("mnist-cnn", _CNN, images("mnist", 2000, 200, False), Recipe("sgd", 0.05, 1e-3, 8, 50), 50, 4, 10),
+        Workload("fashion-cnn", _CNN, images("fashion", 2000, 200, False), Recipe("sgd", 0.05, 1e-3, 8, 50), 50, 4, 10),
         Workload(
             "letter-logistic",
             {"name": "logistic", "arguments": {"input_dim": 16, "num_classes": 26}},
@@ -136,7 +141,7 @@ WORKLOADS = {
         Workload(
             "austen-lm",
             _LM,
-            _austen,
+            pieces(1000, 100),
             Recipe("adamw", 5e-3, 0.01, epochs=10, batch_size=25),
             50,
             4,
@@ -175,7 +180,7 @@ def retrain(workload: Workload, data: Arrays) -> None:
     masks = np.zeros((len(subsets), n), bool)
     for number, subset in enumerate(subsets):
         masks[number, subset] = True
-    TRUTH.mkdir(exist_ok=True)
+    workload.truth.parent.mkdir(exist_ok=True)
     stacked = values.reshape(len(subsets), workload.seeds, -1)
     np.savez_compressed(workload.truth, masks=np.packbits(masks, axis=1), values=stacked, n=n)
 

@@ -7,7 +7,7 @@ Small blocks can have the eigenbasis of their whole matrix in place of `Q_G ⊗ 
 Sources: Martens & Grosse 2015 (K-FAC), George et al. 2018 (eigenvalue correction), Grosse et al. 2023 (sequences).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -198,6 +198,23 @@ class EkfacFactors(Curvature):
                 "/damping",
             )
         return damped
+
+
+def concentration(eigenvalues: Iterable[np.ndarray]) -> float:
+    """Return how many eigenvalues there are for each that matters: the geometric mean over parameters of each block's `d Σλ² / (Σλ)²`.
+
+    1 where all are equal, d where one has all of the trace. Blocks without any curvature are left out.
+
+    Args:
+        eigenvalues: of each block.
+    """
+    total, count = 0.0, 0
+    for each in eigenvalues:
+        values = each.astype(np.float64)
+        if trace := values.sum():
+            total += values.size * float(np.log(values.size * np.square(values / trace).sum()))
+            count += values.size
+    return float(np.exp(total / max(count, 1)))
 
 
 def kronecker_eigenvalues(blocks: Sequence[Block], arrays: Mapping[str, np.ndarray], num_examples: float) -> Arrays:

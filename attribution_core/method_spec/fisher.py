@@ -1,5 +1,6 @@
 """Influence functions with the model's Fisher matrix, or the data's."""
 
+import math
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -13,9 +14,9 @@ from attribution_core.method_spec.base import (
 )
 from attribution_core.spec import Seed
 
-# Default dampings: from the least that keeps rounding small to that of the largest ratio which was measured.
+# The least default damping, which keeps rounding small, and the concentration of the spectrum from which it is the largest.
 MIN_DEFAULT_DAMPING = 0.001
-MOST_PARAMETERS_PER_TARGET = 32
+MOST_CONCENTRATED = 800
 
 
 class FisherSampling(GradientMethodBase):
@@ -34,26 +35,26 @@ class FisherMethod(FisherSampling, PerturbedMethodBase):
     """A method that inverts the Fisher matrix."""
 
     estimators: ClassVar[tuple[GroupEstimator, ...]] = ("additive", "newton")
-    # The default damping where the data say as little of each parameter as on the benchmark's convolutional networks, and less; and how it
-    # grows up to there.
-    max_default: ClassVar[float] = 1.0
-    growth: ClassVar[int] = 2
+    # The largest default damping.
+    max_default: ClassVar[float] = 3.0
     damping: Damping | None = Field(
         default=None,
-        description="Default damping, as a multiple of each layer's mean eigenvalue. If null, it follows how well the data determine "
-        "the curvature: it grows with the square (`ekfac`: the cube) of attributed parameters per training target (example, or predicted token), "
-        "up to a bound.",
+        description="Default damping, as a multiple of each layer's mean eigenvalue. If null, it follows from how concentrated the fitted curvature is: "
+        "the fewer of a layer's eigenvalues have most of their sum, the larger the default is, up to a bound.",
     )
 
-    def damping_for(self, parameters_per_target: float) -> float:
-        """Return the default damping, which where none is named grows with how little the data say of each parameter.
+    def damping_for(self, concentration: float) -> float:
+        """Return the default damping, which where none is named grows with the concentration of the curvature's spectrum.
 
         The law and its constants are measured: docs/studies/curvature.md.
+
+        Args:
+            concentration: of the fitted eigenvalues (`attribution_core.curvature.ekfac.concentration`).
         """
         if self.damping is not None:
             return self.damping
-        scarcity = min(parameters_per_target / MOST_PARAMETERS_PER_TARGET, 1.0)
-        return max(MIN_DEFAULT_DAMPING, self.max_default * scarcity**self.growth)
+        share = min(concentration / MOST_CONCENTRATED, 1.0)
+        return max(MIN_DEFAULT_DAMPING, self.max_default * math.pow(share, 1.5))
 
 
 class EigenvalueCorrected(FisherMethod):
@@ -82,8 +83,6 @@ class EkfacMethod(EigenvalueCorrected):
         "George et al. 2018; Grosse et al. 2023, Studying LLM Generalization with Influence Functions"
     )
     type: Literal["ekfac"]
-    max_default: ClassVar[float] = 5.0
-    growth: ClassVar[int] = 3
 
     @property
     def stages(self) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from attribution_core.checkpoints import load_model
 from attribution_core.curvature import EkfacFactors
+from attribution_core.curvature.ekfac import concentration
 from attribution_core.curvature.fisher import Observed, observe
 from attribution_core.data.batch import Batch
 from attribution_core.data.collate import ExampleSource
@@ -58,6 +59,8 @@ from attribution_core.tasks import build_task
 Arrays = Mapping[str, np.ndarray]
 # Among a checkpoint's fitted arrays where its rows are whitened, at the damping that it holds.
 WHITENED = "whitened"
+# Among a checkpoint's fitted arrays: the damping where a query names none.
+DEFAULT_DAMPING = "default_damping"
 MAX_FACTORED_EXAMPLES = 100_000
 MAX_FACTOR_BYTES = 16 << 10
 FACTOR_BYTES = {"auto": 4, "float32": 4, "float16": 2, "int8": 1}
@@ -71,8 +74,6 @@ MAX_GRADIENT_BYTES = 8 << 30
 RECALL_QUERIES = 16
 _GRADIENTS_HELD = 3 * RECALL_QUERIES
 _PROBED = 8
-# Examples of which targets are counted.
-_COUNTED = 64
 # Examples on which captured gradients are compared with autograd.
 _COMPARED = 3
 _LOWERED = {"float32": None, "bfloat16": torch.bfloat16}
@@ -262,7 +263,7 @@ class FitContext:
                 return Exact(checkpoint, spec, partial(self.batches, number))
         assert isinstance(spec, GradientMethodBase)
         kept = self._projection(spec, number) if self.layout == "vectors" else None
-        damping, whitened_at = self.default_damping or 0.0, float(own[WHITENED][0]) if WHITENED in own else None
+        damping, whitened_at = self.default_damping(fitted) or 0.0, float(own[WHITENED][0]) if WHITENED in own else None
         return GradientMethod(checkpoint, self.curvatures.of(number, own), damping, kept, whitened_at)
 
     @cached_property
@@ -292,21 +293,23 @@ class FitContext:
             isinstance(method, FisherMethod)
             and self.layout == "vectors"
             and method.projection.type != "factored"
-            and bool(self.default_damping)
+            and method.damping != 0
         )
 
-    @cached_property
-    def default_damping(self) -> float | None:
-        """The damping where a query names none; None for methods without.
+    def default_damping(self, fitted: Arrays) -> float | None:
+        """Return the damping where a query names none; None for methods without.
 
-        An extension keeps that of the fit it extends: its rows' self-influence is at one damping.
+        An index keeps that of its fit, as does what extends it: its rows' self-influence is at one damping.
         """
-        method, n = self.spec.method, self.spec.fitted_examples
+        method, own = self.spec.method, of_checkpoint(fitted, 0)
         if not isinstance(method, FisherMethod):
             return getattr(method, "damping", None)
-        counted = self.source.batch(self.training_rows[: min(_COUNTED, n)])
-        targets = n * self.task.num_targets(counted) / len(counted)
-        return method.damping_for(self.checkpoint(0).capture.num_parameters / targets)
+        for name in (DEFAULT_DAMPING, WHITENED):  # indexes of before this was kept have the latter, if any
+            if name in own:
+                return float(own[name][0])
+        return method.damping_for(
+            concentration(value for name, value in own.items() if name.startswith("eigenvalues."))
+        )
 
     def batches(self, number: int, rows: np.ndarray | None = None) -> Iterator[Batch]:
         """Yield training examples as one checkpoint takes them; all by default."""

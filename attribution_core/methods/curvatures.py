@@ -91,7 +91,7 @@ class Curvatures:
         factor = RowFactor.from_arrays(fitted, self._context.device)
         return GaussNewton(rows, factors, spec.iterations, spec.tolerance, spec.shrinkage, factor)
 
-    def factorised(self, number: int, fitted: Arrays, progress: Progress) -> dict[str, np.ndarray]:
+    def factorised(self, number: int, fitted: Arrays, damping: float, progress: Progress) -> dict[str, np.ndarray]:
         """Return what a fit of `gauss_newton` keeps of a checkpoint's pseudo-gradients: which they are, and their factorisation if there is one.
 
         Nothing of rows that are more than parameters: to list them would take more than the matrix that is formed of them.
@@ -99,6 +99,7 @@ class Curvatures:
         Args:
             number: the checkpoint's.
             fitted: its EK-FAC factors.
+            damping: of the factorisation.
             progress: asked between batches and between blocks of rows whether the work should stop.
 
         Raises:
@@ -107,7 +108,7 @@ class Curvatures:
         spec = self._context.spec.method
         assert isinstance(spec, GaussNewtonMethod)
         rows = self._context.pseudo_gradients.chosen(number, fitted, progress)
-        factor = self._gauss_newton(spec, number, fitted, lambda: rows).factorised(self._context.default_damping or 0.0)
+        factor = self._gauss_newton(spec, number, fitted, lambda: rows).factorised(damping)
         if rows.has_matrix:
             return {}
         return rows.selection.arrays() | ({} if factor is None else factor.arrays())

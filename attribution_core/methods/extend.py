@@ -81,6 +81,10 @@ class ExtensionPipeline(FitPipeline):
         summary = self._summary(into, LoadedIndex(into, self.spec, self.context), recall)
         return FitSummary(**{**vars(summary), "drift": self._drift(appended)})
 
+    def _settled(self, stage: str, reduced: Arrays, progress: Progress) -> Arrays:
+        """Return nothing: the factors are kept."""
+        return {}
+
     def _fitted(self, stages: Sequence[str]) -> Arrays:
         """Return the kept factors, whatever stages made them."""
         return self._factors

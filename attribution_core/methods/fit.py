@@ -31,6 +31,7 @@ from attribution_core.memory import release_freed
 from attribution_core.method_spec import (
     ArnoldiMethod,
     EigenvalueCorrected,
+    FisherMethod,
     GaussNewtonMethod,
     HessianMethod,
     KfacMethod,
@@ -41,7 +42,7 @@ from attribution_core.methods import representer, trak
 from attribution_core.methods.artifact import FACTORS_FILE, bytes_of, write_description
 from attribution_core.methods.bank import BankPipeline
 from attribution_core.methods.base import FeatureMethod
-from attribution_core.methods.context import WHITENED, FitContext, of_checkpoint
+from attribution_core.methods.context import DEFAULT_DAMPING, WHITENED, FitContext, of_checkpoint
 from attribution_core.methods.encoding import Encoder
 from attribution_core.methods.finite import check_finite, naming_the_example
 from attribution_core.methods.kept import KeptGradients
@@ -154,7 +155,7 @@ class FitPipeline:
             files = [path for number in group for path in shard_files[number * size : (number + 1) * size]]
             found = self._reduction(stage, group, files, progress)
             reduced |= {f"{group[0]}.{name}": value for name, value in found.items()}
-        return reduced
+        return reduced | self._settled(stage, reduced, progress)
 
     def _reduction(self, stage: str, group: tuple[int, ...], files: Sequence[Path], progress: Progress) -> Arrays:
         n, number, method = self.spec.num_training * len(group), group[0], self.spec.method
@@ -168,14 +169,9 @@ class FitPipeline:
                 if isinstance(method, KfacMethod):
                     blocks = self.context.checkpoint(number).capture.blocks
                     solved |= kronecker_eigenvalues(blocks, solved, n)
-                found = {name: value for name, value in solved.items() if not name.startswith("spectrum.")}
-                return found | self._whitened(stage)
+                return {name: value for name, value in solved.items() if not name.startswith("spectrum.")}
             case "eigenvalues":
-                values = {name: (value / n).astype(np.float32) for name, value in summed_arrays(watched_files).items()}
-                if isinstance(method, GaussNewtonMethod):
-                    basis = of_checkpoint(self._reduced("covariance"), number)
-                    values |= self.context.curvatures.factorised(number, basis | values, progress)
-                return values | self._whitened(stage)
+                return {name: (value / n).astype(np.float32) for name, value in summed_arrays(watched_files).items()}
             case "hessian":
                 assert isinstance(method, HessianMethod)
                 mean = summed_arrays(watched_files)["hessian"] / n
@@ -189,11 +185,22 @@ class FitPipeline:
             case _:
                 return self._feature_kernel(number, watched_files, progress)
 
-    def _whitened(self, stage: str) -> Arrays:
-        """Return what the last stage before features says of rows that are whitened."""
-        if stage != self.spec.method.stages[-2] or not self.context.whitens:
+    def _settled(self, stage: str, reduced: Arrays, progress: Progress) -> Arrays:
+        """Return the default damping, once the curvature is known that it follows from, and what is made at it."""
+        method = self.spec.method
+        if not isinstance(method, FisherMethod) or stage != method.stages[-2]:
             return {}
-        return {WHITENED: np.array([self.context.default_damping], np.float32)}
+        damping = self.context.default_damping(reduced) or 0.0
+        found: Arrays = {}
+        for number in range(len(self.spec.members)):
+            own = {DEFAULT_DAMPING: np.array([damping])}
+            if self.context.whitens:
+                own[WHITENED] = np.array([damping])
+            if isinstance(method, GaussNewtonMethod):
+                factors = of_checkpoint(self._reduced("covariance") | reduced, number)
+                own |= self.context.curvatures.factorised(number, factors, damping, progress)
+            found |= {f"{number}.{name}": value for name, value in own.items()}
+        return found
 
     @_of_method()
     def assemble(self, into: Path, feature_files: Sequence[Path], progress: Progress) -> FitSummary:

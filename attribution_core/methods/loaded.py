@@ -133,6 +133,8 @@ class LoadedIndex:
         self.store = FeatureStore(folder / FEATURES_FOLDER, spec.dataset.num_examples)
         fitted = read_arrays(folder / FACTORS_FILE)
         self.gradients = self._gradient_store(device)
+        # None for methods without.
+        self.default_damping = self.context.default_damping(fitted)
         self.members: list[FeatureMethod] = [self.context.method(n, fitted) for n in range(len(spec.members))]
 
     @property
@@ -167,11 +169,6 @@ class LoadedIndex:
     def rescores(self) -> bool:
         """Whether exact scores differ from inner products of stored rows, and take the model and the data."""
         return self.gradients is None and not self.spec.method.exact_rows
-
-    @property
-    def default_damping(self) -> float | None:
-        """The method's damping where a query names none; None for methods without."""
-        return self.context.default_damping
 
     def query(self, batch: Batch, damping: float | None) -> Query:
         """Encode queries; a damping of None is the method's default.

@@ -37,10 +37,6 @@ class Task(ABC):
         """
         return None
 
-    def num_targets(self, batch: Batch) -> int:
-        """Return how many targets a batch's losses are of: its examples, or their tokens."""
-        return len(batch)
-
     @abstractmethod
     def log_odds(self, output: Tensor, batch: Batch) -> Tensor:
         """Return TRAK's model output `f = log p/(1-p)` of the target; the prediction itself for regression."""

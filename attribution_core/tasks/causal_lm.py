@@ -41,11 +41,6 @@ class CausalLanguageModeling(Task):
         sign = 1.0 if measurement == "loss" else -1.0
         return torch.full((len(output),), sign, dtype=output.dtype, device=output.device)
 
-    def num_targets(self, batch: Batch) -> int:
-        """Return how many tokens are predicted."""
-        tokens = batch.inputs.numel() if batch.mask is None else int(batch.mask.sum())
-        return tokens - len(batch)
-
     def log_odds(self, output: Tensor, batch: Batch) -> Tensor:
         """Return the mean over tokens of `log p/(1-p)`."""
         odds = log_odds_of(self._token_log_likelihood(output, batch))

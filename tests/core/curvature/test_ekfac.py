@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from attribution_core.curvature import CovarianceSums, Eigenbasis, EigenvalueSums, EkfacFactors, covariances
 from attribution_core.curvature.draws import Draws
-from attribution_core.curvature.ekfac import kronecker_eigenvalues
+from attribution_core.curvature.ekfac import concentration, kronecker_eigenvalues
 from attribution_core.errors import SingularCurvatureError
 from attribution_core.gradients import GradientCapture, Rotation
 
@@ -215,3 +215,14 @@ def test_kfac_of_a_lookup_that_nothing_depends_on_is_zero() -> None:
     nn.init.zeros_(network.wide.weight)
     traces, _ = kfac_traces(network, torch.randint(0, 40, (50, 2)))
     assert traces[0] == 0 < traces[1]
+
+
+def test_concentration_counts_eigenvalues_for_each_that_matters() -> None:
+    equal, one = np.full((2, 3, 4), 0.5, np.float32), np.zeros(6, np.float32)
+    one[2] = 7
+    assert concentration([equal]) == pytest.approx(1)
+    assert concentration([one]) == pytest.approx(6)
+    assert concentration([equal, one]) == pytest.approx(6 ** (6 / 30))
+    assert concentration([one, np.zeros(100, np.float32)]) == pytest.approx(6)
+    assert concentration([np.zeros(3, np.float32)]) == 1
+    assert concentration([np.float32([3e30, 1e-30])]) == pytest.approx(2)

@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from attribution_core.arrays import read_arrays
 from attribution_core.errors import SingularCurvatureError
-from attribution_core.method_spec import METHODS, FisherMethod, ProjectionSpec
+from attribution_core.method_spec import METHODS, EkfacMethod, FisherMethod, ProjectionSpec
+from attribution_core.methods.artifact import FACTORS_FILE
 from attribution_core.methods.grad_cos import unit_length
 from attribution_core.methods.loaded import LoadedIndex
 from attribution_core.methods.logra import Logra
@@ -162,19 +164,26 @@ def test_damping_is_a_matter_of_the_query(problem: Problem) -> None:
     assert relative_error(scores(index, problem), scores(other, problem)) > 0.1
 
 
-@pytest.mark.parametrize(("kind", "most", "power"), [("ekfac", 5.0, 3), ("kfac", 1.0, 2), ("gauss_newton", 10.0, 2)])
-def test_the_default_damping_grows_with_parameters_per_example(
-    problem: Problem, kind: str, most: float, power: int
-) -> None:
+@pytest.mark.parametrize("kind", ["ekfac", "kfac", "diagonal", "gauss_newton"])
+def test_the_default_damping_follows_the_concentration_of_the_spectrum(problem: Problem, kind: str) -> None:
     index = problem.fit("default", method={"type": kind, "projection": SMALL})
-    ratio = index.members[0].checkpoint.capture.num_parameters / 60
-    expected = max(0.001, most * (ratio / 32) ** power)
-    assert index.default_damping == pytest.approx(expected)
+    fitted = read_arrays(index.folder / FACTORS_FILE)
+    blocks = [value.flatten() for name, value in fitted.items() if ".eigenvalues." in name]
+    logarithms = sum(block.size * np.log(block.size * (block**2).sum() / block.sum() ** 2) for block in blocks)
+    method = METHODS[kind].model_validate({"type": kind})
+    assert isinstance(method, FisherMethod)
+    expected = method.damping_for(np.exp(logarithms / sum(block.size for block in blocks)))
+    assert 0.001 <= expected < method.max_default
+    assert index.default_damping == pytest.approx(expected, rel=1e-5)
     np.testing.assert_array_equal(scores(index, problem), scores(index, problem, index.default_damping))
-    few = METHODS[kind].model_validate({"type": kind})
-    assert isinstance(few, FisherMethod)
-    assert (few.damping_for(1e6), few.damping_for(16), few.damping_for(1e-6)) == (most, most / 2**power, 0.001)
-    assert few.model_copy(update={"damping": 0.0}).damping_for(1e6) == 0
+
+
+def test_the_default_damping_grows_with_concentration_up_to_a_bound() -> None:
+    method = EkfacMethod(type="ekfac")
+    assert method.damping_for(1e6) == 3
+    assert method.damping_for(200) == pytest.approx(3 / 8)
+    assert method.damping_for(1) == 0.001
+    assert EkfacMethod(type="ekfac", damping=0.0).damping_for(1e6) == 0
 
 
 def test_ekfac_self_influence_is_an_examples_score_for_itself(problem: Problem) -> None:
