@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import faulthandler
 import logging
 import math
 import os
@@ -31,6 +32,8 @@ from attribution_core.projection import check_projections
 
 log = structlog.get_logger("headwater.worker")
 _SECONDS_BETWEEN_FILE_SWEEPS = 60.0
+# A loop that stands still for so long, and for longer than leases last, does not turn again.
+_LEAST_HANG_SECONDS = 60.0
 
 
 async def work(settings: Settings) -> None:
@@ -50,7 +53,10 @@ async def work(settings: Settings) -> None:
         "unlearning": UNLEARNING,
     }
     runner = Runner(settings, create_sessionmaker(database), artifacts, name, kinds)
-    tasks = [asyncio.create_task(_receive(settings, runner, name)), asyncio.create_task(_sweep(runner))]
+    hang = max(_LEAST_HANG_SECONDS, 2 * runner.lease_seconds)
+    tasks = [
+        asyncio.create_task(task) for task in (_receive(settings, runner, name), _sweep(runner), ended_if_hung(hang))
+    ]
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
@@ -96,6 +102,19 @@ async def _sweep(runner: Runner) -> None:
                 swept = time.monotonic()
                 await _sweep_files(runner)
         await asyncio.sleep(min(10.0, runner.lease_seconds / 2))
+
+
+async def ended_if_hung(seconds: float) -> None:
+    """Have this process end, telling where its threads are, once its loop has stood still for so long.
+
+    Its leases have lapsed by then, and what started it starts another. It takes no turn of the interpreter, which may be what stands still.
+    """
+    try:
+        while True:
+            faulthandler.dump_traceback_later(seconds, exit=True)
+            await asyncio.sleep(1)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 async def _parent_gone() -> None:

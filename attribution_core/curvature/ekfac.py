@@ -206,7 +206,7 @@ def concentration(eigenvalues: Iterable[np.ndarray]) -> float:
     1 where all are equal, d where one has all of the trace. Blocks without any curvature are left out.
 
     Args:
-        eigenvalues: of each block.
+        eigenvalues: of each block, of several checkpoints as well.
     """
     total, count = 0.0, 0
     for each in eigenvalues:

@@ -301,15 +301,15 @@ class FitContext:
 
         An index keeps that of its fit, as does what extends it: its rows' self-influence is at one damping.
         """
-        method, own = self.spec.method, of_checkpoint(fitted, 0)
-        if not isinstance(method, FisherMethod):
+        method = self.spec.method
+        if not isinstance(method, FisherMethod) or method.damping is not None:
             return getattr(method, "damping", None)
-        for name in (DEFAULT_DAMPING, WHITENED):  # indexes of before this was kept have the latter, if any
+        own = of_checkpoint(fitted, 0)
+        for name in (DEFAULT_DAMPING, WHITENED):  # indexes of before the first was kept have the second, if any
             if name in own:
-                return float(own[name][0])
-        return method.damping_for(
-            concentration(value for name, value in own.items() if name.startswith("eigenvalues."))
-        )
+                return _rounded(own[name][0])
+        eigenvalues = (value for name, value in fitted.items() if ".eigenvalues." in name)
+        return _rounded(method.damping_for(concentration(eigenvalues)))
 
     def batches(self, number: int, rows: np.ndarray | None = None) -> Iterator[Batch]:
         """Yield training examples as one checkpoint takes them; all by default."""
@@ -368,3 +368,8 @@ class FitContext:
         dim = asked.dim or (DEFAULT_BITS if bits else DEFAULT_DIM)
         spec = asked.model_copy(update={"seed": asked.seed + (number << 32), "dim": dim})
         return build_projection(spec, self.checkpoint(number).capture.blocks)
+
+
+def _rounded(value: float) -> float:
+    """Return three significant digits, which come out of a stored float32 as they went in."""
+    return float(f"{value:.3g}")

@@ -193,9 +193,9 @@ class FitPipeline:
         damping = self.context.default_damping(reduced) or 0.0
         found: Arrays = {}
         for number in range(len(self.spec.members)):
-            own = {DEFAULT_DAMPING: np.array([damping])}
+            own = {DEFAULT_DAMPING: np.array([damping], np.float32)}
             if self.context.whitens:
-                own[WHITENED] = np.array([damping])
+                own[WHITENED] = own[DEFAULT_DAMPING]
             if isinstance(method, GaussNewtonMethod):
                 factors = of_checkpoint(self._reduced("covariance") | reduced, number)
                 own |= self.context.curvatures.factorised(number, factors, damping, progress)

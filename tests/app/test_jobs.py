@@ -238,6 +238,28 @@ main.main()
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
 
 
+@pytest.mark.parametrize(
+    "stands_still", ["time.sleep(60)", "ctypes.PyDLL(None).sleep(60)"], ids=["loop", "interpreter"]
+)
+def test_a_worker_that_hangs_ends_and_says_where(stands_still: str) -> None:
+    """Not even a call that never gives the interpreter back keeps it."""
+    code = f"""
+import asyncio, ctypes, time
+from app.worker.main import ended_if_hung
+
+async def work():
+    watched = asyncio.create_task(ended_if_hung(2))
+    await asyncio.sleep(3)
+    print("turned", flush=True)
+    {stands_still}
+
+asyncio.run(work())
+"""
+    ended = subprocess.run([sys.executable, "-c", code], timeout=50, check=False, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (1, "turned\n")
+    assert "Timeout" in ended.stderr and "in work" in ended.stderr
+
+
 async def test_a_worker_that_cannot_be_started_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     outcomes: list[int | OSError] = [1, BlockingIOError(11, "Resource temporarily unavailable")]
     again = asyncio.Event()

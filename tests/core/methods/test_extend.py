@@ -106,7 +106,8 @@ def test_an_extension_keeps_the_default_damping(problem: Problem, tmp_path: Path
     """Self-influence is stored at it, and would be of two dampings else."""
     spec, _ = extended(problem, tmp_path, {"type": "ekfac"})
     found, kept = LoadedIndex(tmp_path / "2", spec), read_arrays(tmp_path / "0" / FACTORS_FILE)["0.default_damping"]
-    assert found.default_damping == kept[0] > 0.001
+    assert found.default_damping == pytest.approx(kept[0], rel=1e-6)
+    assert kept[0] > 0.001
     assert found.query(problem.queries(), None).damping == found.default_damping
 
 

@@ -71,9 +71,9 @@ def test_scores_do_not_depend_on_shards_batches_or_the_process(given: Problem, l
         index = given.fit(
             "divided", method=method, store={"layout": layout}, shard_size=shard_size, batch_size=batch_size
         )
-        assert relative_error(scores(index, given), expected) < 1e-5
+        assert relative_error(scores(index, given), expected) < 2e-5
         again = LoadedIndex(index.folder, index.spec.model_copy(update={"batch_size": 5}))
-        assert relative_error(scores(again, given), scores(index, given)) < 1e-5
+        assert relative_error(scores(again, given), scores(index, given)) < 2e-5
 
 
 def test_only_examples_with_a_row_are_run_again(given: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
