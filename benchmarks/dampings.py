@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from attribution_core.methods.answers import Query
 from attribution_core.methods.fit import fit
-from attribution_core.methods.loaded import LoadedIndex, Query
+from attribution_core.methods.loaded import LoadedIndex
 from attribution_core.processor import set_up_processor
 from attribution_core.progress import NoProgress
 from benchmarks.lds import Truth, read_results, summary, write_results

@@ -19,7 +19,8 @@ from attribution_core.data.reader import DatasetReader
 from attribution_core.datamodel import predicted_change, removed_rows
 from attribution_core.errors import InvalidInputError, located
 from attribution_core.evaluate.served import ServedCalibration
-from attribution_core.methods.loaded import Attribution, Found, LoadedIndex, Query
+from attribution_core.methods.answers import Attribution, Found, Query
+from attribution_core.methods.loaded import LoadedIndex
 from attribution_core.methods.opening import AnyIndex as Index
 from attribution_core.spec import ArchitectureSpec, DatasetSpec, Filter, Selector
 from attribution_core.training.spec import MODELS_PER_GROUP, TrainSpec

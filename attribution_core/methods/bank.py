@@ -35,10 +35,11 @@ from attribution_core.method_spec import (
     PosteriorMethod,
     SemivalueMethodBase,
 )
+from attribution_core.methods.answers import Query
 from attribution_core.methods.artifact import bytes_of, read_description, write_description
 from attribution_core.methods.context import FitContext
 from attribution_core.methods.dense import ScoredIndex
-from attribution_core.methods.loaded import LoadedIndex, Query
+from attribution_core.methods.loaded import LoadedIndex
 from attribution_core.methods.magic import train_spec
 from attribution_core.progress import Progress
 from attribution_core.sharding import Stage

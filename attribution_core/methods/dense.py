@@ -16,9 +16,9 @@ from attribution_core.arrays import mapped_arrays, write_arrays
 from attribution_core.data.batch import Batch
 from attribution_core.errors import CorruptArtifactError, FingerprintMismatchError, InvalidInputError
 from attribution_core.fit_spec import FitSpec, FitSummary
+from attribution_core.methods.answers import Attribution, Query, top_rows
 from attribution_core.methods.artifact import bytes_of, read_description, write_description
 from attribution_core.methods.context import FitContext
-from attribution_core.methods.loaded import Attribution, Query, top_rows
 from attribution_core.progress import Progress
 
 SCORES_FILE = "scores.safetensors"

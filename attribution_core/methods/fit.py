@@ -39,6 +39,7 @@ from attribution_core.method_spec import (
     TrakMethod,
 )
 from attribution_core.methods import representer, trak
+from attribution_core.methods.answers import Query
 from attribution_core.methods.artifact import FACTORS_FILE, bytes_of, write_description
 from attribution_core.methods.bank import BankPipeline
 from attribution_core.methods.base import FeatureMethod
@@ -47,7 +48,7 @@ from attribution_core.methods.encoding import Encoder
 from attribution_core.methods.finite import check_finite, naming_the_example
 from attribution_core.methods.kept import KeptGradients
 from attribution_core.methods.layout import exact_scores, write_features, write_search
-from attribution_core.methods.loaded import LoadedIndex, Query
+from attribution_core.methods.loaded import LoadedIndex
 from attribution_core.methods.logra import Logra, fisher_of
 from attribution_core.methods.magic import MagicPipeline
 from attribution_core.methods.opening import opened_priors

@@ -13,11 +13,11 @@ from attribution_core.arrays import read_arrays
 from attribution_core.features.factors import write_gradients
 from attribution_core.features.rows import encoded, joined, signs
 from attribution_core.features.store import FeatureStore, write_shard
+from attribution_core.methods.answers import Query
 from attribution_core.methods.artifact import FEATURES_FOLDER, GRADIENTS_FOLDER, SEARCH_FILE
 from attribution_core.methods.base import FeatureMethod, QuerySide
 from attribution_core.methods.context import FitContext
 from attribution_core.methods.encoding import EXACT, GRADIENT, Arrays
-from attribution_core.methods.loaded import Query
 from attribution_core.progress import Progress, watched
 
 # The fitted method on one checkpoint.

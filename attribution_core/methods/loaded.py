@@ -1,7 +1,6 @@
 """A fitted index that answers: top examples of both signs, scores of given rows, effects of groups."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from attribution_core.features.store import FeatureStore
 from attribution_core.fit_spec import FitSpec
 from attribution_core.memory import release_freed
 from attribution_core.method_spec import TrakMethod
+from attribution_core.methods.answers import Attribution, Found, Query, top_rows
 from attribution_core.methods.artifact import (
     FACTORS_FILE,
     FEATURES_FOLDER,
@@ -40,63 +40,6 @@ MIN_CANDIDATES = 200
 _ROWS_AT_ONCE = 4096
 # Bytes of one member's query side after which freed memory is given back.
 _LARGE_SIDE = 16 << 20
-
-
-@dataclass(frozen=True)
-class Query:
-    """Encoded queries: one side per checkpoint, and what the model outputs for them.
-
-    Attributes:
-        outputs: `{"value", "prediction", "probability"}` per query; the value is the mean over checkpoints.
-        rows: (queries, dim) float32, what stored weighted rows are multiplied with.
-        batch: the queries themselves.
-        damping: that the sides were preconditioned with; None for methods without.
-    """
-
-    outputs: list[dict[str, Any]]
-    sides: list[QuerySide]
-    rows: np.ndarray
-    batch: Batch
-    damping: float | None
-
-    def __len__(self) -> int:
-        return len(self.outputs)
-
-    def __getitem__(self, part: slice) -> "Query":
-        sides = [side[part] for side in self.sides]
-        return Query(self.outputs[part], sides, self.rows[part], self.batch[part], self.damping)
-
-
-@dataclass(frozen=True)
-class Found:
-    """The best rows of one sign for one query: row numbers and scores, best first."""
-
-    rows: np.ndarray
-    scores: np.ndarray
-
-    @classmethod
-    def nothing(cls) -> "Found":
-        """Return an empty list."""
-        return cls(np.empty(0, np.int64), np.empty(0, np.float32))
-
-    def merged(self, other: "Found", k: int, sign: int) -> "Found":
-        """Return the k best of both lists."""
-        scores = np.concatenate([self.scores, other.scores])
-        return top_rows(scores, np.concatenate([self.rows, other.rows]), k, sign)
-
-
-@dataclass(frozen=True)
-class Attribution:
-    """Top examples of both signs for one query.
-
-    Attributes:
-        approximate: whether an exact scan over all allowed examples could have found others or scored them otherwise.
-    """
-
-    output: dict[str, Any]
-    positive: Found
-    negative: Found
-    approximate: bool
 
 
 class LoadedIndex:
@@ -454,11 +397,3 @@ class LoadedIndex:
         described = task.describe(torch.stack(list(outputs)).mean(0), batch, measurement)
         values = torch.stack([task.measure(output, batch, measurement) for output in outputs]).mean(0).tolist()
         return [{**entry, "value": value} for entry, value in zip(described, values, strict=True)]
-
-
-def top_rows(scores: np.ndarray, rows: np.ndarray, k: int, sign: int) -> Found:
-    """Return the k rows whose scores are furthest on one side of 0; equal scores are ordered by row."""
-    keep = sign * scores > 0
-    rows, scores = rows[keep], scores[keep]
-    order = np.lexsort((rows, -sign * scores))[:k]
-    return Found(rows[order], scores[order])

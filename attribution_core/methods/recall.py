@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from attribution_core.methods.answers import Query, top_rows
 from attribution_core.methods.context import RECALL_QUERIES
-from attribution_core.methods.loaded import LoadedIndex, Query, top_rows
+from attribution_core.methods.loaded import LoadedIndex
 from attribution_core.sampling import evenly_spread
 
 TOP = 10
