@@ -124,7 +124,7 @@ def test_rows_are_not_whitened_where_curvature_may_be_singular(problem: Problem)
 
 
 def test_rows_stay_whitened_at_the_damping_that_their_factors_name(problem: Problem) -> None:
-    """Deletions may move the default of an extension; its old rows are what they were."""
+    """Whatever the default is."""
     index = problem.fit("index", method={"type": "ekfac", "damping": 0.1}, store=FLOATS)
     fitted = read_arrays(index.folder / FACTORS_FILE)
     assert fitted[f"0.{WHITENED}"] == np.float32(0.1)
