@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import report, run
 from benchmarks.cost import damping_name
+from benchmarks.damping_laws import Known, distances
 from benchmarks.lds import Truth
 from benchmarks.plan import Damping, Entry
 from benchmarks.report import NOT_MEASURED
@@ -146,3 +147,14 @@ def test_a_comparison_says_whether_intervals_are_disjoint(lds: float, expected: 
     assert f"| win | {expected} |" in page
     assert page.endswith("the others would be ties.") is (expected == "overlap")
     assert f"{int(expected == 'disjoint')} of 1 pairs" in page
+
+
+def test_a_laws_constant_is_chosen_on_other_architectures():
+    """Here they want a damping ten times as large, at which it loses what one step of ten costs."""
+    lds = {0.1: 0.3, 1.0: 0.5, 10.0: 0.4}
+    shifted = {10 * damping: value for damping, value in lds.items()}
+    known = [Known("mlp", 1.0, 3.0, lds), Known("cnn", 1.0, 3.0, shifted), Known("cnn", 1.0, 3.0, shifted)]
+    found, of_all = distances(lambda one: one.scarcity, known, 100)
+    by_others = {"cnn": 0.2, "mlp": 0.1}
+    assert found == pytest.approx([by_others["cnn"], by_others["cnn"], by_others["mlp"]])
+    assert of_all == pytest.approx(by_others["mlp"] / 3)
