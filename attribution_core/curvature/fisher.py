@@ -16,6 +16,7 @@ from attribution_core.tasks import FisherKind, Task
 MAX_ENUMERATED_LABELS = 32
 # Of the trace of the outputs' Fisher matrix, what the directions that are not drawn have at most.
 LEFT_OUT = 0.01
+_LEAST_SURPRISE = 1e-30
 # Squared lengths that differ by less, as a share, differ by rounding.
 _SAME = 1e-4
 
@@ -124,6 +125,8 @@ class Observed:
         losses: `∇ℓ`; None where it is the measured gradient times the slope.
         slope: `∂ℓ/∂m` (batch,), else None.
         draws: pseudo-gradients, where asked for.
+        surprise: `1 - p` of each example's target (batch,), where the task has it.
+        weights: what each example counts beyond its loss gradient, (batch,); 1 where None.
     """
 
     batch: Batch
@@ -131,6 +134,8 @@ class Observed:
     losses: Sequence[LayerGradient] | None
     slope: Tensor | None = None
     draws: Draws = field(default_factory=Draws)
+    surprise: Tensor | None = None
+    weights: Tensor | None = None
 
     @property
     def direction(self) -> Sequence[LayerGradient]:
@@ -140,17 +145,28 @@ class Observed:
     @property
     def multiple(self) -> Tensor:
         """`φ` divided by `direction`, (batch,)."""
-        return self.measured[0].inputs.new_full((len(self),), -1) if self.slope is None else -self.slope
+        each = self.measured[0].inputs.new_full((len(self),), -1) if self.slope is None else -self.slope
+        return each if self.weights is None else each * self.weights
+
+    def tempered(self, power: float) -> "Observed":
+        """Return the same with `φ` in proportion to a power of each example's surprise, where the task has it.
+
+        Source: docs/decisions/0023-tempered-residuals.md.
+        """
+        if self.surprise is None or power == 1:
+            return self
+        # The smallest would overflow before it meets the gradient that it makes larger.
+        return replace(self, weights=self.surprise.clamp(min=_LEAST_SURPRISE) ** (power - 1))
 
     @cached_property
     def training(self) -> list[LayerGradient]:
-        """`φ = -∇ℓ`, made when it is asked for: until then it would double what is kept."""
+        """`φ = -∇ℓ`, weighted, made when it is asked for: until then it would double what is kept."""
         return scaled(self.direction, self.multiple)
 
     def compact(self) -> "Observed":
         """Return the same with whole gradients where these are smaller than their factors."""
         losses = None if self.losses is None else compact(self.losses)
-        return Observed(self.batch, compact(self.measured), losses, self.slope, self.draws.compact())
+        return replace(self, measured=compact(self.measured), losses=losses, draws=self.draws.compact())
 
     def __len__(self) -> int:
         return len(self.batch)
@@ -177,11 +193,12 @@ def observe(
 ) -> Observed:
     """Differentiate one forward pass; a measurement that decides the loss needs one backward pass for both."""
     draws = Draws() if fisher is None else fisher.draws(run, task, batch, again)
-    slope = task.slope(run.output, batch, measurement)
+    slope, surprise = task.slope(run.output, batch, measurement), task.surprise(run.output, batch)
+    surprise = None if surprise is None else surprise.detach()
     measured = run.gradients(task.measure(run.output, batch, measurement), keep=slope is None)
     if slope is None:
-        return Observed(batch, measured, run.gradients(task.loss(run.output, batch)), None, draws)
-    return Observed(batch, measured, None, slope.detach(), draws)
+        return Observed(batch, measured, run.gradients(task.loss(run.output, batch)), None, draws, surprise)
+    return Observed(batch, measured, None, slope.detach(), draws, surprise)
 
 
 def scaled(gradients: Sequence[LayerGradient], weights: Tensor) -> list[LayerGradient]:

@@ -17,6 +17,7 @@ from attribution_core.spec import Seed
 # The least default damping, which keeps rounding small, and the concentration of the spectrum from which it is the largest.
 MIN_DEFAULT_DAMPING = 0.001
 MOST_CONCENTRATED = 800
+DEFAULT_RESIDUAL_POWER = 0.6
 
 
 class FisherSampling(GradientMethodBase):
@@ -42,6 +43,19 @@ class FisherMethod(FisherSampling, PerturbedMethodBase):
         description="Default damping, as a multiple of each layer's mean eigenvalue. If null, it follows from how concentrated the fitted curvature is: "
         "the fewer of a layer's eigenvalues have most of their sum, the larger the default is, up to a bound.",
     )
+
+    residual_power: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Power of 1 - p, the training target's, in proportion to which a classified example counts. 1 is the derivative of its loss, which of "
+        "examples that were learnt by heart says how little they matter now, not how much they did; null: 0.6 (docs/decisions/0023-tempered-residuals.md).",
+    )
+
+    @property
+    def power_of_residuals(self) -> float:
+        """What a new fit takes for `residual_power`."""
+        return DEFAULT_RESIDUAL_POWER if self.residual_power is None else self.residual_power
 
     def damping_for(self, concentration: float) -> float:
         """Return the default damping, which where none is named grows with the concentration of the curvature's spectrum.

@@ -217,6 +217,7 @@ class GradientMethod(FeatureMethod):
         damping: where a query names none.
         projection: of stored rows and queries; None where gradients are stored whole, as factors.
         whitened_at: the damping of the basis in which both are projected; None for the parameters' own basis.
+        residual_power: of training examples' surprise, by which their gradients count; 1 for the derivative.
     """
 
     linear = True
@@ -228,9 +229,11 @@ class GradientMethod(FeatureMethod):
         damping: float,
         projection: Projection | None,
         whitened_at: float | None = None,
+        residual_power: float = 1.0,
     ) -> None:
         super().__init__(checkpoint)
         self.whitened_at = whitened_at
+        self.residual_power = residual_power
         self.curvature = curvature
         self.default_damping = damping
         self.projection = projection
@@ -247,10 +250,14 @@ class GradientMethod(FeatureMethod):
 
     def encode_train(self, batch: Batch) -> TrainRows:
         """Return projected `φ_i`, and `τ_i(z_i)`."""
-        return self.encode_observed(self.observe(batch))
+        return self.encode_observed(self.attributed(batch))
+
+    def attributed(self, batch: Batch) -> Observed:
+        """Return a batch of training examples as scores count them."""
+        return self.observe(batch).tempered(self.residual_power)
 
     def observe(self, batch: Batch, fisher: Fisher | None = None) -> Observed:
-        """Run and differentiate a batch of training examples."""
+        """Run and differentiate a batch of training examples; their gradients are derivatives."""
         checkpoint = self.checkpoint
         run = checkpoint.run(batch)
         return observe(run, checkpoint.task, batch, checkpoint.measurement, fisher, checkpoint.run)
@@ -268,10 +275,9 @@ class GradientMethod(FeatureMethod):
         )
 
     def _own_influence(self, observed: Observed) -> Tensor:
-        if observed.slope is None:
-            assert observed.losses is not None
-            return -self.curvature.paired(observed.measured, observed.losses, self.default_damping)
-        return -observed.slope * self.curvature.quadratic(observed.measured, self.default_damping)
+        if observed.losses is None:
+            return observed.multiple * self.curvature.quadratic(observed.measured, self.default_damping)
+        return observed.multiple * self.curvature.paired(observed.measured, observed.losses, self.default_damping)
 
     def encode_query(self, batch: Batch) -> QuerySide:
         """Return `∇m_z` as factors; rows and gradients follow when it is preconditioned."""
@@ -290,7 +296,7 @@ class GradientMethod(FeatureMethod):
 
     def exact_scores(self, query: QuerySide, batch: Batch) -> Tensor:
         """Return `⟨query, φ_i⟩` without projection."""
-        return self.observed_scores(query, self.observe(batch))
+        return self.observed_scores(query, self.attributed(batch))
 
     def observed_scores(self, query: QuerySide, observed: Observed) -> Tensor:
         """Return scores (queries, batch) of observed training examples."""
@@ -304,7 +310,7 @@ class GradientMethod(FeatureMethod):
 
     def group_effect(self, query: QuerySide, batch: Batch) -> Tensor:
         """Return `⟨query, Σ φ_i⟩`."""
-        return summed(query, self.observe(batch).training)
+        return summed(query, self.attributed(batch).training)
 
     def newton_effect(self, queries: Batch, group: Group, damping: float) -> Tensor:
         """Return `∇mᵀ (H - H_F)⁻¹ Σ_F φ`, (queries,)."""

@@ -61,6 +61,8 @@ Arrays = Mapping[str, np.ndarray]
 WHITENED = "whitened"
 # Among a checkpoint's fitted arrays: the damping where a query names none.
 DEFAULT_DAMPING = "default_damping"
+# Likewise: of examples' surprise, by which their gradients count; 1 where there is none.
+RESIDUAL_POWER = "residual_power"
 MAX_FACTORED_EXAMPLES = 100_000
 MAX_FACTOR_BYTES = 16 << 10
 FACTOR_BYTES = {"auto": 4, "float32": 4, "float16": 2, "int8": 1}
@@ -264,7 +266,8 @@ class FitContext:
         assert isinstance(spec, GradientMethodBase)
         kept = self._projection(spec, number) if self.layout == "vectors" else None
         damping, whitened_at = self.default_damping(fitted) or 0.0, float(own[WHITENED][0]) if WHITENED in own else None
-        return GradientMethod(checkpoint, self.curvatures.of(number, own), damping, kept, whitened_at)
+        power = float(own[RESIDUAL_POWER][0]) if RESIDUAL_POWER in own else 1.0
+        return GradientMethod(checkpoint, self.curvatures.of(number, own), damping, kept, whitened_at, power)
 
     @cached_property
     def row_type(self) -> RowType:

@@ -43,7 +43,7 @@ from attribution_core.methods.answers import Query
 from attribution_core.methods.artifact import FACTORS_FILE, bytes_of, write_description
 from attribution_core.methods.bank import BankPipeline
 from attribution_core.methods.base import FeatureMethod
-from attribution_core.methods.context import DEFAULT_DAMPING, WHITENED, FitContext, of_checkpoint
+from attribution_core.methods.context import DEFAULT_DAMPING, RESIDUAL_POWER, WHITENED, FitContext, of_checkpoint
 from attribution_core.methods.encoding import Encoder
 from attribution_core.methods.finite import check_finite, naming_the_example
 from attribution_core.methods.kept import KeptGradients
@@ -187,14 +187,15 @@ class FitPipeline:
                 return self._feature_kernel(number, watched_files, progress)
 
     def _settled(self, stage: str, reduced: Arrays, progress: Progress) -> Arrays:
-        """Return the default damping, once the curvature is known that it follows from, and what is made at it."""
+        """Return what an index keeps of its fit's defaults: the damping, once the curvature is known that it follows from, and what is made at it."""
         method = self.spec.method
         if not isinstance(method, FisherMethod) or stage != method.stages[-2]:
             return {}
         damping = self.context.default_damping(reduced) or 0.0
         found: Arrays = {}
         for number in range(len(self.spec.members)):
-            own = {DEFAULT_DAMPING: np.array([damping], np.float32)}
+            kept = {DEFAULT_DAMPING: damping, RESIDUAL_POWER: method.power_of_residuals}
+            own = {name: np.array([value], np.float32) for name, value in kept.items()}
             if self.context.whitens:
                 own[WHITENED] = own[DEFAULT_DAMPING]
             if isinstance(method, GaussNewtonMethod):

@@ -37,6 +37,10 @@ class Task(ABC):
         """
         return None
 
+    def surprise(self, output: Tensor, batch: Batch) -> Tensor | None:
+        """Return `1 - p` of each example's target (batch,), to which its loss gradient is proportional; None where an example has no such number."""
+        return None
+
     @abstractmethod
     def log_odds(self, output: Tensor, batch: Batch) -> Tensor:
         """Return TRAK's model output `f = log p/(1-p)` of the target; the prediction itself for regression."""

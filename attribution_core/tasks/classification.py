@@ -57,6 +57,10 @@ class Classification(Task):
         """Return `1 - p_y`."""
         return torch.sigmoid(-self.log_odds(output, batch))
 
+    def surprise(self, output: Tensor, batch: Batch) -> Tensor | None:
+        """Return `1 - p_y`."""
+        return self.residual(output, batch)
+
     def pseudo_losses(
         self, output: Tensor, batch: Batch, kind: FisherKind, seed: int, samples: int
     ) -> Iterator[Tensor]:

@@ -1,0 +1,75 @@
+"""Examples count by a power of their surprise, whatever is measured, stored or asked."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from attribution_core.arrays import read_arrays
+from attribution_core.methods.artifact import FACTORS_FILE
+from attribution_core.methods.base import GradientMethod
+from attribution_core.methods.context import RESIDUAL_POWER
+from tests.core.methods.problems import SMALL, Problem, relative_error, training_batch
+from tests.core.methods.test_scores import scores
+
+TEMPERED = ("ekfac", "kfac", "diagonal", "gauss_newton")
+
+
+def surprise(problem: Problem) -> np.ndarray:
+    """Return `1 - p` of every training example."""
+    batch = training_batch(problem)
+    with torch.no_grad():
+        probabilities = problem.modules()[0](batch.inputs.double()).softmax(1)
+    return (1 - probabilities[torch.arange(len(batch)), batch.targets]).numpy()
+
+
+@pytest.mark.parametrize("layout", ["vectors", "factors"])
+@pytest.mark.parametrize("measurement", ["margin", "log_likelihood", "logit", "loss"])
+@pytest.mark.parametrize("kind", TEMPERED)
+def test_scores_are_those_of_the_derivative_times_a_power(
+    problem: Problem, kind: str, measurement: str, layout: str
+) -> None:
+    method = {"type": kind, "projection": SMALL, "damping": 0.3}
+    chosen = {"measurement": measurement, "store": {"layout": layout}}
+    derivative = problem.fit("derivative", method={**method, "residual_power": 1}, **chosen)
+    tempered = problem.fit("tempered", method={**method, "residual_power": 0.5}, **chosen)
+    weights = surprise(problem) ** -0.5
+    assert relative_error(scores(tempered, problem), scores(derivative, problem) * weights) < 1e-5
+    if kind != "gauss_newton":
+        assert relative_error(tempered.self_influence(), derivative.self_influence() * weights) < 1e-5
+    groups = [np.arange(5), np.array([7, 11])]
+    query = tempered.query(problem.queries(), None)
+    expected = np.stack([scores(tempered, problem)[:, rows].sum(1) for rows in groups], axis=1)
+    assert relative_error(tempered.group_effects(query, groups, rescore=True), expected) < 1e-5
+
+
+@pytest.mark.parametrize("kind", TEMPERED)
+def test_the_default_is_stored_and_what_stores_none_has_the_derivative(problem: Problem, kind: str) -> None:
+    index = problem.fit("index", method={"type": kind})
+    fitted = read_arrays(index.folder / FACTORS_FILE)
+    assert fitted[f"0.{RESIDUAL_POWER}"] == np.float32(0.6)
+    before = {name: value for name, value in fitted.items() if RESIDUAL_POWER not in name}
+    powers = [index.context.method(0, arrays).residual_power for arrays in (fitted, before)]  # type: ignore[attr-defined]
+    assert powers == [pytest.approx(0.6), 1.0]
+
+
+def test_only_a_power_that_is_named_decides_the_fingerprint(problem: Problem) -> None:
+    methods = [{"type": "ekfac", **chosen} for chosen in ({}, {"residual_power": None}, {"residual_power": 0.6})]
+    first, second, third = (problem.with_(method=method).fingerprint() for method in methods)
+    assert first == second != third
+
+
+def test_an_example_that_the_model_is_sure_of_counts_for_nothing(problem: Problem) -> None:
+    index = problem.fit("sure", method={"type": "ekfac"})
+    member = index.members[0]
+    assert isinstance(member, GradientMethod)
+    with torch.no_grad():
+        for parameter in member.checkpoint.module.parameters():
+            parameter.mul_(1e6)
+    batch = training_batch(problem)
+    observed = member.attributed(replace(batch, inputs=batch.inputs.float()))
+    assert observed.surprise is not None
+    assert float(observed.surprise.min()) == 0
+    assert observed.multiple.isfinite().all()
+    assert (observed.multiple[observed.surprise == 0] == 0).all()
