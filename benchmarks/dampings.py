@@ -38,21 +38,30 @@ class Sweep:
     dampings: tuple[float | None, ...]
 
 
+def _derivative(label: str, method: dict[str, Any], dampings: tuple[float | None, ...]) -> Sweep:
+    return Sweep(label, {**method, "residual_power": 1}, dampings)
+
+
 def _gauss_newton(shrinkage: float) -> Sweep:
-    method = {"type": "gauss_newton", "shrinkage": shrinkage}
-    return Sweep(f"gauss_newton, shrinkage {shrinkage:g}", method, (0.01, 0.1, 0.3, 1, 3, 10, 30))
+    return _derivative(
+        f"gauss_newton, shrinkage {shrinkage:g}", {"type": "gauss_newton", "shrinkage": shrinkage}, _SOLVES
+    )
 
 
 _EKFAC = (0.001, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
+_SOLVES = (0.01, 0.1, 0.3, 1, 3, 10, 30)
+_KERNELS = (0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 # Where a default damping is kept among the others.
 DEFAULT = "default"
-_KERNELS = (0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+# Residuals are derivatives, but for the first two.
 SWEEPS = (
-    Sweep("ekfac", {"type": "ekfac"}, _EKFAC),
-    Sweep("ekfac, axes of positions", {"type": "ekfac", "axes": "positions"}, _EKFAC),
-    Sweep("ekfac, Kronecker factors alone", {"type": "ekfac", "axes": "positions", "whole_layers": 0}, _EKFAC),
-    Sweep("kfac", {"type": "kfac"}, _EKFAC),
-    Sweep("diagonal", {"type": "diagonal"}, _EKFAC),
+    Sweep("ekfac, tempered residuals", {"type": "ekfac"}, _EKFAC),
+    Sweep("gauss_newton, tempered residuals", {"type": "gauss_newton"}, _SOLVES),
+    _derivative("ekfac", {"type": "ekfac"}, _EKFAC),
+    _derivative("ekfac, axes of positions", {"type": "ekfac", "axes": "positions"}, _EKFAC),
+    _derivative("ekfac, Kronecker factors alone", {"type": "ekfac", "axes": "positions", "whole_layers": 0}, _EKFAC),
+    _derivative("kfac", {"type": "kfac"}, _EKFAC),
+    _derivative("diagonal", {"type": "diagonal"}, _EKFAC),
     *map(_gauss_newton, (0.0, 0.5, 0.8, 0.9)),
     Sweep("trak, kernel of all classes", {"type": "trak", "curvature": "fisher", "projection": {"dim": 2048}}, _KERNELS),
     Sweep("trak", {"type": "trak", "projection": {"dim": 2048}}, _KERNELS),

@@ -40,6 +40,7 @@ from attribution_core.method_spec.features import (
     TrakMethod,
 )
 from attribution_core.method_spec.fisher import (
+    DEFAULT_RESIDUAL_POWER,
     DataInfMethod,
     DiagonalMethod,
     EigenvalueCorrected,
@@ -55,6 +56,7 @@ from attribution_core.method_spec.trajectory import GasMethod, MagicMethod, Sour
 __all__ = [
     "DEFAULT_BITS",
     "DEFAULT_DIM",
+    "DEFAULT_RESIDUAL_POWER",
     "METHODS",
     "OFFERED",
     "PROJECTION_VERSION",

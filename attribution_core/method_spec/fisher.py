@@ -48,14 +48,10 @@ class FisherMethod(FisherSampling, PerturbedMethodBase):
         default=None,
         gt=0,
         le=1,
-        description="Power of 1 - p, the training target's, in proportion to which a classified example counts. 1 is the derivative of its loss, which of "
-        "examples that were learnt by heart says how little they matter now, not how much they did; null: 0.6 (docs/decisions/0023-tempered-residuals.md).",
+        description="Power of 1 - p, the training target's, in proportion to which a classified example counts. 1 is the derivative of its loss, "
+        "which of examples that were learnt by heart says how little they matter now, not how much they did. If null, it is 0.6, and 1 for models of "
+        "one layer (docs/decisions/0023-tempered-residuals.md).",
     )
-
-    @property
-    def power_of_residuals(self) -> float:
-        """What a new fit takes for `residual_power`."""
-        return DEFAULT_RESIDUAL_POWER if self.residual_power is None else self.residual_power
 
     def damping_for(self, concentration: float) -> float:
         """Return the default damping, which where none is named grows with the concentration of the curvature's spectrum.

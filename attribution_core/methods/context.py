@@ -26,6 +26,7 @@ from attribution_core.gradients.self_check import check_capture
 from attribution_core.method_spec import (
     DEFAULT_BITS,
     DEFAULT_DIM,
+    DEFAULT_RESIDUAL_POWER,
     ExactMethod,
     FisherMethod,
     GasMethod,
@@ -313,6 +314,17 @@ class FitContext:
                 return _rounded(own[name][0])
         eigenvalues = (value for name, value in fitted.items() if ".eigenvalues." in name)
         return _rounded(method.damping_for(concentration(eigenvalues)))
+
+    @cached_property
+    def residual_power(self) -> float:
+        """Of training examples' surprise, by which their gradients count in a new fit."""
+        method, module = self.spec.method, self.checkpoint(0).module
+        asked = method.residual_power if isinstance(method, FisherMethod) else 1.0
+        if asked is not None:
+            return asked
+        # A model of one layer is linear in its parameters: its loss is convex, and the derivative right.
+        layers = sum(next(part.parameters(recurse=False), None) is not None for part in module.modules())
+        return DEFAULT_RESIDUAL_POWER if layers > 1 else 1.0
 
     def batches(self, number: int, rows: np.ndarray | None = None) -> Iterator[Batch]:
         """Yield training examples as one checkpoint takes them; all by default."""

@@ -194,7 +194,7 @@ class FitPipeline:
         damping = self.context.default_damping(reduced) or 0.0
         found: Arrays = {}
         for number in range(len(self.spec.members)):
-            kept = {DEFAULT_DAMPING: damping, RESIDUAL_POWER: method.power_of_residuals}
+            kept = {DEFAULT_DAMPING: damping, RESIDUAL_POWER: self.context.residual_power}
             own = {name: np.array([value], np.float32) for name, value in kept.items()}
             if self.context.whitens:
                 own[WHITENED] = own[DEFAULT_DAMPING]

@@ -17,7 +17,7 @@ from tests.core.methods.problems import MLP, SMALL, Problem, problem, relative_e
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 # As others define it: Kronecker products for every layer.
-EKFAC = {"type": "ekfac", "axes": "positions", "whole_layers": 0, "projection": SMALL}
+EKFAC = {"type": "ekfac", "axes": "positions", "whole_layers": 0, "residual_power": 1, "projection": SMALL}
 Arrays = dict[str, np.ndarray]
 
 

@@ -170,7 +170,7 @@ def test_directions_that_matter_are_few_and_the_same_however_a_fit_is_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = sure(tmp_path)
-    method = {"type": "ekfac", "damping": 0.1}
+    method = {"type": "ekfac", "damping": 0.1, "residual_power": 1}
     assert FitContext(given.with_(method=method)).pseudo_gradients.fisher_of(0).least > 0
     labels = given.fit("labels", method=method | {"fisher": "exact"})
     reference = given.fit("reference", method=method)

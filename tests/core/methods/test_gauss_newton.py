@@ -16,6 +16,7 @@ from tests.core.methods.problems import Problem, classification, images, relativ
 
 EXACTLY = {
     "type": "gauss_newton",
+    "residual_power": 1,
     "damping": 0.1,
     "shrinkage": 0.3,
     "negligible": 1.0,
@@ -94,7 +95,7 @@ def test_only_examples_with_a_row_are_run_again(given: Problem, monkeypatch: pyt
 
 def test_examples_whose_outputs_do_not_matter_have_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are not even drawn, unless every row is to be kept; the rows of the others are those that they have anyway."""
-    given, method = sure(tmp_path), {"type": "gauss_newton", "damping": 0.1}
+    given, method = sure(tmp_path), {"type": "gauss_newton", "residual_power": 1, "damping": 0.1}
     index = given.fit("some", method=method)
     arrays, places = stored(index), index.context.pseudo_gradients.that_matter(0, np.arange(60))
     owners = set(arrays["0.rows.owners"].tolist())

@@ -25,12 +25,13 @@ from tests.core.methods.test_scores import SHARP, ekfac_inverse, measured, negat
 GROUP = np.arange(3, 60, 3)
 FACTORED = {"type": "factored", "dim": 40, "seed": 2}
 NEWTON: dict[str, dict[str, Any]] = {
-    "ekfac": {"type": "ekfac", "projection": SMALL, "axes": "positions", "whole_layers": 0},
-    "ekfac of whole layers": {"type": "ekfac", "projection": SMALL},
-    "kfac": {"type": "kfac", "projection": SMALL},
-    "diagonal": {"type": "diagonal", "projection": SMALL},
+    "ekfac": {"type": "ekfac", "projection": SMALL, "axes": "positions", "whole_layers": 0, "residual_power": 1},
+    "ekfac of whole layers": {"type": "ekfac", "projection": SMALL, "residual_power": 1},
+    "kfac": {"type": "kfac", "projection": SMALL, "residual_power": 1},
+    "diagonal": {"type": "diagonal", "projection": SMALL, "residual_power": 1},
     "gauss_newton": {
         "type": "gauss_newton",
+        "residual_power": 1,
         "projection": SMALL,
         "damping": 0.1,
         "shrinkage": 0,

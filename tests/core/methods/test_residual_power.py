@@ -1,6 +1,7 @@
 """Examples count by a power of their surprise, whatever is measured, stored or asked."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ import torch
 from attribution_core.arrays import read_arrays
 from attribution_core.methods.artifact import FACTORS_FILE
 from attribution_core.methods.base import GradientMethod
-from attribution_core.methods.context import RESIDUAL_POWER
+from attribution_core.methods.context import RESIDUAL_POWER, FitContext
 from tests.core.methods.problems import SMALL, Problem, relative_error, training_batch
+from tests.core.methods.test_retraining import convex
 from tests.core.methods.test_scores import scores
 
 TEMPERED = ("ekfac", "kfac", "diagonal", "gauss_newton")
@@ -52,6 +54,14 @@ def test_the_default_is_stored_and_what_stores_none_has_the_derivative(problem: 
     before = {name: value for name, value in fitted.items() if RESIDUAL_POWER not in name}
     powers = [index.context.method(0, arrays).residual_power for arrays in (fitted, before)]  # type: ignore[attr-defined]
     assert powers == [pytest.approx(0.6), 1.0]
+
+
+def test_a_model_of_one_layer_keeps_the_derivative(tmp_path: Path) -> None:
+    """Its loss is convex; whatever is asked for is taken."""
+    given, _ = convex(tmp_path, classes=3, l2=0.1)
+    for asked, taken in ((None, 1.0), (0.5, 0.5)):
+        context = FitContext(given.with_(method={"type": "ekfac", "residual_power": asked}))
+        assert context.residual_power == taken
 
 
 def test_only_a_power_that_is_named_decides_the_fingerprint(problem: Problem) -> None:

@@ -152,7 +152,9 @@ def test_ekfac_is_the_dense_computation(problem: Problem, axes: str, damping: fl
     module = problem.modules()[0]
     inverse = ekfac_inverse(module, problem.inputs, damping, axes=axes)
     expected = measured(problem, module, "margin") @ inverse @ negative_loss(problem, module).T / 60
-    index = problem.fit("ekfac", method={"type": "ekfac", "projection": SMALL, "axes": axes, "whole_layers": 0})
+    index = problem.fit(
+        "ekfac", method={"type": "ekfac", "projection": SMALL, "axes": axes, "whole_layers": 0, "residual_power": 1}
+    )
     assert relative_error(scores(index, problem, damping), expected) < 1e-4
 
 

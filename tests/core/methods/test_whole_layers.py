@@ -25,7 +25,7 @@ from tests.core.methods.problems import SMALL, Problem, relative_error
 from tests.core.methods.test_newton import GROUP, draws_of
 from tests.core.methods.test_scores import ALL, measured, negative_loss, scores
 
-EKFAC: dict[str, Any] = {"type": "ekfac", "projection": SMALL, "damping": 0.1}
+EKFAC: dict[str, Any] = {"type": "ekfac", "projection": SMALL, "damping": 0.1, "residual_power": 1}
 SOLVED: dict[str, Any] = {**EKFAC, "type": "gauss_newton", "negligible": 0, "iterations": 200, "tolerance": 1e-7}
 LAYERS = (36, 21)  # parameters, in the order of their blocks
 

@@ -104,7 +104,7 @@ def indexed(
             "task": {"type": "classification"},
             "dataset": dataset,
             "checkpoints": references,
-            "method": {"type": "ekfac"},
+            "method": {"type": "ekfac", "residual_power": 1},
             "measurement": "margin",
             **chosen,
         }
