@@ -9,8 +9,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.engine.cache import IndexCache
 from app.engine.operations import Operations
-from app.queries import service as queries
-from app.queries.service import Asked
+from app.queries import questions
+from app.queries.questions import Asked
 from app.replay import plans as replays
 from app.replay.service import verification_question
 from app.worker.runner import Kind, Runner, Running, computed
@@ -150,12 +150,12 @@ async def _prepared(runner: Runner, running: Running) -> tuple[VerificationPipel
             session, running.job.resource_id, runner.settings, runner.artifacts
         )
         question = verification_question(request)
-        asked = await queries.resolved(session, runner.settings, runner.artifacts, replay.index_id or "", question)
+        asked = await questions.resolved(session, runner.settings, runner.artifacts, replay.index_id or "", question)
     payload = {
         **asked.engine,
         "deleted": replay.left_out,  # what is deleted while the job runs changes no set
-        "subsets": [queries.engine_subset(subset) for subset in request.subsets],
-        **queries.group_question(asked, "additive", request.interval),
+        "subsets": [questions.engine_subset(subset) for subset in request.subsets],
+        **questions.group_question(asked, "additive", request.interval),
     }
     settings, device, work = runner.settings, device_of(runner), runner.artifacts.workspace(running.job.id)
     settle(work, [payload["artifact"], payload["damping"]])
