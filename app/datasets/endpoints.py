@@ -7,7 +7,7 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi import Path as PathParameter
 from pydantic import BaseModel
 
-from app.datasets import service
+from app.datasets import examples, service
 from app.datasets.schemas import DatasetOut, DeletionCreate, DeletionOut, ExampleOut, VersionCreate
 from app.errors import (
     OF_BODIES,
@@ -162,7 +162,7 @@ async def delete_examples(
 
     Fits from now on leave them out; indexes that there are keep their factors until they are refreshed.
     """
-    return await service.delete_examples(session, resources.artifacts, dataset, deletion.selector)
+    return await examples.delete_examples(session, resources.artifacts, dataset, deletion.selector)
 
 
 @router.get("", summary="List data sets", dependencies=[require("read")], responses=problems())
@@ -211,7 +211,7 @@ async def list_examples(
 ) -> PageOf[ExampleOut]:
     """Return examples by row, optionally those that a filter selects."""
     found = await service.find_ready(session, dataset)
-    return await service.examples(session, resources.artifacts, found, page, filter)
+    return await examples.examples(session, resources.artifacts, found, page, filter)
 
 
 @router.get(
@@ -222,7 +222,7 @@ async def list_examples(
 )
 async def get_example(session: SessionDep, resources: ResourcesDep, dataset: str, row: Row) -> ExampleOut:
     """Return one example's id, target and metadata."""
-    return await service.example(session, resources.artifacts, await service.find_ready(session, dataset), row)
+    return await examples.example(session, resources.artifacts, await service.find_ready(session, dataset), row)
 
 
 @router.get(
@@ -237,6 +237,6 @@ async def get_example(session: SessionDep, resources: ResourcesDep, dataset: str
 )
 async def preview_example(session: SessionDep, resources: ResourcesDep, dataset: str, row: Row) -> Response:
     """Return the input as a PNG for images, as plain text otherwise. Browsers are told to run nothing in it."""
-    preview = await service.preview(session, resources.artifacts, await service.find_ready(session, dataset), row)
+    preview = await examples.preview(session, resources.artifacts, await service.find_ready(session, dataset), row)
     headers = {"Content-Security-Policy": "default-src 'none'; sandbox", "Content-Disposition": "inline"}
     return Response(preview.content, media_type=preview.media_type, headers=headers)

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from app.datasets import examples
 from app.datasets import service as datasets
 from app.datasets.previews import preview_of
 from app.db.embedded import get_server
@@ -273,7 +274,7 @@ async def test_a_read_that_a_deletion_overtakes_finds_nothing(loaded: Loaded, tm
     database = create_engine(DatabaseSettings(url=server.get_uri()))
     async with create_sessionmaker(database)() as session:
         with pytest.raises(NotFound):
-            await datasets.example(session, ArtifactStore(tmp_path), gone, 0)
+            await examples.example(session, ArtifactStore(tmp_path), gone, 0)
         with pytest.raises(NotFound):
-            await datasets.examples(session, ArtifactStore(tmp_path), gone, Page(limit=5, cursor=None), None)
+            await examples.examples(session, ArtifactStore(tmp_path), gone, Page(limit=5, cursor=None), None)
     await database.dispose()
