@@ -61,6 +61,10 @@ def train_mlp(path: Path, seed: int) -> Path:
     return path
 
 
+def model(name: str) -> dict:
+    return {"name": name, "architecture": MLP, "task": {"type": "classification"}}
+
+
 @dataclass
 class Loaded:
     """A service that holds `digits` (600), `test` (50), the model `mlp` and two checkpoints of it."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.app.test_conventions import is_problem
+from tests.app.problems import is_problem
 from tests.conftest import Loaded, save_digits
 from tests.service import Service
 

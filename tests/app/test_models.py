@@ -14,7 +14,8 @@ from safetensors.numpy import save_file
 
 from app.errors import StorageFull
 from app.models import endpoints, service
-from tests.conftest import KEYS, MLP, Loaded
+from tests.app.problems import is_problem
+from tests.conftest import KEYS, MLP, Loaded, model
 
 SHAPES = {"hidden_0.weight": (16, 784), "hidden_0.bias": (16,), "output.weight": (10, 16), "output.bias": (10,)}
 
@@ -146,3 +147,20 @@ def test_a_model_in_use_is_kept_and_another_goes_with_its_files(steady: Loaded, 
     assert service.http.delete("/v1/models/brief").status_code == 204
     assert service.http.get("/v1/models/brief").status_code == 404
     assert not folder.exists()
+
+
+def test_names_are_unique_and_ids_and_names_are_interchangeable(loaded: Loaded) -> None:
+    service = loaded.service
+    found = service.get("/v1/models/mlp")
+    assert service.get(f"/v1/models/{found['id']}") == found
+    is_problem(service.http.post("/v1/models", json=model("mlp")), 409, "name-taken")
+
+
+def test_a_name_that_is_the_id_of_another_means_that_other(loaded: Loaded) -> None:
+    service = loaded.service
+    found = service.get("/v1/models/mlp")
+    other = service.post("/v1/models", model(found["id"]), 201)
+    assert service.get(f"/v1/models/{found['id']}") == found
+    assert service.get(f"/v1/models/{other['id']}") == other
+    assert service.http.delete(f"/v1/models/{other['id']}").status_code == 204
+    assert service.get(f"/v1/models/{found['id']}") == found
