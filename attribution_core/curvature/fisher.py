@@ -16,7 +16,8 @@ from attribution_core.tasks import FisherKind, Task
 MAX_ENUMERATED_LABELS = 32
 # Of the trace of the outputs' Fisher matrix, what the directions that are not drawn have at most.
 LEFT_OUT = 0.01
-_LEAST_SURPRISE = 1e-30
+# A power below 0 of less would overflow.
+_LEAST_SHORTFALL = 1e-30
 # Squared lengths that differ by less, as a share, differ by rounding.
 _SAME = 1e-4
 
@@ -125,7 +126,7 @@ class Observed:
         losses: `∇ℓ`; None where it is the measured gradient times the slope.
         slope: `∂ℓ/∂m` (batch,), else None.
         draws: pseudo-gradients, where asked for.
-        surprise: `1 - p` of each example's target (batch,), where the task has it.
+        shortfall: `1 - p` of each example's target (batch,), where the task has it.
         weights: what each example counts beyond its loss gradient, (batch,); 1 where None.
     """
 
@@ -134,7 +135,7 @@ class Observed:
     losses: Sequence[LayerGradient] | None
     slope: Tensor | None = None
     draws: Draws = field(default_factory=Draws)
-    surprise: Tensor | None = None
+    shortfall: Tensor | None = None
     weights: Tensor | None = None
 
     @property
@@ -149,14 +150,13 @@ class Observed:
         return each if self.weights is None else each * self.weights
 
     def tempered(self, power: float) -> "Observed":
-        """Return the same with `φ` in proportion to a power of each example's surprise, where the task has it.
+        """Return the same with `φ` in proportion to `(1 - p)^power`, where the task has such a p; signs stay, and so does what is 0.
 
         Source: docs/decisions/0023-tempered-residuals.md.
         """
-        if self.surprise is None or power == 1:
+        if self.shortfall is None or power == 1:
             return self
-        # The smallest would overflow before it meets the gradient that it makes larger.
-        return replace(self, weights=self.surprise.clamp(min=_LEAST_SURPRISE) ** (power - 1))
+        return replace(self, weights=self.shortfall.clamp(min=_LEAST_SHORTFALL) ** (power - 1))
 
     @cached_property
     def training(self) -> list[LayerGradient]:
@@ -193,12 +193,12 @@ def observe(
 ) -> Observed:
     """Differentiate one forward pass; a measurement that decides the loss needs one backward pass for both."""
     draws = Draws() if fisher is None else fisher.draws(run, task, batch, again)
-    slope, surprise = task.slope(run.output, batch, measurement), task.surprise(run.output, batch)
-    surprise = None if surprise is None else surprise.detach()
+    slope, shortfall = task.slope(run.output, batch, measurement), task.shortfall(run.output, batch)
+    shortfall = None if shortfall is None else shortfall.detach()
     measured = run.gradients(task.measure(run.output, batch, measurement), keep=slope is None)
     if slope is None:
-        return Observed(batch, measured, run.gradients(task.loss(run.output, batch)), None, draws, surprise)
-    return Observed(batch, measured, None, slope.detach(), draws, surprise)
+        return Observed(batch, measured, run.gradients(task.loss(run.output, batch)), None, draws, shortfall)
+    return Observed(batch, measured, None, slope.detach(), draws, shortfall)
 
 
 def scaled(gradients: Sequence[LayerGradient], weights: Tensor) -> list[LayerGradient]:

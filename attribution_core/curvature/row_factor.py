@@ -73,6 +73,11 @@ class RowFactor:
         half = self.lower[tuple(torch.tril_indices(*self.lower.shape))]
         return {"rows.lower": half.cpu().numpy(), "rows.scale": np.array([self.share, self.damping])}
 
+    @staticmethod
+    def damping_of(arrays: Mapping[str, np.ndarray]) -> float | None:
+        """Return the damping of a stored factor, None if there is none."""
+        return float(arrays["rows.scale"][1]) if "rows.scale" in arrays else None
+
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], device: str = "cpu") -> "RowFactor | None":
         """Return it from stored arrays, None if they have none."""

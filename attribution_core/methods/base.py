@@ -217,7 +217,7 @@ class GradientMethod(FeatureMethod):
         damping: where a query names none.
         projection: of stored rows and queries; None where gradients are stored whole, as factors.
         whitened_at: the damping of the basis in which both are projected; None for the parameters' own basis.
-        residual_power: of training examples' surprise, by which their gradients count; 1 for the derivative.
+        residual_power: the power of training examples' shortfall by which their gradients count; 1 for the derivative.
     """
 
     linear = True

@@ -14,6 +14,7 @@ from attribution_core.checkpoints import load_model
 from attribution_core.curvature import EkfacFactors
 from attribution_core.curvature.ekfac import concentration
 from attribution_core.curvature.fisher import Observed, observe
+from attribution_core.curvature.row_factor import RowFactor
 from attribution_core.data.batch import Batch
 from attribution_core.data.collate import ExampleSource
 from attribution_core.data.reader import DatasetReader
@@ -62,7 +63,7 @@ Arrays = Mapping[str, np.ndarray]
 WHITENED = "whitened"
 # Among a checkpoint's fitted arrays: the damping where a query names none.
 DEFAULT_DAMPING = "default_damping"
-# Likewise: of examples' surprise, by which their gradients count; 1 where there is none.
+# Likewise: the power of examples' shortfall by which their gradients count; 1 in indexes that have none.
 RESIDUAL_POWER = "residual_power"
 MAX_FACTORED_EXAMPLES = 100_000
 MAX_FACTOR_BYTES = 16 << 10
@@ -312,12 +313,14 @@ class FitContext:
         for name in (DEFAULT_DAMPING, WHITENED):  # indexes of before the first was kept have the second, if any
             if name in own:
                 return _rounded(own[name][0])
+        if (damping := RowFactor.damping_of(own)) is not None:  # likewise
+            return damping
         eigenvalues = (value for name, value in fitted.items() if ".eigenvalues." in name)
         return _rounded(method.damping_for(concentration(eigenvalues)))
 
     @cached_property
     def residual_power(self) -> float:
-        """Of training examples' surprise, by which their gradients count in a new fit."""
+        """The power of training examples' shortfall by which their gradients count in a new fit."""
         method, module = self.spec.method, self.checkpoint(0).module
         asked = method.residual_power if isinstance(method, FisherMethod) else 1.0
         if asked is not None:

@@ -37,7 +37,7 @@ class Task(ABC):
         """
         return None
 
-    def surprise(self, output: Tensor, batch: Batch) -> Tensor | None:
+    def shortfall(self, output: Tensor, batch: Batch) -> Tensor | None:
         """Return `1 - p` of each example's target (batch,), to which its loss gradient is proportional; None where an example has no such number."""
         return None
 

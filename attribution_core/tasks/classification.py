@@ -57,7 +57,7 @@ class Classification(Task):
         """Return `1 - p_y`."""
         return torch.sigmoid(-self.log_odds(output, batch))
 
-    def surprise(self, output: Tensor, batch: Batch) -> Tensor | None:
+    def shortfall(self, output: Tensor, batch: Batch) -> Tensor | None:
         """Return `1 - p_y`."""
         return self.residual(output, batch)
 

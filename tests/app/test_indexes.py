@@ -5,7 +5,7 @@ import pytest
 
 from attribution_core.method_spec import METHODS, OFFERED
 from attribution_core.spec import DatasetSpec
-from tests.app.library import directly
+from tests.app.opened import directly
 from tests.conftest import Loaded
 
 QUERY = {"queries": [{"dataset": "test", "rows": [3, 8]}]}

@@ -10,15 +10,10 @@ from attribution_core.bank_methods.empirical_influence import empirical_influenc
 from attribution_core.bank_methods.posterior import condition, learn
 from attribution_core.bank_methods.semivalues import beta_shapley
 from attribution_core.evaluate.retrainings import Retrainings
+from tests.app.conftest import RECIPE
 from tests.conftest import MLP, Loaded, save_digits
 
-RECIPE: dict[str, Any] = {
-    "optimizer": {"type": "sgd", "momentum": 0.9},
-    "learning_rate": 0.05,
-    "weight_decay": 1e-3,
-    "epochs": 3,
-    "batch_size": 50,
-}
+BRIEF = {**RECIPE, "epochs": 3}
 BANK = {"alpha": 0.5, "subsets": 24, "seeds": 1}
 VARIED = {"sizes": "varied", "subsets": 34}
 NAMED = list(range(20))
@@ -30,7 +25,7 @@ HALF = {"remove": {"where": {"field": "row", "op": "lt", "value": 300}}}
 def banked(loaded: Loaded) -> Loaded:
     """The shared service with a trained model, an EK-FAC index of it, and a posterior on that."""
     service = loaded.service
-    body = {"name": "banked", "architecture": MLP, "task": {"type": "classification"}, "recipe": RECIPE}
+    body = {"name": "banked", "architecture": MLP, "task": {"type": "classification"}, "recipe": BRIEF}
     service.post("/v1/models", body, 201)
     assert (
         service.finished(service.post("/v1/models/banked/trainings", {"dataset": "digits"}, 202))["state"]
@@ -98,7 +93,7 @@ def bank_of(banked: Loaded, rows: list[int], asked: dict[str, Any] = BANK) -> Re
         )
 
     spec = TrainSpec(
-        architecture=ArchitectureSpec(**MLP), task=ClassificationTask(), dataset=reference(digits), recipe=RECIPE
+        architecture=ArchitectureSpec(**MLP), task=ClassificationTask(), dataset=reference(digits), recipe=BRIEF
     )
     found = next(bank for bank in service.get("/v1/banks")["items"] if bank["id"] == bank_id(banked, asked))
     folder = artifacts / "banks" / found["model"] / found["id"]

@@ -25,7 +25,7 @@ from app.storage.artifacts import ArtifactStore
 from app.web.pagination import Page, next_cursor
 from app.web.resources import Resources
 from attribution_core.spec import DatasetSpec, Filter, Selector
-from tests.app.library import directly
+from tests.app.opened import directly
 from tests.conftest import Loaded, load_digits
 
 QUERY = {"queries": [{"dataset": "test", "rows": [3, 8]}]}

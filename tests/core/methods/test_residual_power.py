@@ -1,4 +1,4 @@
-"""Examples count by a power of their surprise, whatever is measured, stored or asked."""
+"""Examples count by a power of their shortfall, whatever is measured, stored or asked."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from tests.core.methods.test_scores import scores
 TEMPERED = ("ekfac", "kfac", "diagonal", "gauss_newton")
 
 
-def surprise(problem: Problem) -> np.ndarray:
+def shortfall(problem: Problem) -> np.ndarray:
     """Return `1 - p` of every training example."""
     batch = training_batch(problem)
     with torch.no_grad():
@@ -36,7 +36,7 @@ def test_scores_are_those_of_the_derivative_times_a_power(
     chosen = {"measurement": measurement, "store": {"layout": layout}}
     derivative = problem.fit("derivative", method={**method, "residual_power": 1}, **chosen)
     tempered = problem.fit("tempered", method={**method, "residual_power": 0.5}, **chosen)
-    weights = surprise(problem) ** -0.5
+    weights = shortfall(problem) ** -0.5
     assert relative_error(scores(tempered, problem), scores(derivative, problem) * weights) < 1e-5
     if kind != "gauss_newton":
         assert relative_error(tempered.self_influence(), derivative.self_influence() * weights) < 1e-5
@@ -79,7 +79,7 @@ def test_an_example_that_the_model_is_sure_of_counts_for_nothing(problem: Proble
             parameter.mul_(1e6)
     batch = training_batch(problem)
     observed = member.attributed(replace(batch, inputs=batch.inputs.float()))
-    assert observed.surprise is not None
-    assert float(observed.surprise.min()) == 0
+    assert observed.shortfall is not None
+    assert float(observed.shortfall.min()) == 0
     assert observed.multiple.isfinite().all()
-    assert (observed.multiple[observed.surprise == 0] == 0).all()
+    assert (observed.multiple[observed.shortfall == 0] == 0).all()
