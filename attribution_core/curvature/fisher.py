@@ -117,6 +117,32 @@ def _lengths(directions: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Tempering:
+    """What examples count for beyond their loss gradient, which is in proportion to `1 - p` of their target: `(1 - p)^power / scale` in place of it.
+
+    Source: docs/decisions/0023-tempered-residuals.md.
+
+    Attributes:
+        power: 1 for the derivative.
+        scale: by which powers have the mean over the training set that the residuals themselves have.
+    """
+
+    power: float = 1.0
+    scale: float = 1.0
+
+    @classmethod
+    def of(cls, power: float, shortfalls: Tensor) -> "Tempering":
+        """Return it with the scale that some examples' `1 - p`, (examples,), ask for."""
+        each = shortfalls.double()
+        mean = float(each.mean())
+        return cls(power, float(each.pow(power).mean()) / mean) if mean else cls()
+
+    def weights(self, shortfall: Tensor) -> Tensor:
+        """Return what gradients are multiplied with, (batch,); signs stay, and so does what is 0."""
+        return shortfall.clamp(min=_LEAST_SHORTFALL) ** (self.power - 1) / self.scale
+
+
+@dataclass(frozen=True)
 class Observed:
     """Gradients of a batch of training examples.
 
@@ -149,14 +175,11 @@ class Observed:
         each = self.measured[0].inputs.new_full((len(self),), -1) if self.slope is None else -self.slope
         return each if self.weights is None else each * self.weights
 
-    def tempered(self, power: float) -> "Observed":
-        """Return the same with `φ` in proportion to `(1 - p)^power`, where the task has such a p; signs stay, and so does what is 0.
-
-        Source: docs/decisions/0023-tempered-residuals.md.
-        """
-        if self.shortfall is None or power == 1:
+    def tempered(self, tempering: Tempering) -> "Observed":
+        """Return the same with each `φ` weighted, where the task has a `1 - p`."""
+        if self.shortfall is None or tempering.power == 1:
             return self
-        return replace(self, weights=self.shortfall.clamp(min=_LEAST_SHORTFALL) ** (power - 1))
+        return replace(self, weights=tempering.weights(self.shortfall))
 
     @cached_property
     def training(self) -> list[LayerGradient]:

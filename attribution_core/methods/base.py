@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from attribution_core.curvature import Curvature
-from attribution_core.curvature.fisher import Fisher, Observed, observe, scaled
+from attribution_core.curvature.fisher import Fisher, Observed, Tempering, observe, scaled
 from attribution_core.curvature.group import Group
 from attribution_core.curvature.whitening import Whitening
 from attribution_core.data.batch import Batch
@@ -217,7 +217,7 @@ class GradientMethod(FeatureMethod):
         damping: where a query names none.
         projection: of stored rows and queries; None where gradients are stored whole, as factors.
         whitened_at: the damping of the basis in which both are projected; None for the parameters' own basis.
-        residual_power: the power of training examples' shortfall by which their gradients count; 1 for the derivative.
+        tempering: what training examples count for beyond their loss gradient; nothing by default.
     """
 
     linear = True
@@ -229,11 +229,11 @@ class GradientMethod(FeatureMethod):
         damping: float,
         projection: Projection | None,
         whitened_at: float | None = None,
-        residual_power: float = 1.0,
+        tempering: Tempering | None = None,
     ) -> None:
         super().__init__(checkpoint)
         self.whitened_at = whitened_at
-        self.residual_power = residual_power
+        self.tempering = tempering or Tempering()
         self.curvature = curvature
         self.default_damping = damping
         self.projection = projection
@@ -254,7 +254,7 @@ class GradientMethod(FeatureMethod):
 
     def attributed(self, batch: Batch) -> Observed:
         """Return a batch of training examples as scores count them."""
-        return self.observe(batch).tempered(self.residual_power)
+        return self.observe(batch).tempered(self.tempering)
 
     def observe(self, batch: Batch, fisher: Fisher | None = None) -> Observed:
         """Run and differentiate a batch of training examples; their gradients are derivatives."""

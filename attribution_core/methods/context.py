@@ -13,7 +13,7 @@ from torch import nn
 from attribution_core.checkpoints import load_model
 from attribution_core.curvature import EkfacFactors
 from attribution_core.curvature.ekfac import concentration
-from attribution_core.curvature.fisher import Observed, observe
+from attribution_core.curvature.fisher import Observed, Tempering, observe
 from attribution_core.curvature.row_factor import RowFactor
 from attribution_core.data.batch import Batch
 from attribution_core.data.collate import ExampleSource
@@ -63,8 +63,10 @@ Arrays = Mapping[str, np.ndarray]
 WHITENED = "whitened"
 # Among a checkpoint's fitted arrays: the damping where a query names none.
 DEFAULT_DAMPING = "default_damping"
-# Likewise: the power of examples' shortfall by which their gradients count; 1 in indexes that have none.
-RESIDUAL_POWER = "residual_power"
+# Likewise: power and scale of residuals; indexes of before have none, and are not tempered.
+TEMPERING = "tempering"
+# Examples by which residuals are scaled.
+_AVERAGED = 4096
 MAX_FACTORED_EXAMPLES = 100_000
 MAX_FACTOR_BYTES = 16 << 10
 FACTOR_BYTES = {"auto": 4, "float32": 4, "float16": 2, "int8": 1}
@@ -268,8 +270,8 @@ class FitContext:
         assert isinstance(spec, GradientMethodBase)
         kept = self._projection(spec, number) if self.layout == "vectors" else None
         damping, whitened_at = self.default_damping(fitted) or 0.0, float(own[WHITENED][0]) if WHITENED in own else None
-        power = float(own[RESIDUAL_POWER][0]) if RESIDUAL_POWER in own else 1.0
-        return GradientMethod(checkpoint, self.curvatures.of(number, own), damping, kept, whitened_at, power)
+        tempering = Tempering(*own[TEMPERING].tolist()) if TEMPERING in own else None
+        return GradientMethod(checkpoint, self.curvatures.of(number, own), damping, kept, whitened_at, tempering)
 
     @cached_property
     def row_type(self) -> RowType:
@@ -318,9 +320,16 @@ class FitContext:
         eigenvalues = (value for name, value in fitted.items() if ".eigenvalues." in name)
         return _rounded(method.damping_for(concentration(eigenvalues)))
 
+    def tempering(self, number: int) -> Tempering:
+        """Return what a new fit takes under one checkpoint."""
+        checkpoint, power = self.checkpoint(number), self._residual_power
+        batches = self.batches(number, self.spread(min(_AVERAGED, self.spec.num_training))) if power != 1 else ()
+        found = [self.task.shortfall(checkpoint.output(batch), batch) for batch in batches]
+        shortfalls = [part for part in found if part is not None]
+        return Tempering.of(power, torch.cat(shortfalls)) if shortfalls else Tempering()
+
     @cached_property
-    def residual_power(self) -> float:
-        """The power of training examples' shortfall by which their gradients count in a new fit."""
+    def _residual_power(self) -> float:
         method, module = self.spec.method, self.checkpoint(0).module
         asked = method.residual_power if isinstance(method, FisherMethod) else 1.0
         if asked is not None:

@@ -39,7 +39,7 @@ class Encoder:
             _check_finite(found, part)
             return self._stored(found)
         observed = method.observe(part).compact() if isinstance(part, Batch) else part
-        observed = observed.tempered(method.residual_power)
+        observed = observed.tempered(method.tempering)
         found = method.encode_observed(observed)
         _check_finite(found, observed.batch)
         arrays = self._stored(found)

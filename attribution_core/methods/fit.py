@@ -43,7 +43,7 @@ from attribution_core.methods.answers import Query
 from attribution_core.methods.artifact import FACTORS_FILE, bytes_of, write_description
 from attribution_core.methods.bank import BankPipeline
 from attribution_core.methods.base import FeatureMethod
-from attribution_core.methods.context import DEFAULT_DAMPING, RESIDUAL_POWER, WHITENED, FitContext, of_checkpoint
+from attribution_core.methods.context import DEFAULT_DAMPING, TEMPERING, WHITENED, FitContext, of_checkpoint
 from attribution_core.methods.encoding import Encoder
 from attribution_core.methods.finite import check_finite, naming_the_example
 from attribution_core.methods.kept import KeptGradients
@@ -194,8 +194,11 @@ class FitPipeline:
         damping = self.context.default_damping(reduced) or 0.0
         found: Arrays = {}
         for number in range(len(self.spec.members)):
-            kept = {DEFAULT_DAMPING: damping, RESIDUAL_POWER: self.context.residual_power}
-            own = {name: np.array([value], np.float32) for name, value in kept.items()}
+            tempering = self.context.tempering(number)
+            own = {
+                DEFAULT_DAMPING: np.array([damping], np.float32),
+                TEMPERING: np.array([tempering.power, tempering.scale], np.float32),
+            }
             if self.context.whitens:
                 own[WHITENED] = own[DEFAULT_DAMPING]
             if isinstance(method, GaussNewtonMethod):

@@ -10,7 +10,7 @@ import torch
 from attribution_core.arrays import read_arrays
 from attribution_core.methods.artifact import FACTORS_FILE
 from attribution_core.methods.base import GradientMethod
-from attribution_core.methods.context import RESIDUAL_POWER, FitContext
+from attribution_core.methods.context import TEMPERING, FitContext
 from tests.core.methods.problems import SMALL, Problem, relative_error, training_batch
 from tests.core.methods.test_retraining import convex
 from tests.core.methods.test_scores import scores
@@ -36,7 +36,8 @@ def test_scores_are_those_of_the_derivative_times_a_power(
     chosen = {"measurement": measurement, "store": {"layout": layout}}
     derivative = problem.fit("derivative", method={**method, "residual_power": 1}, **chosen)
     tempered = problem.fit("tempered", method={**method, "residual_power": 0.5}, **chosen)
-    weights = shortfall(problem) ** -0.5
+    each = shortfall(problem)
+    weights = each**-0.5 * each.mean() / np.sqrt(each).mean()
     assert relative_error(scores(tempered, problem), scores(derivative, problem) * weights) < 1e-5
     if kind != "gauss_newton":
         assert relative_error(tempered.self_influence(), derivative.self_influence() * weights) < 1e-5
@@ -50,9 +51,10 @@ def test_scores_are_those_of_the_derivative_times_a_power(
 def test_the_default_is_stored_and_what_stores_none_has_the_derivative(problem: Problem, kind: str) -> None:
     index = problem.fit("index", method={"type": kind})
     fitted = read_arrays(index.folder / FACTORS_FILE)
-    assert fitted[f"0.{RESIDUAL_POWER}"] == np.float32(0.6)
-    before = {name: value for name, value in fitted.items() if RESIDUAL_POWER not in name}
-    powers = [index.context.method(0, arrays).residual_power for arrays in (fitted, before)]  # type: ignore[attr-defined]
+    each = shortfall(problem)
+    assert fitted[f"0.{TEMPERING}"] == pytest.approx([0.6, (each**0.6).mean() / each.mean()], rel=1e-5)
+    before = {name: value for name, value in fitted.items() if TEMPERING not in name}
+    powers = [index.context.method(0, arrays).tempering.power for arrays in (fitted, before)]  # type: ignore[attr-defined]
     assert powers == [pytest.approx(0.6), 1.0]
 
 
@@ -61,7 +63,8 @@ def test_a_model_of_one_layer_keeps_the_derivative(tmp_path: Path) -> None:
     given, _ = convex(tmp_path, classes=3, l2=0.1)
     for asked, taken in ((None, 1.0), (0.5, 0.5)):
         context = FitContext(given.with_(method={"type": "ekfac", "residual_power": asked}))
-        assert context.residual_power == taken
+        assert context.tempering(0).power == taken
+        assert (context.tempering(0).scale == 1) == (taken == 1)
 
 
 def test_only_a_power_that_is_named_decides_the_fingerprint(problem: Problem) -> None:
