@@ -17,6 +17,7 @@ from attribution_core.fingerprint import sha256_file
 from attribution_core.fit_spec import BaseRef, DatasetRef, FitSpec, FitSummary
 from attribution_core.method_spec import METHODS
 from attribution_core.methods.artifact import FACTORS_FILE
+from attribution_core.methods.base import GradientMethod
 from attribution_core.methods.extend import extend
 from attribution_core.methods.fit import FitPipeline, fit, run
 from attribution_core.methods.loaded import LoadedIndex
@@ -102,12 +103,17 @@ def extended(problem: Problem, folder: Path, method: dict[str, Any], **more: Any
     return spec, counted
 
 
-def test_an_extension_keeps_the_default_damping(problem: Problem, tmp_path: Path) -> None:
+def test_an_extension_keeps_the_damping_and_the_tempering_of_its_fit(problem: Problem, tmp_path: Path) -> None:
     """Self-influence is stored at it, and would be of two dampings else."""
     spec, _ = extended(problem, tmp_path, {"type": "ekfac"})
     found, kept = LoadedIndex(tmp_path / "2", spec), read_arrays(tmp_path / "0" / FACTORS_FILE)["0.default_damping"]
     assert found.default_damping == pytest.approx(kept[0], rel=1e-6)
     assert kept[0] > 0.001
+    member = found.members[0]
+    assert isinstance(member, GradientMethod)
+    first = read_arrays(tmp_path / "0" / FACTORS_FILE)["0.tempering"]
+    assert [member.tempering.power, member.tempering.scale] == first.tolist()
+    assert member.tempering.scale != pytest.approx(found.context.tempering(0).scale, rel=1e-6)
     assert found.query(problem.queries(), None).damping == found.default_damping
 
 

@@ -139,7 +139,7 @@ def test_rows_stay_whitened_at_the_damping_that_their_factors_name(problem: Prob
 def test_an_index_of_before_is_extended_as_it_is(
     dtype: str, problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    method = {"type": "ekfac", "damping": 0.1, "projection": {"dim": 256}}
+    method = {"type": "ekfac", "damping": 0.1, "residual_power": 1, "projection": {"dim": 256}}
     store = {"layout": "vectors", "dtype": dtype}
     first = part(problem, tmp_path / "first", 40)
     base = problem.with_(dataset=first, method=method, store=store)
