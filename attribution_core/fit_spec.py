@@ -11,11 +11,11 @@ from attribution_core.fingerprint import sha256_file, sha256_of
 from attribution_core.method_spec import (
     PROJECTION_VERSION,
     EigenvalueCorrected,
-    FisherMethod,
     LograMethod,
     MethodSpec,
     RepresenterMethod,
     SourceMethod,
+    TemperedMethodBase,
 )
 from attribution_core.references import CheckpointRef, DatasetRef
 from attribution_core.spec import (
@@ -161,7 +161,7 @@ class FitSpec(Spec):
         # As it was before there were such choices; what an index has of either is told by its files.
         if not self.method.copies:
             decides["method"].pop("perturbation", None)
-        if isinstance(self.method, FisherMethod) and self.method.residual_power is None:
+        if isinstance(self.method, TemperedMethodBase) and self.method.residual_power is None:
             del decides["method"]["residual_power"]
         if isinstance(self.method, EigenvalueCorrected):
             for name in ("axes", "whole_layers"):

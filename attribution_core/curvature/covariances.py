@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from attribution_core.curvature.draws import Draws
+from attribution_core.curvature.fisher import ShortfallSums
 from attribution_core.gradients import Block, LayerGradient
 
 # Beyond this size a side keeps its own axes: its eigendecomposition would cost more than all else together.
@@ -96,7 +97,8 @@ class _Whole:
             rows = part.materialise().flatten(1)
             _add(self.total, rows.mT @ rows)
             # What has no finite square is seen, as it is in factors, even where the model is so sure of it that its gradient is 0.
-            self.total.add_(0 * part.inputs.square().sum().cpu())
+            inputs = part.inputs.flatten()
+            self.total.add_(0 * (inputs @ inputs).cpu())
 
     def arrays(self) -> Arrays:
         return {"whole": self.total.numpy()}
@@ -181,8 +183,8 @@ def _cross_moment(first: Tensor, second: Tensor) -> Tensor:
 
 
 def is_summary(name: str) -> bool:
-    """Return whether a sum is no matrix: K-FAC's positions, or the spectrum of a side that is not rotated."""
-    return name == "positions" or name.startswith("spectrum.")
+    """Return whether a sum is no matrix: K-FAC's positions, residuals, or the spectrum of a side that is not rotated."""
+    return name in ("positions", ShortfallSums.NAME) or name.startswith("spectrum.")
 
 
 def _zeros(groups: int, dim: int, *, rotated: bool, needed: bool) -> Tensor | None:

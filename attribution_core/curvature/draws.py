@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import overload
 
+from torch import Tensor
+
 from attribution_core.gradients import LayerGradient
 
 
@@ -14,10 +16,12 @@ class Draws(Sequence[Sequence[LayerGradient]]):
     Attributes:
         parts: per drawn or enumerated label, those of all examples; or sets of those that matter. One entry per block.
         inputs: in the second case the input factors of all examples, where no objective changes them (`Pass.inputs`).
+        shortfall: `1 - p` of each example's target (batch,), where the task has it.
     """
 
     parts: Sequence[Sequence[LayerGradient]] = ()
     inputs: Sequence[LayerGradient | None] | None = None
+    shortfall: Tensor | None = None
 
     @overload
     def __getitem__(self, place: int) -> Sequence[LayerGradient]: ...
@@ -36,7 +40,7 @@ class Draws(Sequence[Sequence[LayerGradient]]):
 
     def compact(self) -> "Draws":
         """Return the same with whole gradients where these are smaller than their factors, and without the inputs."""
-        return Draws([compact(part) for part in self.parts], None if self.aligned else ())
+        return Draws([compact(part) for part in self.parts], None if self.aligned else (), self.shortfall)
 
 
 def compact(gradients: Sequence[LayerGradient]) -> list[LayerGradient]:

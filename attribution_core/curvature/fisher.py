@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -74,10 +75,11 @@ class Fisher:
         """
         directions = self._directions(task, run.output) if self.least and again is not None else None
         if directions is not None and again is not None:
-            return self._along(directions, run, batch, again)
+            return replace(self._along(directions, run, batch, again), shortfall=_shortfall(run, task, batch))
         kind = self._kind(task.exact_labels(run.output))
         losses = task.pseudo_losses(run.output, batch, kind, self.seed, self.samples)
-        return Draws([run.gradients(loss, keep=True, mask=batch.mask) for loss in losses])
+        parts = [run.gradients(loss, keep=True, mask=batch.mask) for loss in losses]
+        return Draws(parts, shortfall=_shortfall(run, task, batch))
 
     def matters(self, task: Task, outputs: Tensor) -> Tensor:
         """Return which examples have a direction that matters, (batch,)."""
@@ -131,15 +133,38 @@ class Tempering:
     scale: float = 1.0
 
     @classmethod
-    def of(cls, power: float, shortfalls: Tensor) -> "Tempering":
-        """Return it with the scale that some examples' `1 - p`, (examples,), ask for."""
-        each = shortfalls.double()
-        mean = float(each.mean())
-        return cls(power, float(each.pow(power).mean()) / mean) if mean else cls()
+    def of(cls, power: float, sums: np.ndarray) -> "Tempering":
+        """Return it with the scale that the training set's sums, or means, of `1 - p` and `(1 - p)^power` ask for."""
+        plain, tempered = (float(each) for each in sums)
+        return cls(power, tempered / plain) if plain else cls()
 
     def weights(self, shortfall: Tensor) -> Tensor:
         """Return what gradients are multiplied with, (batch,); signs stay, and so does what is 0."""
         return shortfall.clamp(min=_LEAST_SHORTFALL) ** (self.power - 1) / self.scale
+
+
+class ShortfallSums:
+    """Sums over examples of `1 - p` and `(1 - p)^power`, (2,) float64."""
+
+    NAME = "shortfalls"
+
+    def __init__(self, power: float) -> None:
+        self.power = power
+        self.values = np.zeros(2)
+
+    def add(self, draws: Draws) -> None:
+        """Add a batch of a task that has `1 - p`."""
+        assert draws.shortfall is not None
+        self.add_shortfalls(draws.shortfall)
+
+    def add_shortfalls(self, shortfalls: Tensor) -> None:
+        """Add the `1 - p` of some examples, (examples,)."""
+        each = shortfalls.double()
+        self.values += [float(each.sum()), float(each.pow(self.power).sum())]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return the sums by name."""
+        return {self.NAME: self.values}
 
 
 @dataclass(frozen=True)
@@ -216,12 +241,16 @@ def observe(
 ) -> Observed:
     """Differentiate one forward pass; a measurement that decides the loss needs one backward pass for both."""
     draws = Draws() if fisher is None else fisher.draws(run, task, batch, again)
-    slope, shortfall = task.slope(run.output, batch, measurement), task.shortfall(run.output, batch)
-    shortfall = None if shortfall is None else shortfall.detach()
+    slope, shortfall = task.slope(run.output, batch, measurement), _shortfall(run, task, batch)
     measured = run.gradients(task.measure(run.output, batch, measurement), keep=slope is None)
     if slope is None:
         return Observed(batch, measured, run.gradients(task.loss(run.output, batch)), None, draws, shortfall)
     return Observed(batch, measured, None, slope.detach(), draws, shortfall)
+
+
+def _shortfall(run: Pass, task: Task, batch: Batch) -> Tensor | None:
+    shortfall = task.shortfall(run.output, batch)
+    return None if shortfall is None else shortfall.detach()
 
 
 def scaled(gradients: Sequence[LayerGradient], weights: Tensor) -> list[LayerGradient]:

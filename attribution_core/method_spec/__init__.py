@@ -29,6 +29,7 @@ from attribution_core.method_spec.base import (
     PerturbedMethodBase,
     ProjectionSpec,
     QueryRows,
+    TemperedMethodBase,
 )
 from attribution_core.method_spec.exact import ExactMethod
 from attribution_core.method_spec.features import (
@@ -40,7 +41,6 @@ from attribution_core.method_spec.features import (
     TrakMethod,
 )
 from attribution_core.method_spec.fisher import (
-    DEFAULT_RESIDUAL_POWER,
     DataInfMethod,
     DiagonalMethod,
     EigenvalueCorrected,
@@ -56,7 +56,6 @@ from attribution_core.method_spec.trajectory import GasMethod, MagicMethod, Sour
 __all__ = [
     "DEFAULT_BITS",
     "DEFAULT_DIM",
-    "DEFAULT_RESIDUAL_POWER",
     "METHODS",
     "OFFERED",
     "PROJECTION_VERSION",
@@ -102,6 +101,7 @@ __all__ = [
     "SemivalueMethodBase",
     "ShapleyMethod",
     "SourceMethod",
+    "TemperedMethodBase",
     "TracinMethod",
     "TrakMethod",
 ]

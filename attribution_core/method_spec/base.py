@@ -14,6 +14,7 @@ Damping = Annotated[float, Field(ge=0, le=1e12)]
 LAYER_DAMPING = "Default damping, as a multiple of each layer's mean eigenvalue."
 
 
+DEFAULT_RESIDUAL_POWER = 0.6
 # Numbers per row where a projection names none.
 DEFAULT_DIM = 1024
 DEFAULT_BITS = 16_384
@@ -107,6 +108,24 @@ class PerturbedMethodBase(GradientMethodBase):
     def copies(self) -> int:
         """Perturbed copies of each checkpoint."""
         return 0 if self.perturbation is None else self.perturbation.copies
+
+
+class TemperedMethodBase(PerturbedMethodBase):
+    """A method that can count classified examples by another power of their residual than the derivative of their loss does."""
+
+    residual_power: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Power of 1 - p, the training target's, in proportion to which a classified example counts. 1 is the derivative of its loss, "
+        "which of examples that were learnt by heart says how little they matter now, not how much they did. If null, it is 0.6, and 1 for models of "
+        "one layer and TRAK's published kernel (docs/decisions/0023-tempered-residuals.md).",
+    )
+
+    @property
+    def default_residual_power(self) -> float:
+        """The power where none is named, for models of several layers."""
+        return DEFAULT_RESIDUAL_POWER
 
 
 class QueryRows(Spec):

@@ -12,6 +12,7 @@ from attribution_core.method_spec.base import (
     Notion,
     PerturbedMethodBase,
     ProjectionSpec,
+    TemperedMethodBase,
 )
 
 
@@ -27,7 +28,7 @@ class LograMethod(PerturbedMethodBase):
     damping: Damping = Field(default=0.3, description=LAYER_DAMPING)
 
 
-class TrakMethod(PerturbedMethodBase):
+class TrakMethod(TemperedMethodBase):
     """TRAK: the linearised model's one-step update, in a random projection, averaged over checkpoints."""
 
     extends: ClassVar[bool] = True
@@ -50,6 +51,11 @@ class TrakMethod(PerturbedMethodBase):
     def stages(self) -> tuple[str, ...]:
         """Passes over the training set that a fit takes, in order."""
         return ("kernel", "features") if self.curvature == "fisher" else ("features",)
+
+    @property
+    def default_residual_power(self) -> float:
+        """The published kernel has the published residuals."""
+        return 1.0 if self.curvature == "gradient" else super().default_residual_power
 
 
 class GradDotMethod(PerturbedMethodBase):

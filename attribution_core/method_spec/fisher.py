@@ -11,13 +11,13 @@ from attribution_core.method_spec.base import (
     GradientMethodBase,
     GroupEstimator,
     PerturbedMethodBase,
+    TemperedMethodBase,
 )
 from attribution_core.spec import Seed
 
 # The least default damping, which keeps rounding small, and the concentration of the spectrum from which it is the largest.
 MIN_DEFAULT_DAMPING = 0.001
 MOST_CONCENTRATED = 800
-DEFAULT_RESIDUAL_POWER = 0.6
 
 
 class FisherSampling(GradientMethodBase):
@@ -32,7 +32,7 @@ class FisherSampling(GradientMethodBase):
     seed: Seed = 0
 
 
-class FisherMethod(FisherSampling, PerturbedMethodBase):
+class FisherMethod(FisherSampling, TemperedMethodBase):
     """A method that inverts the Fisher matrix."""
 
     estimators: ClassVar[tuple[GroupEstimator, ...]] = ("additive", "newton")
@@ -42,15 +42,6 @@ class FisherMethod(FisherSampling, PerturbedMethodBase):
         default=None,
         description="Default damping, as a multiple of each layer's mean eigenvalue. If null, it follows from how concentrated the fitted curvature is: "
         "the fewer of a layer's eigenvalues have most of their sum, the larger the default is, up to a bound.",
-    )
-
-    residual_power: float | None = Field(
-        default=None,
-        gt=0,
-        le=1,
-        description="Power of 1 - p, the training target's, in proportion to which a classified example counts. 1 is the derivative of its loss, "
-        "which of examples that were learnt by heart says how little they matter now, not how much they did. If null, it is 0.6, and 1 for models of "
-        "one layer (docs/decisions/0023-tempered-residuals.md).",
     )
 
     def damping_for(self, concentration: float) -> float:

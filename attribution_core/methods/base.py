@@ -106,7 +106,7 @@ class TrainRows:
 
     Attributes:
         rows: (batch, k).
-        weights: (batch,), what a row's inner products are multiplied with.
+        weights: (batch,), from which follows what a row's inner products are multiplied with (`FeatureMethod.counted`).
         self_influence: (batch,), `τ_i(z_i)`; None where it needs all rows.
         measured: (batch, k), the example's own query side, where self-influence comes later and it is not `rows` itself.
     """
@@ -180,6 +180,10 @@ class FeatureMethod(ABC):
     def train_weights(self, batch: Batch) -> Tensor:
         """Return what the inner products of training examples' rows are multiplied with, (batch,)."""
         return torch.ones(len(batch))
+
+    def counted(self, weights: Tensor) -> Tensor:
+        """Return the same from the weights that rows were encoded with: some methods scale them by what all rows tell."""
+        return weights
 
     @abstractmethod
     def encode_query(self, batch: Batch) -> QuerySide:

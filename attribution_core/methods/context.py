@@ -27,7 +27,6 @@ from attribution_core.gradients.self_check import check_capture
 from attribution_core.method_spec import (
     DEFAULT_BITS,
     DEFAULT_DIM,
-    DEFAULT_RESIDUAL_POWER,
     ExactMethod,
     FisherMethod,
     GasMethod,
@@ -38,6 +37,7 @@ from attribution_core.method_spec import (
     RepresentationMethod,
     RepresenterMethod,
     SourceMethod,
+    TemperedMethodBase,
     TrakMethod,
 )
 from attribution_core.methods import trak
@@ -65,8 +65,6 @@ WHITENED = "whitened"
 DEFAULT_DAMPING = "default_damping"
 # Likewise: power and scale of residuals; indexes of before have none, and are not tempered.
 TEMPERING = "tempering"
-# Examples by which residuals are scaled.
-_AVERAGED = 4096
 MAX_FACTORED_EXAMPLES = 100_000
 MAX_FACTOR_BYTES = 16 << 10
 FACTOR_BYTES = {"auto": 4, "float32": 4, "float16": 2, "int8": 1}
@@ -247,6 +245,7 @@ class FitContext:
         """Return the method on one checkpoint; `fitted` holds its arrays under `<number>.<name>`, as far as they exist."""
         checkpoint, spec = self.checkpoint(number), self.spec.method
         own = of_checkpoint(fitted, number)
+        tempering = Tempering(*own[TEMPERING].tolist()) if TEMPERING in own else Tempering()
         match spec:
             case RepresentationMethod():
                 return Representation(checkpoint, spec.similarity)
@@ -254,7 +253,7 @@ class FitContext:
                 return Representer(checkpoint, spec, own)
             case TrakMethod():
                 kernel = trak.resized(own, self.spec.num_training / self.spec.fitted_examples) if own else None
-                return Trak(checkpoint, self._projection(spec, number), kernel, spec)
+                return Trak(checkpoint, self._projection(spec, number), kernel, spec, tempering)
             case LograMethod():
                 projection = self._projection(spec, number)
                 assert isinstance(projection, FactoredProjection)
@@ -270,7 +269,6 @@ class FitContext:
         assert isinstance(spec, GradientMethodBase)
         kept = self._projection(spec, number) if self.layout == "vectors" else None
         damping, whitened_at = self.default_damping(fitted) or 0.0, float(own[WHITENED][0]) if WHITENED in own else None
-        tempering = Tempering(*own[TEMPERING].tolist()) if TEMPERING in own else None
         return GradientMethod(checkpoint, self.curvatures.of(number, own), damping, kept, whitened_at, tempering)
 
     @cached_property
@@ -320,23 +318,18 @@ class FitContext:
         eigenvalues = (value for name, value in fitted.items() if ".eigenvalues." in name)
         return _rounded(method.damping_for(concentration(eigenvalues)))
 
-    def tempering(self, number: int) -> Tempering:
-        """Return what a new fit takes under one checkpoint."""
-        checkpoint, power = self.checkpoint(number), self._residual_power
-        batches = self.batches(number, self.spread(min(_AVERAGED, self.spec.num_training))) if power != 1 else ()
-        found = [self.task.shortfall(checkpoint.output(batch), batch) for batch in batches]
-        shortfalls = [part for part in found if part is not None]
-        return Tempering.of(power, torch.cat(shortfalls)) if shortfalls else Tempering()
-
     @cached_property
-    def _residual_power(self) -> float:
-        method, module = self.spec.method, self.checkpoint(0).module
-        asked = method.residual_power if isinstance(method, FisherMethod) else 1.0
-        if asked is not None:
-            return asked
+    def residual_power(self) -> float:
+        """The power of residuals in a new fit; 1 for methods that have the derivative, and tasks without a `1 - p`."""
+        method = self.spec.method
+        if not isinstance(method, TemperedMethodBase) or self._probe(0).observed.shortfall is None:
+            return 1.0
+        if method.residual_power is not None:
+            return method.residual_power
         # A model of one layer is linear in its parameters: its loss is convex, and the derivative right.
-        layers = sum(next(part.parameters(recurse=False), None) is not None for part in module.modules())
-        return DEFAULT_RESIDUAL_POWER if layers > 1 else 1.0
+        parts = self.checkpoint(0).module.modules()
+        layers = sum(next(part.parameters(recurse=False), None) is not None for part in parts)
+        return method.default_residual_power if layers > 1 else 1.0
 
     def batches(self, number: int, rows: np.ndarray | None = None) -> Iterator[Batch]:
         """Yield training examples as one checkpoint takes them; all by default."""

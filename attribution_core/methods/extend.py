@@ -71,7 +71,7 @@ class ExtensionPipeline(FitPipeline):
             for path in sorted((self._base / folder).glob("*.safetensors")):
                 _link(path, into / folder / path.name)
         before = len(list((into / FEATURES_FOLDER).glob("*.safetensors")))
-        write_features(self.context, self._member, into, feature_files, progress, before)
+        write_features(self.context, self._members(), into, feature_files, progress, before)
         write_search(self.context, into, progress)
         appended = self._appended()
         write_arrays(into / APPENDED_FILE, appended)

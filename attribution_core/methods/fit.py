@@ -21,6 +21,7 @@ from attribution_core.curvature.covariances import whole_blocks
 from attribution_core.curvature.dense import spectrum, summed_hessian
 from attribution_core.curvature.draws import Draws
 from attribution_core.curvature.ekfac import kronecker_eigenvalues
+from attribution_core.curvature.fisher import ShortfallSums, Tempering
 from attribution_core.curvature.iterative import product_over
 from attribution_core.curvature.solvers import arnoldi, mean_eigenvalue
 from attribution_core.data.batch import Batch
@@ -59,6 +60,8 @@ from attribution_core.progress import NoProgress, Progress, watched
 from attribution_core.sharding import Shard, Stage, shard_ranges
 
 Arrays = dict[str, np.ndarray]
+# What a pass over the training set adds up.
+Sums = CovarianceSums | EigenvalueSums | ShortfallSums
 # Rows up to which stored self-influence was divided by which n.
 Segment = tuple[int, int]
 _MATRIX_SHARDS = 8
@@ -117,16 +120,12 @@ class FitPipeline:
 
     def _computed(self, stage: str, shard: Shard, progress: Progress) -> Arrays:
         match stage:
-            case "covariance":
-                covariances = self._covariances(shard.checkpoint)
+            case "covariance" | "eigenvalues":
+                sums = self._sums(stage, shard.checkpoint)
                 for draws in self._draws(stage, shard, progress):
-                    covariances.add(draws)
-                return covariances.arrays()
-            case "eigenvalues":
-                eigenvalues = EigenvalueSums(self._basis(shard.checkpoint))
-                for draws in self._draws(stage, shard, progress):
-                    eigenvalues.add(draws)
-                return eigenvalues.arrays()
+                    for each in sums:
+                        each.add(draws)
+                return _by_name(sums)
             case "hessian":
                 products, batches = self.context.curvatures.products(shard.checkpoint), self._counted(shard, progress)
                 return {"hessian": summed_hessian(products, batches, self._blocks(shard))}
@@ -193,16 +192,15 @@ class FitPipeline:
             return {}
         damping = self.context.default_damping(reduced) or 0.0
         found: Arrays = {}
+        known = self._fitted(method.stages[:-2]) | reduced
         for number in range(len(self.spec.members)):
-            tempering = self.context.tempering(number)
-            own = {
-                DEFAULT_DAMPING: np.array([damping], np.float32),
-                TEMPERING: np.array([tempering.power, tempering.scale], np.float32),
-            }
+            own = {DEFAULT_DAMPING: np.array([damping], np.float32)}
+            if (sums := known.get(f"{number}.{ShortfallSums.NAME}")) is not None:
+                own |= self._tempering(sums)
             if self.context.whitens:
                 own[WHITENED] = own[DEFAULT_DAMPING]
             if isinstance(method, GaussNewtonMethod):
-                factors = of_checkpoint(self._reduced("covariance") | reduced, number)
+                factors = of_checkpoint(known, number)
                 own |= self.context.curvatures.factorised(number, factors, damping, progress)
             found |= {f"{number}.{name}": value for name, value in own.items()}
         return found
@@ -215,12 +213,13 @@ class FitPipeline:
             Cancelled: if the work should stop; progress is asked between files and blocks of rows.
         """
         write_arrays(into / FACTORS_FILE, self._fitted(self.spec.method.stages))
-        write_features(self.context, self._member, into, feature_files, progress)
+        members = self._members()
+        write_features(self.context, members, into, feature_files, progress)
         write_search(self.context, into, progress)
         self._describe(into, recall=None)
         index = LoadedIndex(into, self.spec, self.context, holds_rows=False)
         queries = partial(self._recall_queries, index, progress)
-        exact = partial(exact_scores, self.context, feature_files, progress)
+        exact = partial(exact_scores, self.context, members, feature_files, progress)
         recall = measured_recall(index, queries, exact)
         self._describe(into, recall=recall)
         return self._summary(into, index, recall)
@@ -235,8 +234,10 @@ class FitPipeline:
                 return index.query(batch, None)
             return index.joined(made, batch, index.default_damping)
 
-    def _member(self, number: int) -> FeatureMethod:
-        return self.context.method(number, self._fitted(self.spec.method.stages))
+    def _members(self) -> list[FeatureMethod]:
+        """Return the fitted method on each checkpoint."""
+        fitted = self._fitted(self.spec.method.stages)
+        return [self.context.method(number, fitted) for number in range(len(self.spec.members))]
 
     def _describe(self, into: Path, *, recall: float | None, before: Sequence[Segment] = ()) -> None:
         segments = [*before, (self.spec.dataset.num_examples, self.spec.num_training)]
@@ -279,9 +280,21 @@ class FitPipeline:
         whole = whole_blocks(blocks, method.whole_layers, self.spec.num_training)
         return CovarianceSums(blocks, whole=whole, by_example=method.axes == "examples")
 
+    def _sums(self, stage: str, number: int) -> list[Sums]:
+        """Return empty sums of all that a stage adds up over a checkpoint's pseudo-gradients."""
+        first: Sums = self._covariances(number) if stage == "covariance" else EigenvalueSums(self._basis(number))
+        power = self.context.residual_power
+        tempers = stage == self.spec.method.stages[0] and power != 1
+        return [first, ShortfallSums(power)] if tempers else [first]
+
+    def _tempering(self, sums: np.ndarray) -> Arrays:
+        """Return what is kept of residuals' power and scale."""
+        tempering = Tempering.of(self.context.residual_power, sums)
+        return {TEMPERING: np.array([tempering.power, tempering.scale], np.float32)}
+
     def _of_these_sums(self, group: tuple[int, ...], files: Iterable[Path]) -> Iterator[Arrays]:
         """Yield shards of covariances of checkpoints that share them; those of a version that summed something else are computed again."""
-        names = self._covariances(group[0]).arrays().keys()
+        names = _by_name(self._sums("covariance", group[0])).keys()
         shards = (shard for shard in self._shards("covariance") if shard.checkpoint in group)
         for shard, path in zip(shards, files, strict=True):
             arrays = read_arrays(path)
@@ -383,14 +396,31 @@ class FitPipeline:
         return placed
 
     def _feature_kernel(self, number: int, files: Iterable[Path], progress: Progress) -> Arrays:
+        """Return what a method makes of all rows, once they are known."""
         method, shards = self.spec.method, (read_arrays(path) for path in files)
-        if isinstance(method, TrakMethod) and method.curvature != "fisher":
-            return trak.kernel_of(shards, weighted=trak.weighs_rows(method, self.spec.task))
+        if isinstance(method, TrakMethod):
+            return self._trak_kernel(method, shards)
         if isinstance(method, LograMethod):
             member = self.context.method(number, {})
             assert isinstance(member, Logra)
             return fisher_of(shards, member.projection, self.spec.num_training, progress)
         return {}
+
+    def _trak_kernel(self, method: TrakMethod, shards: Iterable[Arrays]) -> Arrays:
+        power = self.context.residual_power
+        sums = ShortfallSums(power)
+
+        def counted() -> Iterator[Arrays]:
+            for shard in shards:
+                sums.add_shortfalls(torch.from_numpy(shard["weights"]))
+                yield shard
+
+        left, found = counted(), Arrays()
+        if method.curvature != "fisher":  # which has a stage of its own
+            found = trak.kernel_of(left, weighted=trak.weighs_rows(method, self.spec.task))
+        for _ in left:
+            pass
+        return found if power == 1 else found | self._tempering(sums.values)
 
 
 AnyPipeline = FitPipeline | MagicPipeline | BankPipeline
@@ -430,6 +460,11 @@ def run(pipeline: AnyPipeline, into: Path, progress: Progress) -> FitSummary:
 def summed_arrays(files: Iterable[Path]) -> Arrays:
     """Return the sums over files of arrays of the same name."""
     return _summed(read_arrays(path) for path in files)
+
+
+def _by_name(sums: Iterable[Sums]) -> Arrays:
+    """Return the arrays of several sums together."""
+    return {name: value for each in sums for name, value in each.arrays().items()}
 
 
 def _summed(shards: Iterable[Arrays]) -> Arrays:

@@ -3,7 +3,7 @@
 A range of rows has one shard per checkpoint; their rows lie side by side in one file.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +20,12 @@ from attribution_core.methods.context import FitContext
 from attribution_core.methods.encoding import EXACT, GRADIENT, Arrays
 from attribution_core.progress import Progress, watched
 
-# The fitted method on one checkpoint.
-Member = Callable[[int], FeatureMethod]
+# The fitted method on each checkpoint.
+Members = Sequence[FeatureMethod]
 
 
 def write_features(
-    context: FitContext, member: Member, into: Path, files: Sequence[Path], progress: Progress, first: int = 0
+    context: FitContext, members: Members, into: Path, files: Sequence[Path], progress: Progress, first: int = 0
 ) -> None:
     """Join each range's shards of all checkpoints side by side, in files numbered from `first` on.
 
@@ -33,11 +33,11 @@ def write_features(
         Cancelled: if the work should stop.
     """
     for number, shards in enumerate(watched(_ranges(context, files), progress)):
-        weights = _weights(shards)
+        weights = _weights(members, shards)
         if "self_influence" in shards[0]:
             own = np.mean([shard["self_influence"] for shard in shards], axis=0)
         else:
-            own = _late_self_influence(context, member, shards) * weights
+            own = _late_self_influence(context, members, shards) * weights
         write_shard(into / FEATURES_FOLDER, first + number, _stored(context, shards), weights, own)
         if context.layout == "factors":
             write_gradients(into / GRADIENTS_FOLDER, first + number, [_gradients_of(shard) for shard in shards])
@@ -58,7 +58,9 @@ def write_search(context: FitContext, into: Path, progress: Progress) -> None:
     VectorIndex.build(spec.search, store, progress).write(into / SEARCH_FILE)
 
 
-def exact_scores(context: FitContext, files: Sequence[Path], progress: Progress, query: Query) -> np.ndarray:
+def exact_scores(
+    context: FitContext, members: Members, files: Sequence[Path], progress: Progress, query: Query
+) -> np.ndarray:
     """Return the exact scores (queries, n) of the queries by which recall is measured, averaged over checkpoints.
 
     Where rows are the method's own definition these are inner products of the rows as they were before they were stored.
@@ -71,7 +73,7 @@ def exact_scores(context: FitContext, files: Sequence[Path], progress: Progress,
         if EXACT in shards[0]:
             parts.append(np.mean([shard[EXACT] for shard in shards], axis=0))
             continue
-        parts.append(_side_by_side(shards) @ query.rows.T * _weights(shards)[:, None])
+        parts.append(_side_by_side(shards) @ query.rows.T * _weights(members, shards)[:, None])
     return np.concatenate(parts).T
 
 
@@ -82,13 +84,13 @@ def _ranges(context: FitContext, files: Sequence[Path]) -> Iterator[list[Arrays]
         yield [read_arrays(path) for path in files[number::ranges]]
 
 
-def _late_self_influence(context: FitContext, member: Member, shards: Sequence[Arrays]) -> np.ndarray:
+def _late_self_influence(context: FitContext, members: Members, shards: Sequence[Arrays]) -> np.ndarray:
     """Return `mean_m ⟨(K + λ)⁻¹ P∇m_i, φ_i⟩` of one range's rows, known only now that the kernel is."""
     total = np.zeros(len(shards[0]["rows"]))
     for number, shard in enumerate(shards):
         own = torch.from_numpy(shard.get("measured", shard["rows"]))
         damping = getattr(context.spec.method, "damping", 0.0)
-        solved = member(number).precondition(QuerySide(own, own), damping).rows
+        solved = members[number].precondition(QuerySide(own, own), damping).rows
         total += np.einsum("ik,ik->i", solved.numpy(), shard["rows"], dtype=np.float64) / len(shards)
     return total
 
@@ -107,9 +109,11 @@ def _side_by_side(shards: Sequence[Arrays]) -> np.ndarray:
     return np.concatenate([shard["rows"] for shard in shards], axis=1)
 
 
-def _weights(shards: Sequence[Arrays]) -> np.ndarray:
-    """Return the weights (count,) of one range."""
-    weights: np.ndarray = np.mean([shard["weights"] for shard in shards], axis=0)
+def _weights(members: Members, shards: Sequence[Arrays]) -> np.ndarray:
+    """Return what the rows of one range count, (count,)."""
+    pairs = zip(members, shards, strict=True)
+    counted = [member.counted(torch.from_numpy(shard["weights"])) for member, shard in pairs]
+    weights: np.ndarray = torch.stack(counted).mean(0).numpy()
     return weights
 
 

@@ -12,6 +12,8 @@ For squared errors `f` is the prediction, the curvature is 1 and both kernels ag
 With `curvature: fisher` the kernel is the projected Gauss-Newton matrix itself, with rows for every class of every example (labels sampled
 from the model where there are too many), and that limit is gone.
 
+With a `residual_power` below 1 examples count by a power of `1 - p`, and the kernel stays as it is (docs/decisions/0023-tempered-residuals.md).
+
 λ is a multiple of the kernel's mean eigenvalue and above 0 by default: with more dimensions than examples the published λ = 0 means nothing.
 
 Source: Park et al. 2023, equations 13-17.
@@ -25,7 +27,7 @@ from torch import Tensor
 
 from attribution_core.curvature.base import unit_of_damping
 from attribution_core.curvature.draws import Draws
-from attribution_core.curvature.fisher import Fisher
+from attribution_core.curvature.fisher import Fisher, Tempering
 from attribution_core.curvature.group import Group
 from attribution_core.data.batch import Batch
 from attribution_core.errors import InvalidInputError, SingularCurvatureError
@@ -45,9 +47,17 @@ _SINGULAR = 1e-12
 class Trak(FeatureMethod):
     """One member of the ensemble; `kernel` is known once all rows are."""
 
-    def __init__(self, checkpoint: Checkpoint, projection: Projection, kernel: Arrays | None, spec: TrakMethod) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        projection: Projection,
+        kernel: Arrays | None,
+        spec: TrakMethod,
+        tempering: Tempering,
+    ) -> None:
         super().__init__(checkpoint)
         self.spec = spec
+        self.tempering = tempering
         self.projection = projection
         self._kernel = kernel
 
@@ -67,8 +77,12 @@ class Trak(FeatureMethod):
         return TrainRows(rows, weights, measured=self._projected(run, task.measure(run.output, batch, measurement)))
 
     def train_weights(self, batch: Batch) -> Tensor:
-        """Return `1 - p_i`."""
-        return self.checkpoint.task.residual(self.checkpoint.output(batch), batch)
+        """Return `1 - p_i`, tempered."""
+        return self.counted(self.checkpoint.task.residual(self.checkpoint.output(batch), batch))
+
+    def counted(self, weights: Tensor) -> Tensor:
+        """Return `1 - p_i`, tempered: the kernel is of residuals as they are, and scores are not."""
+        return weights if self.tempering.power == 1 else weights * self.tempering.weights(weights)
 
     def encode_query(self, batch: Batch) -> QuerySide:
         """Return `P ∇m_z`."""

@@ -192,6 +192,19 @@ def training_batch(given: Problem) -> Batch:
     return Batch(torch.arange(len(given.inputs)), given.inputs, given.targets)
 
 
+def tempered(misfits: Tensor, power: float) -> Tensor:
+    """Return a power of all examples' misfits that has their mean."""
+    return misfits**power * misfits.mean() / (misfits**power).mean()
+
+
+def shortfall(problem: Problem) -> np.ndarray:
+    """Return `1 - p` of every training example."""
+    batch = training_batch(problem)
+    with torch.no_grad():
+        probabilities = problem.modules()[0](batch.inputs.double()).softmax(1)
+    return (1 - probabilities[torch.arange(len(batch)), batch.targets]).numpy()
+
+
 def relative_error(found: np.ndarray | Tensor, expected: np.ndarray | Tensor) -> float:
     """Largest difference as a share of the largest expected magnitude."""
     found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)

@@ -11,19 +11,11 @@ from attribution_core.arrays import read_arrays
 from attribution_core.methods.artifact import FACTORS_FILE
 from attribution_core.methods.base import GradientMethod
 from attribution_core.methods.context import TEMPERING, FitContext
-from tests.core.methods.problems import SMALL, Problem, relative_error, training_batch
+from tests.core.methods.problems import SMALL, Problem, relative_error, shortfall, training_batch
 from tests.core.methods.test_retraining import convex
 from tests.core.methods.test_scores import scores
 
 TEMPERED = ("ekfac", "kfac", "diagonal", "gauss_newton")
-
-
-def shortfall(problem: Problem) -> np.ndarray:
-    """Return `1 - p` of every training example."""
-    batch = training_batch(problem)
-    with torch.no_grad():
-        probabilities = problem.modules()[0](batch.inputs.double()).softmax(1)
-    return (1 - probabilities[torch.arange(len(batch)), batch.targets]).numpy()
 
 
 @pytest.mark.parametrize("layout", ["vectors", "factors"])
@@ -47,9 +39,32 @@ def test_scores_are_those_of_the_derivative_times_a_power(
     assert relative_error(tempered.group_effects(query, groups, rescore=True), expected) < 1e-5
 
 
+@pytest.mark.parametrize("curvature", ["gradient", "gauss_newton", "fisher"])
+def test_traks_scores_are_those_of_its_residuals_times_a_power(problem: Problem, curvature: str) -> None:
+    """The kernel stays that of the residuals, so that nothing but the examples' weights changes; two checkpoints average theirs."""
+    method = {"type": "trak", "curvature": curvature, "projection": SMALL, "damping": 0.3}
+    chosen = {"checkpoints": problem.spec.checkpoints[:1], "shard_size": 13}
+    plain = problem.fit("plain", method={**method, "residual_power": 1}, **chosen)
+    tempered = problem.fit("tempered", method={**method, "residual_power": 0.5}, **chosen)
+    each = shortfall(problem)
+    weights = each**-0.5 * each.mean() / np.sqrt(each).mean()
+    assert relative_error(scores(tempered, problem), scores(plain, problem) * weights) < 1e-5
+    assert relative_error(tempered.self_influence(), plain.self_influence() * weights) < 1e-5
+    if curvature != "gradient":
+        query, groups = tempered.query(problem.queries(), None), [np.array([4])]
+        alone = plain.newton_effects(plain.query(problem.queries(), None), groups) * weights[4]
+        assert relative_error(tempered.newton_effects(query, groups), alone) < 1e-5
+
+
+def test_trak_tempers_by_default_but_for_its_published_kernel(problem: Problem) -> None:
+    for curvature, power in (("gauss_newton", 0.6), ("fisher", 0.6), ("gradient", 1.0)):
+        method = {"type": "trak", "curvature": curvature, "projection": SMALL}
+        assert FitContext(problem.with_(method=method)).residual_power == power
+
+
 @pytest.mark.parametrize("kind", TEMPERED)
 def test_the_default_is_stored_and_what_stores_none_has_the_derivative(problem: Problem, kind: str) -> None:
-    index = problem.fit("index", method={"type": kind})
+    index = problem.fit("index", method={"type": kind}, shard_size=13)
     fitted = read_arrays(index.folder / FACTORS_FILE)
     each = shortfall(problem)
     assert fitted[f"0.{TEMPERING}"] == pytest.approx([0.6, (each**0.6).mean() / each.mean()], rel=1e-5)
@@ -62,9 +77,10 @@ def test_a_model_of_one_layer_keeps_the_derivative(tmp_path: Path) -> None:
     """Its loss is convex; whatever is asked for is taken."""
     given, _ = convex(tmp_path, classes=3, l2=0.1)
     for asked, taken in ((None, 1.0), (0.5, 0.5)):
-        context = FitContext(given.with_(method={"type": "ekfac", "residual_power": asked}))
-        assert context.tempering(0).power == taken
-        assert (context.tempering(0).scale == 1) == (taken == 1)
+        method = {"type": "ekfac", "residual_power": asked}
+        assert FitContext(given.with_(method=method)).residual_power == taken
+        fitted = read_arrays(given.fit(str(asked), method=method).folder / FACTORS_FILE)
+        assert (f"0.{TEMPERING}" in fitted) == (taken != 1)
 
 
 def test_only_a_power_that_is_named_decides_the_fingerprint(problem: Problem) -> None:

@@ -16,7 +16,7 @@ from attribution_core.methods.loaded import LoadedIndex
 from attribution_core.methods.logra import Logra
 from attribution_core.projection import build_projection
 from attribution_core.tasks import build_task
-from tests.core.methods.problems import SMALL, Problem, gradients, relative_error, training_batch
+from tests.core.methods.problems import SMALL, Problem, gradients, relative_error, tempered, training_batch
 from tests.core.methods.test_fit import EVERY_METHOD
 
 ALL = np.arange(60)
@@ -194,8 +194,8 @@ def test_ekfac_self_influence_is_an_examples_score_for_itself(problem: Problem) 
     assert relative_error(index.self_influence(), own) < 1e-4
 
 
-def trak_scores(given: Problem, *, weighted: bool, damping: float, measurement: str = "margin") -> Tensor:
-    """Park et al. 2023, equation 17, term by term."""
+def trak_scores(given: Problem, *, weighted: bool, damping: float, power: float, measurement: str = "margin") -> Tensor:
+    """Park et al. 2023, equation 17, term by term, with a power of the misfits that keeps their mean."""
     task = build_task(given.spec.task)
     kernels, misfits = [], []
     for number, module in enumerate(given.modules()):
@@ -208,7 +208,7 @@ def trak_scores(given: Problem, *, weighted: bool, damping: float, measurement: 
         kernel = phi.T @ (phi * (p * (1 - p))[:, None] if weighted else phi)
         damped = kernel + damping * kernel.trace() / 64 * torch.eye(64, dtype=torch.float64)
         kernels.append(query @ torch.linalg.inv(damped) @ phi.T)
-        misfits.append(1 - p)
+        misfits.append(tempered(1 - p, power))
     return torch.stack(kernels).mean(0) * torch.stack(misfits).mean(0)
 
 
@@ -216,14 +216,15 @@ def trak_scores(given: Problem, *, weighted: bool, damping: float, measurement: 
 @pytest.mark.parametrize("damping", [0.01, 1.0])
 def test_trak_is_its_formula_over_an_ensemble(ensemble: Problem, curvature: str, damping: float) -> None:
     index = ensemble.fit("trak", method={"type": "trak", "projection": SHARP, "curvature": curvature})
-    expected = trak_scores(ensemble, weighted=curvature == "gauss_newton", damping=damping)
+    weighted = curvature == "gauss_newton"
+    expected = trak_scores(ensemble, weighted=weighted, damping=damping, power=0.6 if weighted else 1)
     assert relative_error(scores(index, ensemble, damping), expected) < 1e-4
 
 
 def test_trak_measures_what_was_asked_for(problem: Problem) -> None:
     """The published method always measures the margin; here the unit is that of the answer's output."""
     index = problem.fit("trak", method={"type": "trak", "projection": SHARP}, measurement="log_likelihood")
-    expected = trak_scores(problem, weighted=True, damping=0.1, measurement="log_likelihood")
+    expected = trak_scores(problem, weighted=True, damping=0.1, power=0.6, measurement="log_likelihood")
     assert relative_error(scores(index, problem, 0.1), expected) < 1e-4
 
 
