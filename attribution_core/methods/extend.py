@@ -27,11 +27,12 @@ from attribution_core.methods.artifact import (
 )
 from attribution_core.methods.context import of_checkpoint
 from attribution_core.methods.drift import drift_of
-from attribution_core.methods.fit import AnyPipeline, Arrays, FitPipeline, build_pipeline, run, summed_arrays
+from attribution_core.methods.fit import AnyPipeline, Arrays, FitPipeline, build_pipeline, run
 from attribution_core.methods.kept import KeptGradients
 from attribution_core.methods.layout import write_features, write_search
 from attribution_core.methods.loaded import LoadedIndex
 from attribution_core.methods.logra import Logra
+from attribution_core.methods.sums import summed_arrays
 from attribution_core.progress import Progress, watched
 from attribution_core.sharding import Shard, Stage
 

@@ -16,12 +16,10 @@ import torch
 from torch import Tensor
 
 from attribution_core.arrays import read_arrays, write_arrays
-from attribution_core.curvature import CovarianceSums, Eigenbasis, EigenvalueSums
-from attribution_core.curvature.covariances import whole_blocks
+from attribution_core.curvature import Eigenbasis
 from attribution_core.curvature.dense import spectrum, summed_hessian
 from attribution_core.curvature.draws import Draws
-from attribution_core.curvature.ekfac import kronecker_eigenvalues
-from attribution_core.curvature.fisher import ShortfallSums, Tempering
+from attribution_core.curvature.fisher import ShortfallSums
 from attribution_core.curvature.iterative import product_over
 from attribution_core.curvature.solvers import arnoldi, mean_eigenvalue
 from attribution_core.data.batch import Batch
@@ -31,11 +29,8 @@ from attribution_core.gradients import Block
 from attribution_core.memory import release_freed
 from attribution_core.method_spec import (
     ArnoldiMethod,
-    EigenvalueCorrected,
     FisherMethod,
-    GaussNewtonMethod,
     HessianMethod,
-    KfacMethod,
     LograMethod,
     TrakMethod,
 )
@@ -44,7 +39,7 @@ from attribution_core.methods.answers import Query
 from attribution_core.methods.artifact import FACTORS_FILE, bytes_of, write_description
 from attribution_core.methods.bank import BankPipeline
 from attribution_core.methods.base import FeatureMethod
-from attribution_core.methods.context import DEFAULT_DAMPING, TEMPERING, WHITENED, FitContext, of_checkpoint
+from attribution_core.methods.context import FitContext, of_checkpoint
 from attribution_core.methods.encoding import Encoder
 from attribution_core.methods.finite import check_finite, naming_the_example
 from attribution_core.methods.kept import KeptGradients
@@ -55,13 +50,12 @@ from attribution_core.methods.magic import MagicPipeline
 from attribution_core.methods.opening import opened_priors
 from attribution_core.methods.recall import measured_recall, recall_rows
 from attribution_core.methods.representer import Representer
+from attribution_core.methods.sums import by_name, defaults, eigenvectors, empty_sums, summed, summed_arrays, tempering
 from attribution_core.methods.trak import Trak
 from attribution_core.progress import NoProgress, Progress, watched
 from attribution_core.sharding import Shard, Stage, shard_ranges
 
 Arrays = dict[str, np.ndarray]
-# What a pass over the training set adds up.
-Sums = CovarianceSums | EigenvalueSums | ShortfallSums
 # Rows up to which stored self-influence was divided by which n.
 Segment = tuple[int, int]
 _MATRIX_SHARDS = 8
@@ -121,11 +115,11 @@ class FitPipeline:
     def _computed(self, stage: str, shard: Shard, progress: Progress) -> Arrays:
         match stage:
             case "covariance" | "eigenvalues":
-                sums = self._sums(stage, shard.checkpoint)
+                sums = empty_sums(self.context, stage, shard.checkpoint, self._basis)
                 for draws in self._draws(stage, shard, progress):
                     for each in sums:
                         each.add(draws)
-                return _by_name(sums)
+                return by_name(sums)
             case "hessian":
                 products, batches = self.context.curvatures.products(shard.checkpoint), self._counted(shard, progress)
                 return {"hessian": summed_hessian(products, batches, self._blocks(shard))}
@@ -162,14 +156,8 @@ class FitPipeline:
         watched_files = watched(files, progress)
         match stage:
             case "covariance":
-                solved: Arrays = {}
-                summed = _summed(self._of_these_sums(group, watched_files))
-                for name, value in watched(summed.items(), progress):
-                    solved |= Eigenbasis.solve({name: value})
-                if isinstance(method, KfacMethod):
-                    blocks = self.context.checkpoint(number).capture.blocks
-                    solved |= kronecker_eigenvalues(blocks, solved, n)
-                return {name: value for name, value in solved.items() if not name.startswith("spectrum.")}
+                sums = summed(self._of_these_sums(group, watched_files))
+                return eigenvectors(self.context, group, sums, progress)
             case "eigenvalues":
                 return {name: (value / n).astype(np.float32) for name, value in summed_arrays(watched_files).items()}
             case "hessian":
@@ -186,24 +174,11 @@ class FitPipeline:
                 return self._feature_kernel(number, watched_files, progress)
 
     def _settled(self, stage: str, reduced: Arrays, progress: Progress) -> Arrays:
-        """Return what an index keeps of its fit's defaults: the damping, once the curvature is known that it follows from, and what is made at it."""
+        """Return what an index keeps of its fit's defaults, after the stage that completes the curvature."""
         method = self.spec.method
         if not isinstance(method, FisherMethod) or stage != method.stages[-2]:
             return {}
-        damping = self.context.default_damping(reduced) or 0.0
-        found: Arrays = {}
-        known = self._fitted(method.stages[:-2]) | reduced
-        for number in range(len(self.spec.members)):
-            own = {DEFAULT_DAMPING: np.array([damping], np.float32)}
-            if (sums := known.get(f"{number}.{ShortfallSums.NAME}")) is not None:
-                own |= self._tempering(sums)
-            if self.context.whitens:
-                own[WHITENED] = own[DEFAULT_DAMPING]
-            if isinstance(method, GaussNewtonMethod):
-                factors = of_checkpoint(known, number)
-                own |= self.context.curvatures.factorised(number, factors, damping, progress)
-            found |= {f"{number}.{name}": value for name, value in own.items()}
-        return found
+        return defaults(self.context, self._fitted(method.stages[:-2]) | reduced, progress)
 
     @_of_method()
     def assemble(self, into: Path, feature_files: Sequence[Path], progress: Progress) -> FitSummary:
@@ -272,29 +247,9 @@ class FitPipeline:
     def _blocks(self, shard: Shard) -> list[Block]:
         return self.context.checkpoint(shard.checkpoint).capture.blocks
 
-    def _covariances(self, number: int) -> CovarianceSums:
-        """Return empty sums of a checkpoint's covariances."""
-        method, blocks = self.spec.method, self.context.checkpoint(number).capture.blocks
-        if not isinstance(method, EigenvalueCorrected):
-            return CovarianceSums(blocks, for_kfac=isinstance(method, KfacMethod))
-        whole = whole_blocks(blocks, method.whole_layers, self.spec.num_training)
-        return CovarianceSums(blocks, whole=whole, by_example=method.axes == "examples")
-
-    def _sums(self, stage: str, number: int) -> list[Sums]:
-        """Return empty sums of all that a stage adds up over a checkpoint's pseudo-gradients."""
-        first: Sums = self._covariances(number) if stage == "covariance" else EigenvalueSums(self._basis(number))
-        power = self.context.residual_power
-        tempers = stage == self.spec.method.stages[0] and power != 1
-        return [first, ShortfallSums(power)] if tempers else [first]
-
-    def _tempering(self, sums: np.ndarray) -> Arrays:
-        """Return what is kept of residuals' power and scale."""
-        tempering = Tempering.of(self.context.residual_power, sums)
-        return {TEMPERING: np.array([tempering.power, tempering.scale], np.float32)}
-
     def _of_these_sums(self, group: tuple[int, ...], files: Iterable[Path]) -> Iterator[Arrays]:
         """Yield shards of covariances of checkpoints that share them; those of a version that summed something else are computed again."""
-        names = _by_name(self._sums("covariance", group[0])).keys()
+        names = by_name(empty_sums(self.context, "covariance", group[0], self._basis)).keys()
         shards = (shard for shard in self._shards("covariance") if shard.checkpoint in group)
         for shard, path in zip(shards, files, strict=True):
             arrays = read_arrays(path)
@@ -399,28 +354,14 @@ class FitPipeline:
         """Return what a method makes of all rows, once they are known."""
         method, shards = self.spec.method, (read_arrays(path) for path in files)
         if isinstance(method, TrakMethod):
-            return self._trak_kernel(method, shards)
+            sums = ShortfallSums(self.context.residual_power)
+            found = trak.reduced(method, self.spec.task, shards, sums)
+            return found if sums.power == 1 else found | tempering(self.context, sums.values)
         if isinstance(method, LograMethod):
             member = self.context.method(number, {})
             assert isinstance(member, Logra)
             return fisher_of(shards, member.projection, self.spec.num_training, progress)
         return {}
-
-    def _trak_kernel(self, method: TrakMethod, shards: Iterable[Arrays]) -> Arrays:
-        power = self.context.residual_power
-        sums = ShortfallSums(power)
-
-        def counted() -> Iterator[Arrays]:
-            for shard in shards:
-                sums.add_shortfalls(torch.from_numpy(shard["weights"]))
-                yield shard
-
-        left, found = counted(), Arrays()
-        if method.curvature != "fisher":  # which has a stage of its own
-            found = trak.kernel_of(left, weighted=trak.weighs_rows(method, self.spec.task))
-        for _ in left:
-            pass
-        return found if power == 1 else found | self._tempering(sums.values)
 
 
 AnyPipeline = FitPipeline | MagicPipeline | BankPipeline
@@ -455,21 +396,3 @@ def run(pipeline: AnyPipeline, into: Path, progress: Progress) -> FitSummary:
     summary = pipeline.assemble(into, files, progress)
     shutil.rmtree(work)
     return summary
-
-
-def summed_arrays(files: Iterable[Path]) -> Arrays:
-    """Return the sums over files of arrays of the same name."""
-    return _summed(read_arrays(path) for path in files)
-
-
-def _by_name(sums: Iterable[Sums]) -> Arrays:
-    """Return the arrays of several sums together."""
-    return {name: value for each in sums for name, value in each.arrays().items()}
-
-
-def _summed(shards: Iterable[Arrays]) -> Arrays:
-    total: Arrays = {}
-    for found in shards:
-        for name, value in found.items():
-            total[name] = total[name] + value if name in total else value
-    return total

@@ -19,7 +19,7 @@ With a `residual_power` below 1 examples count by a power of `1 - p`, and the ke
 Source: Park et al. 2023, equations 13-17.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from attribution_core.curvature.base import unit_of_damping
 from attribution_core.curvature.draws import Draws
-from attribution_core.curvature.fisher import Fisher, Tempering
+from attribution_core.curvature.fisher import Fisher, ShortfallSums, Tempering
 from attribution_core.curvature.group import Group
 from attribution_core.data.batch import Batch
 from attribution_core.errors import InvalidInputError, SingularCurvatureError
@@ -144,6 +144,23 @@ class Trak(FeatureMethod):
 def weighs_rows(method: TrakMethod, task: TaskSpec) -> bool:
     """Return whether the kernel weights rows by the loss's curvature in the output; for squared errors that curvature is 1."""
     return method.curvature == "gauss_newton" and not isinstance(task, RegressionTask)
+
+
+def reduced(
+    method: TrakMethod, task: TaskSpec, shards: Iterable[Arrays], misfits: ShortfallSums
+) -> dict[str, np.ndarray]:
+    """Return the kernel of all shards' rows, unless it has a stage of its own, and count their `1 - p` on the way."""
+
+    def counted() -> Iterator[Arrays]:
+        for shard in shards:
+            misfits.add_shortfalls(torch.from_numpy(shard["weights"]))
+            yield shard
+
+    left = counted()
+    found = {} if method.curvature == "fisher" else kernel_of(left, weighted=weighs_rows(method, task))
+    for _ in left:
+        pass
+    return found
 
 
 def kernel_of(shards: Iterable[Arrays], *, weighted: bool) -> dict[str, np.ndarray]:

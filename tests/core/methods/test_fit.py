@@ -326,8 +326,8 @@ def test_progress_counts_examples_and_can_stop_the_work(problem: Problem, tmp_pa
 @pytest.mark.parametrize(
     ("method", "places"),
     [
-        ({"type": "ekfac"}, {"covariance": {"_of_these_sums", "_reduction"}, "eigenvalues": {"summed_arrays"}}),
-        ({"type": "kfac"}, {"covariance": {"_of_these_sums", "_reduction"}}),
+        ({"type": "ekfac"}, {"covariance": {"_of_these_sums", "eigenvectors"}, "eigenvalues": {"summed_arrays"}}),
+        ({"type": "kfac"}, {"covariance": {"_of_these_sums", "eigenvectors"}}),
         ({"type": "explicit", "damping": 10.0}, {"hessian": {"summed_arrays"}}),
         ({"type": "trak", "projection": SMALL}, {"features": {"kernel_of"}}),
         ({"type": "trak", "projection": SMALL, "curvature": "fisher"}, {"kernel": {"summed_arrays"}}),
