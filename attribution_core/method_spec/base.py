@@ -15,6 +15,7 @@ LAYER_DAMPING = "Default damping, as a multiple of each layer's mean eigenvalue.
 
 
 DEFAULT_RESIDUAL_POWER = 0.6
+RESIDUAL_POWER_OF_COPIES = 0.8
 # Numbers per row where a projection names none.
 DEFAULT_DIM = 1024
 DEFAULT_BITS = 16_384
@@ -118,14 +119,14 @@ class TemperedMethodBase(PerturbedMethodBase):
         gt=0,
         le=1,
         description="Power of 1 - p, the training target's, in proportion to which a classified example counts. 1 is the derivative of its loss, "
-        "which of examples that were learnt by heart says how little they matter now, not how much they did. If null, it is 0.6, and 1 for models of "
-        "one layer and TRAK's published kernel (docs/decisions/0023-tempered-residuals.md).",
+        "which of examples that were learnt by heart says how little they matter now, not how much they did. If null, it is 0.6, with "
+        "perturbed copies 0.8, and 1 for models of one layer and TRAK's published kernel (docs/decisions/0023-tempered-residuals.md).",
     )
 
     @property
     def default_residual_power(self) -> float:
-        """The power where none is named, for models of several layers."""
-        return DEFAULT_RESIDUAL_POWER
+        """The power where none is named, for models of several layers: perturbed copies are less sure of what was learnt by heart as they are."""
+        return RESIDUAL_POWER_OF_COPIES if self.copies else DEFAULT_RESIDUAL_POWER
 
 
 class QueryRows(Spec):

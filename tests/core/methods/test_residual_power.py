@@ -62,6 +62,14 @@ def test_trak_tempers_by_default_but_for_its_published_kernel(problem: Problem) 
         assert FitContext(problem.with_(method=method)).residual_power == power
 
 
+@pytest.mark.parametrize("kind", [*TEMPERED, "trak"])
+def test_perturbed_copies_are_tempered_less(problem: Problem, kind: str) -> None:
+    """Noise on the weights makes a network less sure of its training examples."""
+    for copies, power in ((None, 0.6), ({"copies": 2}, 0.8)):
+        method = {"type": kind, "projection": SMALL, "perturbation": copies}
+        assert FitContext(problem.with_(method=method)).residual_power == power
+
+
 @pytest.mark.parametrize("kind", TEMPERED)
 def test_the_default_is_stored_and_what_stores_none_has_the_derivative(problem: Problem, kind: str) -> None:
     index = problem.fit("index", method={"type": kind}, shard_size=13)
