@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from attribution_core.arrays import read_arrays
+from attribution_core.arrays import read_arrays, write_arrays
+from attribution_core.curvature.fisher import ShortfallSums
 from attribution_core.methods.artifact import FACTORS_FILE
 from attribution_core.methods.base import GradientMethod
 from attribution_core.methods.context import TEMPERING, FitContext
+from attribution_core.methods.fit import FitPipeline
+from attribution_core.progress import NoProgress
 from tests.core.methods.problems import SMALL, Problem, relative_error, shortfall, training_batch
 from tests.core.methods.test_retraining import convex
 from tests.core.methods.test_scores import scores
@@ -79,6 +82,21 @@ def test_the_default_is_stored_and_what_stores_none_has_the_derivative(problem: 
     before = {name: value for name, value in fitted.items() if TEMPERING not in name}
     powers = [index.context.method(0, arrays).tempering.power for arrays in (fitted, before)]  # type: ignore[attr-defined]
     assert powers == [pytest.approx(0.6), 1.0]
+
+
+def test_a_shard_of_before_there_were_sums_of_residuals_is_computed_again(problem: Problem, tmp_path: Path) -> None:
+    spec = problem.with_(method={"type": "ekfac"}, shard_size=25)
+    pipeline, files = FitPipeline(spec, tmp_path / "work"), [tmp_path / str(number) for number in range(3)]
+    shards = [pipeline.run_shard("covariance", number, NoProgress()) for number in range(3)]
+    reduced = []
+    for missing in ((), (1,)):
+        for number, path in enumerate(files):
+            left_out = ShortfallSums.NAME if number in missing else None
+            write_arrays(path, {name: value for name, value in shards[number].items() if name != left_out})
+        reduced.append(pipeline.reduce("covariance", files, NoProgress()))
+    assert reduced[0][f"0.{ShortfallSums.NAME}"][0] == pytest.approx(shortfall(problem).sum(), rel=1e-5)
+    assert reduced[0].keys() == reduced[1].keys()
+    assert all(np.array_equal(value, reduced[1][name]) for name, value in reduced[0].items())
 
 
 def test_a_model_of_one_layer_keeps_the_derivative(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from attribution_core.arrays import read_arrays, write_arrays
 from attribution_core.curvature import CovarianceSums
 from attribution_core.curvature.whitening import Whitening
 from attribution_core.gradients import WholeRotation
-from attribution_core.methods import fit as fits
+from attribution_core.methods import sums
 from attribution_core.methods.artifact import FACTORS_FILE
 from attribution_core.methods.fit import FitPipeline
 from attribution_core.methods.loaded import LoadedIndex
@@ -136,7 +136,7 @@ def test_an_index_of_before_answers_as_it_did(problem: Problem, monkeypatch: pyt
     """Its specification does not say what its layers have; its factors do."""
     kronecker = problem.fit("sides", method={**EKFAC, "axes": "positions", "whole_layers": 0})
     with monkeypatch.context() as before:
-        before.setattr(fits, "CovarianceSums", lambda blocks, **_: CovarianceSums(blocks))
+        before.setattr(sums, "CovarianceSums", lambda blocks, **_: CovarianceSums(blocks))
         old = problem.fit("old", method=EKFAC)
     found = LoadedIndex(old.folder, problem.with_(method=EKFAC))
     assert whole(found) == [False, False]
@@ -150,15 +150,15 @@ def test_a_fit_that_began_before_goes_on(problem: Problem, tmp_path: Path, monke
     """Sums of factors are no sums of whole gradients: what has the former is computed again."""
     spec = problem.with_(method=EKFAC, shard_size=25)
     with monkeypatch.context() as before:
-        before.setattr(fits, "CovarianceSums", lambda blocks, **_: CovarianceSums(blocks))
+        before.setattr(sums, "CovarianceSums", lambda blocks, **_: CovarianceSums(blocks))
         old = FitPipeline(spec, tmp_path / "old").run_shard("covariance", 1, NoProgress())
     pipeline, files = FitPipeline(spec, tmp_path / "work"), [tmp_path / str(number) for number in range(3)]
     new = [pipeline.run_shard("covariance", number, NoProgress()) for number in range(3)]
-    sums = []
+    reduced = []
     for second in (new[1], old):
         for path, arrays in zip(files, (new[0], second, new[2]), strict=True):
             write_arrays(path, arrays)
-        sums.append(pipeline.reduce("covariance", files, NoProgress()))
+        reduced.append(pipeline.reduce("covariance", files, NoProgress()))
     assert old.keys() != new[1].keys()
-    assert sums[0].keys() == sums[1].keys()
-    assert all(np.array_equal(value, sums[1][name]) for name, value in sums[0].items())
+    assert reduced[0].keys() == reduced[1].keys()
+    assert all(np.array_equal(value, reduced[1][name]) for name, value in reduced[0].items())
