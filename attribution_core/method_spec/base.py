@@ -14,6 +14,7 @@ Damping = Annotated[float, Field(ge=0, le=1e12)]
 LAYER_DAMPING = "Default damping, as a multiple of each layer's mean eigenvalue."
 
 
+# Powers of 1 - p by which examples count, where none is named (docs/decisions/0023-tempered-residuals.md).
 DEFAULT_RESIDUAL_POWER = 0.6
 RESIDUAL_POWER_OF_COPIES = 0.8
 # Numbers per row where a projection names none.

@@ -44,7 +44,7 @@ def test_scores_are_those_of_the_derivative_times_a_power(
 
 @pytest.mark.parametrize("curvature", ["gradient", "gauss_newton", "fisher"])
 def test_traks_scores_are_those_of_its_residuals_times_a_power(problem: Problem, curvature: str) -> None:
-    """The kernel stays that of the residuals, so that nothing but the examples' weights changes; two checkpoints average theirs."""
+    """The kernel stays that of the residuals, so that nothing but the examples' weights changes. (An ensemble's mean of them is tested in test_scores.py.)"""
     method = {"type": "trak", "curvature": curvature, "projection": SMALL, "damping": 0.3}
     chosen = {"checkpoints": problem.spec.checkpoints[:1], "shard_size": 13}
     plain = problem.fit("plain", method={**method, "residual_power": 1}, **chosen)
