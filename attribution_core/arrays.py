@@ -1,7 +1,6 @@
 """Named arrays on disk as safetensors: written whole or not at all, with bytes that depend on nothing but the values."""
 
 import json
-import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load_file, save_file
 
 from attribution_core.durable import flush
 from attribution_core.errors import CorruptArtifactError
@@ -23,10 +22,12 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     # Not by the process's number, which writers in two containers may share.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with temporary.open("xb") as file:
-            file.write(save({name: np.ascontiguousarray(arrays[name]) for name in sorted(arrays)}))
-            file.flush()
-            os.fsync(file.fileno())
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode
+        # Straight from the arrays' memory, of which they may be most that the process holds.
+        save_file({name: np.ascontiguousarray(arrays[name]) for name in sorted(arrays)}, temporary)
+        temporary.chmod(mode)  # the library replaces the file by one that only its owner may read
+        flush(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

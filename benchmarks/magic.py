@@ -24,6 +24,7 @@ from attribution_core.fingerprint import sha256_file
 from attribution_core.fit_spec import CheckpointRef, FitSpec
 from attribution_core.methods.fit import fit
 from attribution_core.methods.loaded import LoadedIndex
+from attribution_core.methods.pairs import all_scores
 from attribution_core.progress import NoProgress
 from attribution_core.training.replay import Replay, metasmoothness
 from attribution_core.training.spec import Protocol, TrainSpec, subset_mask
@@ -128,7 +129,7 @@ class Problem:
         )
         fit(spec, self.folder / f"{name}-work", self.folder / name, NoProgress())
         index = LoadedIndex(self.folder / name, spec)
-        return index.scores(index.query(self.queries, None), np.arange(self.n), rescore=True)
+        return all_scores(index, self.queries)
 
 
 def measure(variant: str, queries: int, subsets: int, epochs: int, folder: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from attribution_core.fingerprint import sha256_file
 from attribution_core.fit_spec import CheckpointRef, DatasetRef, FitSpec
 from attribution_core.methods.fit import fit
 from attribution_core.methods.loaded import LoadedIndex
+from attribution_core.methods.pairs import all_scores
 from attribution_core.processor import set_up_processor
 from attribution_core.progress import NoProgress
 from attribution_core.spec import DatasetSpec
@@ -86,10 +87,10 @@ def run(
     summary = fit(spec, out / "work", out / "index", NoProgress())
     feature_seconds = time.process_time() - began
     index = LoadedIndex(out / "index", spec)
-    rows, query_seconds = np.arange(spec.dataset.num_examples), []
+    query_seconds = []
     for damping in dampings:
         began = time.process_time()
-        scores = index.scores(index.query(queries, damping), rows, rescore=True)
+        scores = all_scores(index, queries, damping)
         query_seconds.append(time.process_time() - began)
         np.save(out / f"scores-{damping_name(damping)}.npy", scores)
     peak = peak_megabytes()

@@ -49,8 +49,9 @@ class Eigenbasis:
             values, vectors = _eigen(torch.from_numpy(value))
             # What is smaller than the decomposition's own rounding is no information, and as subnormal numbers it would slow every
             # later product down tenfold.
-            vectors = torch.where(vectors.abs() < torch.finfo(vectors.dtype).eps, 0, vectors)
-            found[name], found[f"spectrum.{name}"] = vectors.float().numpy(), values.float().numpy()
+            nothing = vectors.abs() < torch.finfo(vectors.dtype).eps
+            vectors = vectors.float().contiguous().masked_fill_(nothing, 0)  # decompositions lie column by column
+            found[name], found[f"spectrum.{name}"] = vectors.numpy(), values.float().numpy()
         return found
 
 
@@ -250,7 +251,7 @@ def _rank_one_squares(rotation: Rotation, parts: Sequence[LayerGradient]) -> Ten
 def _eigen(covariance: Tensor) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(covariance)
     largest = vectors.abs().argmax(dim=-2, keepdim=True)
-    return values.clamp(min=0), vectors * vectors.gather(-2, largest).sign()
+    return values.clamp(min=0), vectors.mul_(vectors.gather(-2, largest).sign())
 
 
 def _rotation(number: int, arrays: Mapping[str, np.ndarray], device: str) -> AnyRotation:

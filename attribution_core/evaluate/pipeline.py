@@ -26,8 +26,9 @@ from attribution_core.evaluate.served import ServedCalibration, fit_served
 from attribution_core.evaluate.spec import BankRef, EvaluationSpec, TuneSpec
 from attribution_core.methods.bank import GroupPiece, NewGroup, group_pieces
 from attribution_core.methods.opening import AnyIndex, open_index
+from attribution_core.methods.pairs import all_scores
 from attribution_core.methods.representation import Representation
-from attribution_core.progress import NoProgress, Progress, watched
+from attribution_core.progress import NoProgress, Progress
 from attribution_core.sampling import evenly_spread
 from attribution_core.sharding import Stage
 from attribution_core.training.bank import Bank, Retrained, train_group, train_runs
@@ -36,7 +37,6 @@ from attribution_core.training.spec import TrainSpec
 from attribution_core.training.trainer import Run, Trainer
 
 Json = dict[str, Any]
-_QUERIES_AT_ONCE = 64
 _TOP_OF_MIXTURE = 10
 Arrays = dict[str, np.ndarray]
 
@@ -145,11 +145,7 @@ class EvaluationPipeline:
         return self._scores_of(self.index, damping)
 
     def _scores_of(self, index: AnyIndex, damping: float | None) -> np.ndarray:
-        found = []
-        for start in watched(range(0, len(self.batch), _QUERIES_AT_ONCE), self._progress):
-            query = index.query(self.batch[start : start + _QUERIES_AT_ONCE], damping)
-            found.append(index.scores(query, self.rows, rescore=True, progress=self._progress))
-        return np.concatenate(found)
+        return all_scores(index, self.batch, damping, self.rows, self._progress)
 
     @cached_property
     def full(self) -> np.ndarray:

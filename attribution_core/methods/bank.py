@@ -41,6 +41,7 @@ from attribution_core.methods.context import FitContext
 from attribution_core.methods.dense import ScoredIndex
 from attribution_core.methods.loaded import LoadedIndex
 from attribution_core.methods.magic import train_spec
+from attribution_core.methods.pairs import all_scores
 from attribution_core.progress import Progress
 from attribution_core.sharding import Stage
 from attribution_core.training.bank import DIVERGED, Bank, train_group
@@ -147,7 +148,7 @@ class BankPipeline:
         coverage = {"percent": 100.0, "covered": [], "skipped": [], "diverged": int(bank.diverged.sum())}
         if isinstance(self.method, PosteriorMethod):
             queries = _named_queries(context, self.method)
-            scores = np.stack([_all_scores(prior, queries) for prior in self._priors])
+            scores = np.stack([all_scores(prior, queries) for prior in self._priors])
             values = bank.values(queries, self.spec.measurement)
             learned = learn(list(scores), Retrainings(bank.masks, values))
             coverage["posterior"] = learned.hyperparameters.as_json()
@@ -226,7 +227,7 @@ class BankIndex(ScoredIndex):
         if not isinstance(self.method, PosteriorMethod):
             rows = _scores(self.method, Retrainings(self._masks, values)).astype(np.float32)
             return Query(outputs, [], rows, batch, damping)
-        methods = [_all_scores(prior, batch, damping) for prior in self._priors]
+        methods = [all_scores(prior, batch, damping) for prior in self._priors]
         posterior = condition(self._learned, methods, Retrainings(self._masks, values))
         return PosteriorQuery(outputs, [], posterior.scores.astype(np.float32), batch, damping, posterior)
 
@@ -290,8 +291,3 @@ def _named_queries(context: FitContext, method: PosteriorMethod) -> Batch:
     queries = context.spec.queries
     assert queries is not None
     return context.source_of(queries.folder, queries.spec).batch(method.queries.rows)
-
-
-def _all_scores(prior: Prior, batch: Batch, damping: float | None = None) -> np.ndarray:
-    """Return a prior's scores of all training examples, (queries, n)."""
-    return prior.scores(prior.query(batch, damping), np.arange(prior.num_examples), rescore=True)

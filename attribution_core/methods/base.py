@@ -169,6 +169,11 @@ class FeatureMethod(ABC):
         self.checkpoint = checkpoint
 
     @property
+    def solves_by_passes(self) -> bool:
+        """Whether preconditioning a batch of queries takes passes over training examples."""
+        return False
+
+    @property
     @abstractmethod
     def dim(self) -> int:
         """Numbers per stored row."""
@@ -241,6 +246,11 @@ class GradientMethod(FeatureMethod):
         self.curvature = curvature
         self.default_damping = damping
         self.projection = projection
+
+    @property
+    def solves_by_passes(self) -> bool:
+        """Whether the curvature is a product over the training set."""
+        return not self.curvature.solves_cheaply
 
     @property
     def dim(self) -> int:

@@ -105,6 +105,8 @@ class FitPipeline:
             Cancelled: if the work should stop.
         """
         shard = self._shards(stage)[ordinal]
+        if shard.start == 0:
+            release_freed()  # else what each checkpoint's passes leave in pieces adds up over the ensemble
         self.context.check_capture(shard.checkpoint)
         with naming_the_example(self.context, [shard.checkpoint], progress):
             found = self._computed(stage, shard, progress)
@@ -146,6 +148,7 @@ class FitPipeline:
         size = len(shard_files) // len(self.spec.members)
         reduced: Arrays = {}
         for group in self.spec.curvature_groups():
+            release_freed()  # likewise of decompositions
             files = [path for number in group for path in shard_files[number * size : (number + 1) * size]]
             found = self._reduction(stage, group, files, progress)
             reduced |= {f"{group[0]}.{name}": value for name, value in found.items()}

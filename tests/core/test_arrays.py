@@ -35,3 +35,13 @@ def test_nothing_is_left_of_a_file_that_cannot_be_written(tmp_path: Path, monkey
     with pytest.raises(OSError, match="No space"):
         write_arrays(tmp_path / "shard", VALUES)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_may_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    """Backups are often made by another user of the same group."""
+    before = os.umask(0o027)
+    try:
+        write_arrays(tmp_path / "shard", VALUES)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "shard").stat().st_mode & 0o777 == 0o640
