@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attribution_core.errors import InvalidInputError
-from attribution_core.gradients import LayerGradient
+from attribution_core.gradients import AnyRotation, LayerGradient
 
 if TYPE_CHECKING:
     from attribution_core.curvature.group import Group
@@ -35,6 +35,15 @@ class Curvature(ABC):
     def solve_factored(self, gradients: Sequence[LayerGradient], damping: float) -> list[Tensor]:
         """Return `(H̄ + λ)⁻¹ v` of gradients given as factors."""
         return self.solve([gradient.materialise() for gradient in gradients], damping)
+
+    @property
+    def rotations(self) -> Sequence[AnyRotation] | None:
+        """Of each block, into the basis that the curvature is diagonal in; None for none."""
+        return None
+
+    def solve_turned(self, gradients: Sequence[LayerGradient], damping: float) -> list[Tensor]:
+        """Return what `solve_factored` does as `turned` has it by the curvature's rotations: inputs stay along their axes."""
+        return self.solve_factored(gradients, damping)
 
     def without(self, group: "Group") -> "Curvature":
         """Return `H̄ - H_F/n`, the curvature that a group leaves behind: divided by n still, with the λ of the whole.

@@ -108,19 +108,33 @@ class EkfacFactors(Curvature):
         Raises:
             SingularCurvatureError: if some eigenvalue plus its λ is 0.
         """
-        turned = (turn.forward(part) for part, turn in zip(gradients, self.basis.rotations, strict=True))
-        return [self._divided(number, part, damping) for number, part in enumerate(turned)]
+        rotations = self.basis.rotations
+        forward = (turn.forward(part) for part, turn in zip(gradients, rotations, strict=True))
+        return [rotations[number].back(self._divided(number, part, damping)) for number, part in enumerate(forward)]
 
     def solve_factored(self, gradients: Sequence[LayerGradient], damping: float) -> list[Tensor]:
         """Return `(H̄ + λ)⁻¹ v` of gradients given as factors, which are rotated where that is cheaper."""
+        return self._solved(gradients, damping, self.basis.rotations)
+
+    @property
+    def rotations(self) -> Sequence[AnyRotation]:
+        """Of each block, into the basis that the curvature is diagonal in."""
+        return self.basis.rotations
+
+    def solve_turned(self, gradients: Sequence[LayerGradient], damping: float) -> list[Tensor]:
+        """Return what `solve_factored` does as `turned` has it: of a wide layer's solve, most is turning the inputs back."""
+        backs = [turn if isinstance(turn, WholeRotation) else replace(turn, inputs=None) for turn in self.rotations]
+        return self._solved(gradients, damping, backs)
+
+    def _solved(self, gradients: Sequence[LayerGradient], damping: float, backs: Sequence[AnyRotation]) -> list[Tensor]:
         solved = [part.inputs.new_empty(len(part), *part.block.shape) for part in gradients]
-        for number, (part, rotation) in enumerate(zip(gradients, self.basis.rotations, strict=True)):
+        for number, (part, rotation, back) in enumerate(zip(gradients, self.rotations, backs, strict=True)):
             for examples, rotated in part.materialised(rotation):
-                solved[number][examples] = self._divided(number, rotated, damping)
+                solved[number][examples] = back.back(self._divided(number, rotated, damping))
         return solved
 
     def _divided(self, number: int, rotated: Tensor, damping: float) -> Tensor:
-        return self.basis.rotations[number].back(rotated / self.damped(number, damping).to(rotated.dtype))
+        return rotated / self.damped(number, damping).to(rotated.dtype)
 
     def without(self, group: "Group") -> "EkfacFactors":
         """Return the curvature less the group's share of every eigenvalue, in the same basis.

@@ -1,8 +1,9 @@
 """Training gradients without loss: per layer `a` and `g` where these are smaller than `g aᵀ`, else the gradient itself.
 
 A shard file `NNNNN.safetensors` holds, for checkpoint C and block B, `C.B.inputs` (count, groups, d_in) and `C.B.outputs` (count, groups, d_out),
-or `C.B.whole` (count, groups, d_out, d_in). Each is divided by its largest entry per example, and the product of these is kept in
-`C.B.scale` (count,) as float32: gradients of well-fitted examples are far below the smallest float16. As int8, entries are rounded to 127ths.
+or `C.B.whole` (count, groups, d_out, d_in); `C.B.turned.…` where inputs lie along the axes of a curvature. Each is divided by its largest entry per
+example, and the product of these is kept in `C.B.scale` (count,) as float32: gradients of well-fitted examples are far below the smallest float16.
+As int8, entries are rounded to 127ths.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,11 +16,12 @@ from torch import Tensor
 
 from attribution_core.arrays import mapped_arrays, write_arrays
 from attribution_core.errors import CorruptArtifactError
-from attribution_core.gradients import Block, DenseGradient, LayerGradient
+from attribution_core.gradients import AnyRotation, Block, DenseGradient, LayerGradient, Rotation, turned
 
 Arrays = dict[str, np.ndarray]
 FactorType = Literal["float32", "float16", "int8"]
 _LEVELS = 127
+_TURNED = ".turned"
 # Rows decoded together: enough for fast products, some megabytes.
 _ROWS_AT_ONCE = 512
 
@@ -29,10 +31,15 @@ def numbers_kept(gradients: Sequence[LayerGradient]) -> int:
     return sum(_factored_size(part.block) if _factored(part) else part.block.numel for part in gradients)
 
 
-def encoded(gradients: Sequence[LayerGradient], dtype: FactorType) -> Arrays:
-    """Return a batch's gradients as named arrays, without the checkpoint's number."""
+def encoded(
+    gradients: Sequence[LayerGradient], dtype: FactorType, rotations: Sequence[AnyRotation] | None = None
+) -> Arrays:
+    """Return a batch's gradients as named arrays, without the checkpoint's number; with inputs along the rotations' axes, if given."""
     found: Arrays = {}
-    for number, gradient in enumerate(gradients):
+    for number, each in enumerate(gradients):
+        gradient, place = each, f"{number}"
+        if rotations is not None and isinstance(rotations[number], Rotation):
+            gradient, place = turned(each, rotations[number]), f"{number}{_TURNED}"
         if _factored(gradient):
             parts = {"inputs": gradient.inputs[:, :, 0], "outputs": gradient.outputs[:, :, 0]}
         else:
@@ -40,9 +47,9 @@ def encoded(gradients: Sequence[LayerGradient], dtype: FactorType) -> Arrays:
         scale = gradient.inputs.new_ones(len(gradient))
         for name, values in parts.items():
             largest = values.flatten(1).abs().amax(1)
-            found[f"{number}.{name}"] = _array(values / _shaped(largest.where(largest > 0, 1), values), dtype)
+            found[f"{place}.{name}"] = _array(values / _shaped(largest.where(largest > 0, 1), values), dtype)
             scale = scale * largest
-        found[f"{number}.scale"] = _array(scale, "float32")
+        found[f"{place}.scale"] = _array(scale, "float32")
     return found
 
 
@@ -75,8 +82,16 @@ class GradientStore:
             int(np.prod(value.shape[1:])) for name, value in self._shards[0].items() if not name.endswith(".scale")
         )
 
-    def read(self, checkpoint: int, rows: np.ndarray) -> Iterator[tuple[np.ndarray, list[LayerGradient]]]:
-        """Yield `(places in rows, gradients)` shard by shard, some rows at a time."""
+    def read(
+        self, checkpoint: int, rows: np.ndarray, rotations: Sequence[AnyRotation] | None = None
+    ) -> Iterator[tuple[np.ndarray, list[LayerGradient]]]:
+        """Yield `(places in rows, gradients)` shard by shard, some rows at a time.
+
+        Args:
+            checkpoint: whose gradients.
+            rows: numbers of examples.
+            rotations: along whose axes inputs are to lie; those of shards that an older version wrote are turned here.
+        """
         shard_of = np.searchsorted(self._starts, rows, side="right") - 1
         for number in np.unique(shard_of):
             of_shard = np.flatnonzero(shard_of == number)
@@ -85,14 +100,20 @@ class GradientStore:
                 inside = rows[places] - self._starts[number]
                 if inside[-1] - inside[0] + 1 == len(inside) and (np.diff(inside) == 1).all():
                     inside = slice(inside[0], inside[-1] + 1)
-                yield places, self._decoded(self._shards[number], checkpoint, inside)
+                yield places, self._decoded(self._shards[number], checkpoint, inside, rotations)
 
     def _decoded(
-        self, shard: Mapping[str, np.ndarray], checkpoint: int, rows: np.ndarray | slice
+        self,
+        shard: Mapping[str, np.ndarray],
+        checkpoint: int,
+        rows: np.ndarray | slice,
+        rotations: Sequence[AnyRotation] | None,
     ) -> list[LayerGradient]:
         gradients: list[LayerGradient] = []
         for number, block in enumerate(self._blocks):
             name = f"{checkpoint}.{number}"
+            along = f"{name}{_TURNED}.scale" in shard
+            name += _TURNED if along else ""
             scale = self._tensor(shard[f"{name}.scale"][rows])
             if f"{name}.whole" in shard:
                 values = self._tensor(shard[f"{name}.whole"][rows]) * scale.view(-1, 1, 1, 1)
@@ -101,6 +122,8 @@ class GradientStore:
                 outputs = self._tensor(shard[f"{name}.outputs"][rows]) * scale.view(-1, 1, 1)
                 inputs = self._tensor(shard[f"{name}.inputs"][rows])
                 gradients.append(LayerGradient(block, inputs.unsqueeze(2), outputs.unsqueeze(2)))
+            if rotations is not None and not along:
+                gradients[-1] = turned(gradients[-1], rotations[number])
         return gradients
 
     def _tensor(self, values: np.ndarray) -> Tensor:

@@ -2,7 +2,7 @@
 
 from attribution_core.gradients.capture import Coverage, GradientCapture, Pass
 from attribution_core.gradients.factors import Block, DenseGradient, LayerGradient
-from attribution_core.gradients.rotation import AnyRotation, Rotation, WholeRotation
+from attribution_core.gradients.rotation import AnyRotation, Rotation, WholeRotation, turned
 
 __all__ = [
     "AnyRotation",
@@ -14,4 +14,5 @@ __all__ = [
     "Pass",
     "Rotation",
     "WholeRotation",
+    "turned",
 ]

@@ -1,6 +1,6 @@
 """Orthogonal changes of basis of one block: of its rows and columns each for themselves, or of all its coordinates together."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -76,6 +76,13 @@ class WholeRotation:
 
 
 AnyRotation = Rotation | WholeRotation
+
+
+def turned(gradient: LayerGradient, rotation: AnyRotation) -> LayerGradient:
+    """Return gradients with their inputs along the new axes, `g (a Q_A)ᵀ`; as they are where a block's coordinates turn together."""
+    if isinstance(rotation, WholeRotation):
+        return gradient
+    return replace(gradient, inputs=rotation.input_factor(gradient))
 
 
 def _multiplied(matrices: Tensor, axes: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from attribution_core.curvature.group import Group
 from attribution_core.curvature.whitening import Whitening
 from attribution_core.data.batch import Batch
 from attribution_core.errors import InvalidInputError
-from attribution_core.gradients import GradientCapture, LayerGradient, Pass
+from attribution_core.gradients import AnyRotation, GradientCapture, LayerGradient, Pass
 from attribution_core.projection import Projection
 from attribution_core.tasks import Task
 
@@ -227,6 +227,7 @@ class GradientMethod(FeatureMethod):
         projection: of stored rows and queries; None where gradients are stored whole, as factors.
         whitened_at: the damping of the basis in which both are projected; None for the parameters' own basis.
         tempering: what training examples count for beyond their loss gradient; nothing by default.
+        turned: whether gradients that are stored whole have their inputs along the axes of the curvature's rotations, and so queries.
     """
 
     linear = True
@@ -239,8 +240,11 @@ class GradientMethod(FeatureMethod):
         projection: Projection | None,
         whitened_at: float | None = None,
         tempering: Tempering | None = None,
+        *,
+        turned: bool = False,
     ) -> None:
         super().__init__(checkpoint)
+        self.turned = turned
         self.whitened_at = whitened_at
         self.tempering = tempering or Tempering()
         self.curvature = curvature
@@ -256,6 +260,11 @@ class GradientMethod(FeatureMethod):
     def dim(self) -> int:
         """The projection's dimension."""
         return 0 if self.projection is None else self.projection.dim
+
+    @property
+    def rotations(self) -> Sequence[AnyRotation] | None:
+        """Of stored gradients and of queries; None for the parameters' own axes."""
+        return self.curvature.rotations if self.turned else None
 
     @cached_property
     def whitening(self) -> Sequence[Whitening] | None:
@@ -305,7 +314,8 @@ class GradientMethod(FeatureMethod):
         """Return `(1/n)(H̄ + λ)⁻¹ ∇m_z`, unprojected and projected."""
         # 1/n goes into the factors: a second copy of what is solved would be the peak of memory.
         share = query.measured[0].inputs.new_full((len(query.output),), 1 / self.checkpoint.num_examples)
-        solved = self.curvature.solve_factored(scaled(query.measured, share), damping)
+        solve = self.curvature.solve_turned if self.turned else self.curvature.solve_factored
+        solved = solve(scaled(query.measured, share), damping)
         return QuerySide(query.output, self._projected(solved, query.rows), solved)
 
     def exact_scores(self, query: QuerySide, batch: Batch) -> Tensor:

@@ -27,11 +27,13 @@ from attribution_core.gradients.self_check import check_capture
 from attribution_core.method_spec import (
     DEFAULT_BITS,
     DEFAULT_DIM,
+    EkfacMethod,
     ExactMethod,
     FisherMethod,
     GasMethod,
     GradCosMethod,
     GradientMethodBase,
+    KfacMethod,
     LograMethod,
     PerturbedMethodBase,
     RepresentationMethod,
@@ -65,6 +67,8 @@ WHITENED = "whitened"
 DEFAULT_DAMPING = "default_damping"
 # Likewise: power and scale of residuals; indexes of before have none, and are not tempered.
 TEMPERING = "tempering"
+# Likewise where its stored gradients have their inputs along the axes of its curvature.
+TURNED = "turned"
 MAX_FACTORED_EXAMPLES = 100_000
 MAX_FACTOR_BYTES = 16 << 10
 FACTOR_BYTES = {"auto": 4, "float32": 4, "float16": 2, "int8": 1}
@@ -269,7 +273,8 @@ class FitContext:
         assert isinstance(spec, GradientMethodBase)
         kept = self._projection(spec, number) if self.layout == "vectors" else None
         damping, whitened_at = self.default_damping(fitted) or 0.0, float(own[WHITENED][0]) if WHITENED in own else None
-        return GradientMethod(checkpoint, self.curvatures.of(number, own), damping, kept, whitened_at, tempering)
+        curvature, turned = self.curvatures.of(number, own), TURNED in own
+        return GradientMethod(checkpoint, curvature, damping, kept, whitened_at, tempering, turned=turned)
 
     @cached_property
     def row_type(self) -> RowType:
@@ -300,6 +305,15 @@ class FitContext:
             and method.projection.type != "factored"
             and method.damping != 0
         )
+
+    @property
+    def turns(self) -> bool:
+        """Whether a new fit's stored gradients lie along the axes of its curvature, so that solved queries need not be turned back.
+
+        Not as bytes: along these axes few entries are large, and the rounding of all others is theirs.
+        """
+        diagonalised = isinstance(self.spec.method, EkfacMethod | KfacMethod)
+        return diagonalised and self.layout == "factors" and not self.lossy
 
     def default_damping(self, fitted: Arrays) -> float | None:
         """Return the damping where a query names none; None for methods without.

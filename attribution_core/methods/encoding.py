@@ -50,7 +50,7 @@ class Encoder:
             if not method.curvature.solves_cheaply:  # no query is solved that would show it
                 check_squares(observed)
             assert context.row_type != "binary"
-            stored = encoded(observed.training, context.row_type)
+            stored = encoded(observed.training, context.row_type, method.rotations)
             _check_scales(stored, observed.batch)
             arrays |= {f"{GRADIENT}{name}": value for name, value in stored.items()}
         return arrays

@@ -323,8 +323,9 @@ class LoadedIndex:
         assert self.gradients is not None
         scores = np.zeros((len(query), len(rows)), np.float32)
         for number, side in enumerate(query.sides):
-            for places, gradients in self.gradients.read(number, rows):
-                part = self._compared(number).scores_of(side, gradients)
+            member = self._compared(number)
+            for places, gradients in self.gradients.read(number, rows, member.rotations):
+                part = member.scores_of(side, gradients)
                 scores[:, places] += part.cpu().numpy() / len(self.members)
         return scores
 
@@ -337,7 +338,7 @@ class LoadedIndex:
         assert self.gradients is not None
         effect = np.zeros(len(query))
         for number, side in enumerate(query.sides):
-            for _, gradients in self.gradients.read(number, rows):
+            for _, gradients in self.gradients.read(number, rows, self._compared(number).rotations):
                 effect += summed(side, gradients).double().cpu().numpy() / len(self.members)
         return effect
 

@@ -11,7 +11,7 @@ from attribution_core.curvature.covariances import whole_blocks
 from attribution_core.curvature.ekfac import kronecker_eigenvalues
 from attribution_core.curvature.fisher import ShortfallSums, Tempering
 from attribution_core.method_spec import EigenvalueCorrected, GaussNewtonMethod, KfacMethod
-from attribution_core.methods.context import DEFAULT_DAMPING, TEMPERING, WHITENED, FitContext, of_checkpoint
+from attribution_core.methods.context import DEFAULT_DAMPING, TEMPERING, TURNED, WHITENED, FitContext, of_checkpoint
 from attribution_core.progress import Progress, watched
 
 Arrays = dict[str, np.ndarray]
@@ -71,6 +71,8 @@ def defaults(context: FitContext, fitted: Arrays, progress: Progress) -> Arrays:
         own = {DEFAULT_DAMPING: np.array([damping], np.float32)}
         if ShortfallSums.NAME in known:
             own |= tempering(context, known[ShortfallSums.NAME])
+        if context.turns:
+            own[TURNED] = np.ones(1, np.float32)
         if context.whitens:
             own[WHITENED] = own[DEFAULT_DAMPING]
         if isinstance(context.spec.method, GaussNewtonMethod):
