@@ -35,6 +35,11 @@ class Eigenbasis:
         self.blocks = list(blocks)
         self.rotations = [_rotation(number, arrays, device) for number in range(len(blocks))]
 
+    @property
+    def but_inputs(self) -> list[AnyRotation]:
+        """The rotations, of rows and columns those of rows alone: their inverses leave inputs along the new axes."""
+        return [turn if isinstance(turn, WholeRotation) else replace(turn, inputs=None) for turn in self.rotations]
+
     @staticmethod
     def solve(sums: Mapping[str, np.ndarray]) -> Arrays:
         """Return the eigenvectors of summed covariances as float32 arrays under the same names, and their eigenvalues as `spectrum.…`.
@@ -123,8 +128,7 @@ class EkfacFactors(Curvature):
 
     def solve_turned(self, gradients: Sequence[LayerGradient], damping: float) -> list[Tensor]:
         """Return what `solve_factored` does as `turned` has it: of a wide layer's solve, most is turning the inputs back."""
-        backs = [turn if isinstance(turn, WholeRotation) else replace(turn, inputs=None) for turn in self.rotations]
-        return self._solved(gradients, damping, backs)
+        return self._solved(gradients, damping, self.basis.but_inputs)
 
     def _solved(self, gradients: Sequence[LayerGradient], damping: float, backs: Sequence[AnyRotation]) -> list[Tensor]:
         solved = [part.inputs.new_empty(len(part), *part.block.shape) for part in gradients]

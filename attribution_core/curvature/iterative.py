@@ -19,7 +19,7 @@ from attribution_core.curvature.vectors import Product, flattened, unflattened
 from attribution_core.curvature.whitening import Whitening
 from attribution_core.data.batch import Batch
 from attribution_core.errors import SingularCurvatureError
-from attribution_core.gradients import Block, LayerGradient
+from attribution_core.gradients import AnyRotation, Block, LayerGradient
 
 # Numbers in the vectors that are solved at once, and vectors below which products would wait for memory, as long as they are not too large.
 _NUMBERS_AT_ONCE = 1 << 22
@@ -72,17 +72,26 @@ class GaussNewton(Curvature):
         Raises:
             SingularCurvatureError: if the curvature is singular at this damping.
         """
-        basis = self._factors.basis
-        turned = [turn.forward(part) for part, turn in zip(gradients, basis.rotations, strict=True)]
-        return self._solved(turned, damping)
+        turned = [turn.forward(part) for part, turn in zip(gradients, self.rotations, strict=True)]
+        return self._solved(turned, damping, self.rotations)
 
     def solve_factored(self, gradients: Sequence[LayerGradient], damping: float) -> list[Tensor]:
         """Return `(H̄ + λ)⁻¹ v` of gradients given as factors, which are rotated where that is cheaper."""
-        turned = [turn.of(part) for part, turn in zip(gradients, self._factors.basis.rotations, strict=True)]
-        return self._solved(turned, damping)
+        turned = [turn.of(part) for part, turn in zip(gradients, self.rotations, strict=True)]
+        return self._solved(turned, damping, self.rotations)
 
-    def _solved(self, turned: Sequence[Tensor], damping: float) -> list[Tensor]:
-        """Solve in the eigenbasis and return to the parameters' own."""
+    @property
+    def rotations(self) -> Sequence[AnyRotation]:
+        """K's."""
+        return self._factors.rotations
+
+    def solve_turned(self, gradients: Sequence[LayerGradient], damping: float) -> list[Tensor]:
+        """Return what `solve_factored` does, with inputs along K's axes."""
+        turned = [turn.of(part) for part, turn in zip(gradients, self.rotations, strict=True)]
+        return self._solved(turned, damping, self._factors.basis.but_inputs)
+
+    def _solved(self, turned: Sequence[Tensor], damping: float, backs: Sequence[AnyRotation]) -> list[Tensor]:
+        """Solve in the eigenbasis and turn back."""
         blocks, rows = self._factors.basis.blocks, self.rows()
         diagonal = [part.to(turned[0]) for part in self._diagonal(rows, damping)]
         factor = self._factor
@@ -91,7 +100,7 @@ class GaussNewton(Curvature):
         else:
             solve = self._iteration(rows, diagonal, damping)
         solved = _in_parts(turned, _scaled(solve))
-        return [turn.back(part) for part, turn in zip(solved, self._factors.basis.rotations, strict=True)]
+        return [turn.back(part) for part, turn in zip(solved, backs, strict=True)]
 
     def factorised(self, damping: float) -> RowFactor | None:
         """Return the factorisation at a damping, if the rows are few enough for one."""

@@ -31,6 +31,7 @@ from attribution_core.method_spec import (
     ExactMethod,
     FisherMethod,
     GasMethod,
+    GaussNewtonMethod,
     GradCosMethod,
     GradientMethodBase,
     KfacMethod,
@@ -312,8 +313,8 @@ class FitContext:
 
         Not as bytes: along these axes few entries are large, and the rounding of all others is theirs.
         """
-        diagonalised = isinstance(self.spec.method, EkfacMethod | KfacMethod)
-        return diagonalised and self.layout == "factors" and not self.lossy
+        solved_there = isinstance(self.spec.method, EkfacMethod | KfacMethod | GaussNewtonMethod)
+        return solved_there and self.layout == "factors" and not self.lossy
 
     def default_damping(self, fitted: Arrays) -> float | None:
         """Return the damping where a query names none; None for methods without.
