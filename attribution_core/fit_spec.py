@@ -9,8 +9,10 @@ from pydantic import Field, model_validator
 from attribution_core.errors import InvalidInputError
 from attribution_core.fingerprint import sha256_file, sha256_of
 from attribution_core.method_spec import (
+    DEFAULT_SHRINKAGE,
     PROJECTION_VERSION,
     EigenvalueCorrected,
+    GaussNewtonMethod,
     LograMethod,
     MethodSpec,
     RepresenterMethod,
@@ -163,6 +165,8 @@ class FitSpec(Spec):
             decides["method"].pop("perturbation", None)
         if isinstance(self.method, TemperedMethodBase) and self.method.residual_power is None:
             del decides["method"]["residual_power"]
+        if isinstance(self.method, GaussNewtonMethod) and self.method.shrinkage is None and not self.method.copies:
+            decides["method"]["shrinkage"] = DEFAULT_SHRINKAGE
         if isinstance(self.method, EigenvalueCorrected):
             for name in ("axes", "whole_layers"):
                 if decides["method"][name] == EigenvalueCorrected.model_fields[name].default:

@@ -99,9 +99,13 @@ class Fisher:
             parts.append(ran.gradients(along, mask=examples.mask))
         return Draws(parts, run.inputs(batch.mask))
 
+    def exact(self, task: Task, outputs: Tensor) -> bool:
+        """Return whether `Σ g gᵀ` is the model's Fisher matrix itself, as told from some examples' outputs."""
+        return self._kind(task.exact_labels(outputs)) == "exact"
+
     def chooses(self, task: Task, outputs: Tensor) -> bool:
         """Return whether labels are enumerated, or fewer directions taken, as is better."""
-        return self.kind == "auto" and self._kind(task.exact_labels(outputs)) == "exact"
+        return self.kind == "auto" and self.exact(task, outputs)
 
     def _directions(self, task: Task, outputs: Tensor) -> Tensor | None:
         return task.directions(outputs) if self.chooses(task, outputs) else None

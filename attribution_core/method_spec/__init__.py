@@ -41,6 +41,9 @@ from attribution_core.method_spec.features import (
     TrakMethod,
 )
 from attribution_core.method_spec.fisher import (
+    DAMPING_OF_COPIES,
+    DEFAULT_SHRINKAGE,
+    SHRINKAGE_OF_COPIES,
     DataInfMethod,
     DiagonalMethod,
     EigenvalueCorrected,
@@ -54,11 +57,14 @@ from attribution_core.method_spec.hessian import ArnoldiMethod, CgMethod, Explic
 from attribution_core.method_spec.trajectory import GasMethod, MagicMethod, SourceMethod, TracinMethod
 
 __all__ = [
+    "DAMPING_OF_COPIES",
     "DEFAULT_BITS",
     "DEFAULT_DIM",
+    "DEFAULT_SHRINKAGE",
     "METHODS",
     "OFFERED",
     "PROJECTION_VERSION",
+    "SHRINKAGE_OF_COPIES",
     "AmeMethod",
     "ArnoldiMethod",
     "AutoMethod",

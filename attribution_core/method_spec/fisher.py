@@ -18,6 +18,10 @@ from attribution_core.spec import Seed
 # The least default damping, which keeps rounding small, and the concentration of the spectrum from which it is the largest.
 MIN_DEFAULT_DAMPING = 0.001
 MOST_CONCENTRATED = 800
+# EK-FAC's weight in `gauss_newton`; and over perturbed copies, where a part of what it guards against averages out, with how many times the default damping.
+DEFAULT_SHRINKAGE = 0.8
+SHRINKAGE_OF_COPIES = 0.5
+DAMPING_OF_COPIES = 2.0
 
 
 class FisherSampling(GradientMethodBase):
@@ -126,11 +130,12 @@ class GaussNewtonMethod(EigenvalueCorrected):
     reference: ClassVar[str] = "Teso et al. 2021; Bae et al. 2022; Wang et al. 2025 (ASTRA)"
     type: Literal["gauss_newton"]
     max_default: ClassVar[float] = 10.0
-    shrinkage: float = Field(
-        default=0.8,
+    shrinkage: float | None = Field(
+        default=None,
         ge=0,
         le=1,
-        description="Weight ρ of EK-FAC in the curvature `(1 - ρ) Gauss-Newton + ρ EK-FAC` that is solved; 0 is the Gauss-Newton matrix itself.",
+        description="Weight ρ of EK-FAC in the curvature `(1 - ρ) Gauss-Newton + ρ EK-FAC` that is solved; 0 is the Gauss-Newton matrix itself. "
+        "If null, it is 0.8; with perturbed copies, unless labels are sampled, 0.5 at twice the default damping.",
     )
     negligible: float = Field(
         default=0.3,

@@ -25,8 +25,11 @@ from attribution_core.features.rows import RowType
 from attribution_core.fit_spec import FitSpec, Member
 from attribution_core.gradients.self_check import check_capture
 from attribution_core.method_spec import (
+    DAMPING_OF_COPIES,
     DEFAULT_BITS,
     DEFAULT_DIM,
+    DEFAULT_SHRINKAGE,
+    SHRINKAGE_OF_COPIES,
     EkfacMethod,
     ExactMethod,
     FisherMethod,
@@ -331,7 +334,24 @@ class FitContext:
         if (damping := RowFactor.damping_of(own)) is not None:  # likewise
             return damping
         eigenvalues = (value for name, value in fitted.items() if ".eigenvalues." in name)
-        return _rounded(method.damping_for(concentration(eigenvalues)))
+        multiple = DAMPING_OF_COPIES if self.shrinks_less else 1.0
+        return _rounded(multiple * method.damping_for(concentration(eigenvalues)))
+
+    @cached_property
+    def shrinks_less(self) -> bool:
+        """Whether `gauss_newton` is left to choose its shrinkage, and has copies whose matrices are exact: those of sampled labels need as much as one."""
+        method = self.spec.method
+        chooses = isinstance(method, GaussNewtonMethod) and method.shrinkage is None
+        return chooses and method.copies > 0 and self.pseudo_gradients.exact
+
+    @property
+    def shrinkage(self) -> float:
+        """EK-FAC's weight ρ in `gauss_newton`."""
+        method = self.spec.method
+        assert isinstance(method, GaussNewtonMethod)
+        if method.shrinkage is not None:
+            return method.shrinkage
+        return SHRINKAGE_OF_COPIES if self.shrinks_less else DEFAULT_SHRINKAGE
 
     @cached_property
     def residual_power(self) -> float:

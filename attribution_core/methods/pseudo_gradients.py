@@ -56,17 +56,25 @@ class PseudoGradients:
             return Fisher.of(method)
         return Fisher("auto", 1, method.projection.seed) if isinstance(method, TrakMethod) else None
 
+    @property
+    def exact(self) -> bool:
+        """Whether they are of all labels, or of all directions of the outputs that matter."""
+        return self.fisher is not None and self.fisher.exact(self._context.task, self._one_output(0))
+
     def fisher_of(self, number: int) -> Fisher:
         """Return how a checkpoint's pseudo-gradients are drawn, as told from its outputs on some training examples."""
         if number not in self._fishers:
             fisher, checkpoint = self.fisher or Fisher("auto", 1, 0), self._context.checkpoint(number)
-            one = checkpoint.output(self._context.source.batch(self._context.training_rows[:1]))
+            chooses = fisher.chooses(self._context.task, self._one_output(number))
             # K-FAC counts positions, which not every layer's inputs tell.
-            if fisher.chooses(self._context.task, one) and not isinstance(self._context.spec.method, KfacMethod):
+            if chooses and not isinstance(self._context.spec.method, KfacMethod):
                 judged = self._context.batches(number, self._context.spread(_JUDGED))
                 fisher = fisher.shortened(self._context.task, torch.cat([checkpoint.output(batch) for batch in judged]))
             self._fishers[number] = fisher
         return self._fishers[number]
+
+    def _one_output(self, number: int) -> torch.Tensor:
+        return self._context.checkpoint(number).output(self._context.source.batch(self._context.training_rows[:1]))
 
     def draws(self, number: int, fisher: Fisher, rows: np.ndarray) -> Iterator[Draws]:
         """Yield the pseudo-gradients of training rows, batch by batch."""

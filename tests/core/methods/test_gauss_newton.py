@@ -159,3 +159,23 @@ def test_without_a_group_what_it_left_out_is_gone_too(given: Problem) -> None:
         index = given.fit("group", method={**EXACTLY, "negligible": share})
         effects.append(index.newton_effects(index.query(query, None), [group]))
     assert relative_error(effects[1], effects[0]) < 0.15
+
+
+@pytest.mark.parametrize(
+    ("copies", "fisher", "shrinkage", "times"),
+    [(None, "auto", 0.8, 1), (2, "auto", 0.5, 2), (2, "exact", 0.5, 2), (2, "sampled", 0.8, 1)],
+)
+def test_exact_matrices_of_copies_are_shrunk_less_and_damped_more(
+    copies: int | None, fisher: str, shrinkage: float, times: float, given: Problem
+) -> None:
+    """A part of what shrinkage guards against averages out over them."""
+    method = {"type": "gauss_newton", "fisher": fisher, "perturbation": copies and {"copies": copies}}
+    index = given.fit("default", method=method)
+    named = given.fit("named", method={**method, "shrinkage": shrinkage})
+    assert index.default_damping == pytest.approx(times * named.default_damping, rel=0.01)
+    damping = index.default_damping
+    assert relative_error(scores(index, given), scores(named, given, damping)) < 0.02  # that of iterations
+    assert (index.spec.fingerprint() == named.spec.fingerprint()) is (copies is None)
+    other = given.fit("other", method={**method, "shrinkage": 0.3})
+    assert other.spec.fingerprint() not in (index.spec.fingerprint(), named.spec.fingerprint())
+    assert relative_error(scores(other, given, damping), scores(index, given)) > 0.03
