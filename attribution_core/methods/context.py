@@ -12,9 +12,7 @@ from torch import nn
 
 from attribution_core.checkpoints import load_model
 from attribution_core.curvature import EkfacFactors
-from attribution_core.curvature.ekfac import concentration
 from attribution_core.curvature.fisher import Observed, Tempering, observe
-from attribution_core.curvature.row_factor import RowFactor
 from attribution_core.data.batch import Batch
 from attribution_core.data.collate import ExampleSource
 from attribution_core.data.reader import DatasetReader
@@ -25,11 +23,8 @@ from attribution_core.features.rows import RowType
 from attribution_core.fit_spec import FitSpec, Member
 from attribution_core.gradients.self_check import check_capture
 from attribution_core.method_spec import (
-    DAMPING_OF_COPIES,
     DEFAULT_BITS,
     DEFAULT_DIM,
-    DEFAULT_SHRINKAGE,
-    SHRINKAGE_OF_COPIES,
     EkfacMethod,
     ExactMethod,
     FisherMethod,
@@ -43,13 +38,14 @@ from attribution_core.method_spec import (
     RepresentationMethod,
     RepresenterMethod,
     SourceMethod,
-    TemperedMethodBase,
     TrakMethod,
 )
 from attribution_core.methods import trak
 from attribution_core.methods.base import CheckedCapture, Checkpoint, FeatureMethod, GradientMethod
 from attribution_core.methods.curvatures import Curvatures
+from attribution_core.methods.defaults import Defaults
 from attribution_core.methods.exact import Exact
+from attribution_core.methods.fitted import TEMPERING, TURNED, WHITENED, of_checkpoint
 from attribution_core.methods.grad_cos import GradCos
 from attribution_core.methods.linear_head import last_linear
 from attribution_core.methods.logra import Logra
@@ -65,14 +61,6 @@ from attribution_core.spec import DatasetSpec
 from attribution_core.tasks import build_task
 
 Arrays = Mapping[str, np.ndarray]
-# Among a checkpoint's fitted arrays where its rows are whitened, at the damping that it holds.
-WHITENED = "whitened"
-# Among a checkpoint's fitted arrays: the damping where a query names none.
-DEFAULT_DAMPING = "default_damping"
-# Likewise: power and scale of residuals; indexes of before have none, and are not tempered.
-TEMPERING = "tempering"
-# Likewise where its stored gradients have their inputs along the axes of its curvature.
-TURNED = "turned"
 MAX_FACTORED_EXAMPLES = 100_000
 MAX_FACTOR_BYTES = 16 << 10
 FACTOR_BYTES = {"auto": 4, "float32": 4, "float16": 2, "int8": 1}
@@ -89,11 +77,6 @@ _PROBED = 8
 # Examples on which captured gradients are compared with autograd.
 _COMPARED = 3
 _LOWERED = {"float32": None, "bfloat16": torch.bfloat16}
-
-
-def of_checkpoint(arrays: Arrays, number: int) -> dict[str, np.ndarray]:
-    """Return the arrays of one checkpoint out of those of all, `<checkpoint>.<name>`."""
-    return {name.split(".", 1)[1]: value for name, value in arrays.items() if name.startswith(f"{number}.")}
 
 
 @dataclass(frozen=True)
@@ -146,6 +129,7 @@ class FitContext:
         self._captures_rightly = False
         self.pseudo_gradients = PseudoGradients(self)
         self.curvatures = Curvatures(self)
+        self.defaults = Defaults(self)
 
     def source_of(self, folder: Path, dataset: DatasetSpec) -> ExampleSource:
         """Return batches of a data set as this model takes them."""
@@ -276,7 +260,10 @@ class FitContext:
                 return Exact(checkpoint, spec, partial(self.batches, number))
         assert isinstance(spec, GradientMethodBase)
         kept = self._projection(spec, number) if self.layout == "vectors" else None
-        damping, whitened_at = self.default_damping(fitted) or 0.0, float(own[WHITENED][0]) if WHITENED in own else None
+        damping, whitened_at = (
+            self.defaults.damping(fitted) or 0.0,
+            float(own[WHITENED][0]) if WHITENED in own else None,
+        )
         curvature, turned = self.curvatures.of(number, own), TURNED in own
         return GradientMethod(checkpoint, curvature, damping, kept, whitened_at, tempering, turned=turned)
 
@@ -319,53 +306,6 @@ class FitContext:
         solved_there = isinstance(self.spec.method, EkfacMethod | KfacMethod | GaussNewtonMethod)
         return solved_there and self.layout == "factors" and not self.lossy
 
-    def default_damping(self, fitted: Arrays) -> float | None:
-        """Return the damping where a query names none; None for methods without.
-
-        An index keeps that of its fit, as does what extends it: its rows' self-influence is at one damping.
-        """
-        method = self.spec.method
-        if not isinstance(method, FisherMethod) or method.damping is not None:
-            return getattr(method, "damping", None)
-        own = of_checkpoint(fitted, 0)
-        for name in (DEFAULT_DAMPING, WHITENED):  # indexes of before the first was kept have the second, if any
-            if name in own:
-                return _rounded(own[name][0])
-        if (damping := RowFactor.damping_of(own)) is not None:  # likewise
-            return damping
-        eigenvalues = (value for name, value in fitted.items() if ".eigenvalues." in name)
-        multiple = DAMPING_OF_COPIES if self.shrinks_less else 1.0
-        return _rounded(multiple * method.damping_for(concentration(eigenvalues)))
-
-    @cached_property
-    def shrinks_less(self) -> bool:
-        """Whether `gauss_newton` is left to choose its shrinkage, and has copies whose matrices are exact: those of sampled labels need as much as one."""
-        method = self.spec.method
-        chooses = isinstance(method, GaussNewtonMethod) and method.shrinkage is None
-        return chooses and method.copies > 0 and self.pseudo_gradients.exact
-
-    @property
-    def shrinkage(self) -> float:
-        """EK-FAC's weight ρ in `gauss_newton`."""
-        method = self.spec.method
-        assert isinstance(method, GaussNewtonMethod)
-        if method.shrinkage is not None:
-            return method.shrinkage
-        return SHRINKAGE_OF_COPIES if self.shrinks_less else DEFAULT_SHRINKAGE
-
-    @cached_property
-    def residual_power(self) -> float:
-        """The power of residuals in a new fit; 1 for methods that have the derivative, and tasks without a `1 - p`."""
-        method = self.spec.method
-        if not isinstance(method, TemperedMethodBase) or self._probe(0).observed.shortfall is None:
-            return 1.0
-        if method.residual_power is not None:
-            return method.residual_power
-        # A model of one layer is linear in its parameters: its loss is convex, and the derivative right.
-        parts = self.checkpoint(0).module.modules()
-        layers = sum(next(part.parameters(recurse=False), None) is not None for part in parts)
-        return method.default_residual_power if layers > 1 else 1.0
-
     def batches(self, number: int, rows: np.ndarray | None = None) -> Iterator[Batch]:
         """Yield training examples as one checkpoint takes them; all by default."""
         chosen = self.training_rows if rows is None else rows
@@ -406,6 +346,11 @@ class FitContext:
         """Return the bytes of one training example's gradients and draws, as one pass keeps them for the next."""
         return self._probe(number).kept_bytes
 
+    @property
+    def has_shortfalls(self) -> bool:
+        """Whether examples have a `1 - p`, the probability of all but their target."""
+        return self._probe(0).observed.shortfall is not None
+
     def _probe(self, number: int) -> _Probe:
         """Return what a few training examples tell of sizes."""
         if number not in self._probes:
@@ -423,8 +368,3 @@ class FitContext:
         dim = asked.dim or (DEFAULT_BITS if bits else DEFAULT_DIM)
         spec = asked.model_copy(update={"seed": asked.seed + (number << 32), "dim": dim})
         return build_projection(spec, self.checkpoint(number).capture.blocks)
-
-
-def _rounded(value: float) -> float:
-    """Return three significant digits, which come out of a stored float32 as they went in."""
-    return float(f"{value:.3g}")

@@ -89,7 +89,7 @@ class Curvatures:
             self._context.checkpoint(number).capture.blocks, fitted, self._context.device
         )
         factor = RowFactor.from_arrays(fitted, self._context.device)
-        return GaussNewton(rows, factors, spec.iterations, spec.tolerance, self._context.shrinkage, factor)
+        return GaussNewton(rows, factors, spec.iterations, spec.tolerance, self._context.defaults.shrinkage, factor)
 
     def factorised(self, number: int, fitted: Arrays, damping: float, progress: Progress) -> dict[str, np.ndarray]:
         """Return what a fit of `gauss_newton` keeps of a checkpoint's pseudo-gradients: which they are, and their factorisation if there is one.

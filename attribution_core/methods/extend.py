@@ -25,9 +25,9 @@ from attribution_core.methods.artifact import (
     GRADIENTS_FOLDER,
     read_description,
 )
-from attribution_core.methods.context import of_checkpoint
 from attribution_core.methods.drift import drift_of
 from attribution_core.methods.fit import AnyPipeline, Arrays, FitPipeline, build_pipeline, run
+from attribution_core.methods.fitted import of_checkpoint
 from attribution_core.methods.kept import KeptGradients
 from attribution_core.methods.layout import write_features, write_search
 from attribution_core.methods.loaded import LoadedIndex

@@ -39,9 +39,10 @@ from attribution_core.methods.answers import Query
 from attribution_core.methods.artifact import FACTORS_FILE, bytes_of, write_description
 from attribution_core.methods.bank import BankPipeline
 from attribution_core.methods.base import FeatureMethod
-from attribution_core.methods.context import FitContext, of_checkpoint
+from attribution_core.methods.context import FitContext
 from attribution_core.methods.encoding import Encoder
 from attribution_core.methods.finite import check_finite, naming_the_example
+from attribution_core.methods.fitted import of_checkpoint
 from attribution_core.methods.kept import KeptGradients
 from attribution_core.methods.layout import exact_scores, write_features, write_search
 from attribution_core.methods.loaded import LoadedIndex
@@ -357,7 +358,7 @@ class FitPipeline:
         """Return what a method makes of all rows, once they are known."""
         method, shards = self.spec.method, (read_arrays(path) for path in files)
         if isinstance(method, TrakMethod):
-            sums = ShortfallSums(self.context.residual_power)
+            sums = ShortfallSums(self.context.defaults.residual_power)
             found = trak.reduced(method, self.spec.task, shards, sums)
             return found if sums.power == 1 else found | tempering(self.context, sums.values)
         if isinstance(method, LograMethod):

@@ -77,7 +77,7 @@ class LoadedIndex:
         fitted = read_arrays(folder / FACTORS_FILE)
         self.gradients = self._gradient_store(device)
         # None for methods without.
-        self.default_damping = self.context.default_damping(fitted)
+        self.default_damping = self.context.defaults.damping(fitted)
         self.members: list[FeatureMethod] = [self.context.method(n, fitted) for n in range(len(spec.members))]
 
     @property

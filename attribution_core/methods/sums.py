@@ -11,7 +11,8 @@ from attribution_core.curvature.covariances import whole_blocks
 from attribution_core.curvature.ekfac import kronecker_eigenvalues
 from attribution_core.curvature.fisher import ShortfallSums, Tempering
 from attribution_core.method_spec import EigenvalueCorrected, GaussNewtonMethod, KfacMethod
-from attribution_core.methods.context import DEFAULT_DAMPING, TEMPERING, TURNED, WHITENED, FitContext, of_checkpoint
+from attribution_core.methods.context import FitContext
+from attribution_core.methods.fitted import DEFAULT_DAMPING, TEMPERING, TURNED, WHITENED, of_checkpoint
 from attribution_core.progress import Progress, watched
 
 Arrays = dict[str, np.ndarray]
@@ -22,7 +23,11 @@ def empty_sums(context: FitContext, stage: str, number: int, basis: Callable[[in
     """Return empty sums of all that a stage adds up under one checkpoint; `basis` gives the eigenvectors of an earlier one."""
     own: Sums = _covariances(context, number) if stage == "covariance" else EigenvalueSums(basis(number))
     first = stage == context.spec.method.stages[0]
-    return [own, ShortfallSums(context.residual_power)] if first and context.residual_power != 1 else [own]
+    return (
+        [own, ShortfallSums(context.defaults.residual_power)]
+        if first and context.defaults.residual_power != 1
+        else [own]
+    )
 
 
 def by_name(sums: Iterable[Sums]) -> Arrays:
@@ -65,7 +70,7 @@ def defaults(context: FitContext, fitted: Arrays, progress: Progress) -> Arrays:
     Raises:
         Cancelled: if the work should stop.
     """
-    damping, found = context.default_damping(fitted) or 0.0, Arrays()
+    damping, found = context.defaults.damping(fitted) or 0.0, Arrays()
     for number in range(len(context.spec.members)):
         known = of_checkpoint(fitted, number)
         own = {DEFAULT_DAMPING: np.array([damping], np.float32)}
@@ -83,7 +88,7 @@ def defaults(context: FitContext, fitted: Arrays, progress: Progress) -> Arrays:
 
 def tempering(context: FitContext, shortfalls: np.ndarray) -> Arrays:
     """Return what is kept of the residuals' power and scale, from `ShortfallSums`."""
-    found = Tempering.of(context.residual_power, shortfalls)
+    found = Tempering.of(context.defaults.residual_power, shortfalls)
     return {TEMPERING: np.array([found.power, found.scale], np.float32)}
 
 

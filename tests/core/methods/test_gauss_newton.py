@@ -10,7 +10,7 @@ import torch
 from attribution_core.arrays import read_arrays
 from attribution_core.curvature.rows import PseudoRows
 from attribution_core.methods.artifact import FACTORS_FILE
-from attribution_core.methods.context import DEFAULT_DAMPING, WHITENED
+from attribution_core.methods.fitted import DEFAULT_DAMPING, WHITENED
 from attribution_core.methods.loaded import LoadedIndex
 from attribution_core.methods.pseudo_gradients import PseudoGradients
 from tests.core.methods.problems import Problem, classification, images, relative_error, sure
@@ -85,10 +85,10 @@ def test_an_index_that_does_not_say_its_damping_has_that_of_its_factorisation(gi
         name: value for name, value in stored(index).items() if DEFAULT_DAMPING not in name and WHITENED not in name
     }
     if "0.rows.scale" not in before:
-        assert index.context.default_damping(before) == pytest.approx(index.default_damping)
+        assert index.context.defaults.damping(before) == pytest.approx(index.default_damping)
         return
     before["0.rows.scale"] = np.array([before["0.rows.scale"][0], 1.2345])
-    assert index.context.default_damping(before) == 1.2345
+    assert index.context.defaults.damping(before) == 1.2345
 
 
 def test_only_examples_with_a_row_are_run_again(given: Problem, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,7 +88,7 @@ def test_an_index_of_copies_is_that_of_an_ensemble_of_the_same_weights(
     index = ensemble.fit("copies", method={**method, "perturbation": OPTIONS}, checkpoints=given)
     members = [member for reference in given for member in written(ensemble, reference, tmp_path)]
     power = (
-        {"residual_power": index.context.residual_power}
+        {"residual_power": index.context.defaults.residual_power}
         if "residual_power" in type(index.spec.method).model_fields
         else {}
     )

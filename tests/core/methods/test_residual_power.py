@@ -11,8 +11,9 @@ from attribution_core.arrays import read_arrays, write_arrays
 from attribution_core.curvature.fisher import ShortfallSums
 from attribution_core.methods.artifact import FACTORS_FILE
 from attribution_core.methods.base import GradientMethod
-from attribution_core.methods.context import TEMPERING, FitContext
+from attribution_core.methods.context import FitContext
 from attribution_core.methods.fit import FitPipeline
+from attribution_core.methods.fitted import TEMPERING
 from attribution_core.progress import NoProgress
 from tests.core.methods.problems import SMALL, Problem, relative_error, shortfall, training_batch
 from tests.core.methods.test_retraining import convex
@@ -62,7 +63,7 @@ def test_traks_scores_are_those_of_its_residuals_times_a_power(problem: Problem,
 def test_trak_tempers_by_default_but_for_its_published_kernel(problem: Problem) -> None:
     for curvature, power in (("gauss_newton", 0.6), ("fisher", 0.6), ("gradient", 1.0)):
         method = {"type": "trak", "curvature": curvature, "projection": SMALL}
-        assert FitContext(problem.with_(method=method)).residual_power == power
+        assert FitContext(problem.with_(method=method)).defaults.residual_power == power
 
 
 @pytest.mark.parametrize("kind", [*TEMPERED, "trak"])
@@ -70,7 +71,7 @@ def test_perturbed_copies_are_tempered_less(problem: Problem, kind: str) -> None
     """Noise on the weights makes a network less sure of its training examples."""
     for copies, power in ((None, 0.6), ({"copies": 2}, 0.8)):
         method = {"type": kind, "projection": SMALL, "perturbation": copies}
-        assert FitContext(problem.with_(method=method)).residual_power == power
+        assert FitContext(problem.with_(method=method)).defaults.residual_power == power
 
 
 @pytest.mark.parametrize("kind", TEMPERED)
@@ -104,7 +105,7 @@ def test_a_model_of_one_layer_keeps_the_derivative(tmp_path: Path) -> None:
     given, _ = convex(tmp_path, classes=3, l2=0.1)
     for asked, taken in ((None, 1.0), (0.5, 0.5)):
         method = {"type": "ekfac", "residual_power": asked}
-        assert FitContext(given.with_(method=method)).residual_power == taken
+        assert FitContext(given.with_(method=method)).defaults.residual_power == taken
         fitted = read_arrays(given.fit(str(asked), method=method).folder / FACTORS_FILE)
         assert (f"0.{TEMPERING}" in fitted) == (taken != 1)
 

@@ -10,9 +10,10 @@ import torch
 from attribution_core.arrays import read_arrays, write_arrays
 from attribution_core.methods.artifact import FACTORS_FILE
 from attribution_core.methods.base import GradientMethod
-from attribution_core.methods.context import WHITENED, FitContext
+from attribution_core.methods.context import FitContext
 from attribution_core.methods.extend import extend
 from attribution_core.methods.fit import FitPipeline, fit
+from attribution_core.methods.fitted import WHITENED
 from attribution_core.methods.loaded import LoadedIndex
 from attribution_core.progress import NoProgress
 from attribution_core.search import faiss_index
