@@ -1,19 +1,40 @@
 """Named arrays on disk as safetensors: written whole or not at all, with bytes that depend on nothing but the values."""
 
 import json
+import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from attribution_core.durable import flush
 from attribution_core.errors import CorruptArtifactError
 
-_DTYPES = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "I64": np.int64, "I8": np.int8, "U8": np.uint8}
+# By alignment, in the order in which safetensors lays arrays out.
+_DTYPES = {
+    name: np.dtype(kind)
+    for name, kind in {
+        "U64": "uint64",
+        "I64": "int64",
+        "F64": "float64",
+        "F32": "float32",
+        "U32": "uint32",
+        "I32": "int32",
+        "F16": "float16",
+        "U16": "uint16",
+        "I16": "int16",
+        "I8": "int8",
+        "U8": "uint8",
+        "BOOL": "bool",
+    }.items()
+}
+_ALIGNMENT = 8
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_ORDER = {dtype: place for place, dtype in enumerate(_DTYPES.values())}
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -22,16 +43,29 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     # Not by the process's number, which writers in two containers may share.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        temporary.touch(exist_ok=False)
-        mode = temporary.stat().st_mode
-        # Straight from the arrays' memory, of which they may be most that the process holds.
-        save_file({name: np.ascontiguousarray(arrays[name]) for name in sorted(arrays)}, temporary)
-        temporary.chmod(mode)  # the library replaces the file by one that only its owner may read
-        flush(temporary)
+        with temporary.open("xb") as file:
+            ordered = sorted(arrays.items(), key=lambda item: (_ORDER[item[1].dtype], item[0]))
+            file.write(_header(ordered))
+            for _, value in ordered:
+                file.write(np.ascontiguousarray(value).data)  # no copy: arrays may be most that the process holds
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     flush(path.parent)  # the new name
+
+
+def _header(ordered: Sequence[tuple[str, np.ndarray]]) -> bytes:
+    """Return what a safetensors file begins with: the header's length and the header, padded so that what follows is aligned."""
+    described, start = {}, 0
+    for name, value in ordered:
+        offsets = [start, start := start + value.nbytes]
+        shape = list(value.shape) or [1]  # a number is an array of one
+        described[name] = {"dtype": _NAMES[value.dtype], "shape": shape, "data_offsets": offsets}
+    text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
