@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from attribution_core.architectures.build import build
@@ -37,8 +37,12 @@ def load_model(
 
 
 def save_checkpoint(module: nn.Module, path: Path) -> None:
-    """Write a module's weights as safetensors; a tied weight is written under each of its names."""
-    save_file({name: value.detach().clone().contiguous() for name, value in module.state_dict().items()}, path)
+    """Write a module's weights as safetensors; a tied weight is written under each of its names.
+
+    Raises:
+        OSError: if they cannot be written. (The library, writing a file itself, would not say why.)
+    """
+    path.write_bytes(save({name: value.detach().clone().contiguous() for name, value in module.state_dict().items()}))
 
 
 def _dispensable(module: nn.Module, name: str, weights: dict[str, torch.Tensor]) -> bool:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from attribution_core.arrays import read_arrays
+from attribution_core.checkpoints import save_checkpoint
 from attribution_core.progress import Progress
 from attribution_core.sharding import Stage
 from attribution_core.training.bank import DIVERGED
@@ -119,8 +119,7 @@ class TrainingPipeline:
             for name, value in arrays.items()
             if name.startswith(prefix)
         }
-        state = self.trainer.network.loaded(weights).state_dict()
-        save_file({name: value.detach().clone().contiguous() for name, value in state.items()}, target)
+        save_checkpoint(self.trainer.network.loaded(weights), target)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Weights through a file and back, strictly."""
 
+import errno
+import resource
 from pathlib import Path
 
 import pytest
@@ -87,3 +89,15 @@ def test_files_that_are_not_safetensors_are_refused(content: bytes, tmp_path: Pa
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         load_model(SMALL[0], tmp_path / "nothing")
+
+
+def test_a_disk_that_is_full_is_told_as_such(tmp_path: Path) -> None:
+    """Workers know it by its number."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large") as caught:
+            save_checkpoint(build(SMALL[1]), tmp_path / "weights")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.errno == errno.EFBIG
