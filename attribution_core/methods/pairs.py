@@ -1,5 +1,7 @@
 """Scores of all pairs of queries and training examples, some queries at a time, so that memory does not grow with their number."""
 
+from itertools import pairwise
+
 import numpy as np
 
 from attribution_core.data.batch import Batch
@@ -11,7 +13,7 @@ _MOST = 64
 _BYTES = 32 << 20
 # Where every lot of queries takes passes over the training set of its own.
 _MOST_OF_PASS = 512
-_BYTES_OF_PASS = 256 << 20
+_BYTES_OF_PASS = 1 << 30
 
 
 def all_scores(
@@ -36,11 +38,17 @@ def all_scores(
     """
     progress = progress or NoProgress()
     rows = np.arange(index.num_examples) if rows is None else rows
-    size, found = _queries_at_once(index), []
-    for start in watched(range(0, len(batch), size), progress):
-        query = index.query(batch[start : start + size], damping)
+    found = []
+    for start, stop in watched(_lots(len(batch), _queries_at_once(index)), progress):
+        query = index.query(batch[start:stop], damping)
         found.append(index.scores(query, rows, rescore=True, progress=progress))
     return np.concatenate(found)
+
+
+def _lots(count: int, most: int) -> list[tuple[int, int]]:
+    """Return as few ranges of no more than so many as there can be, of about one size."""
+    bounds = np.linspace(0, count, -(-count // most) + 1).round().astype(int).tolist()
+    return list(pairwise(bounds))
 
 
 def _queries_at_once(index: LoadedIndex | ScoredIndex) -> int:

@@ -77,3 +77,13 @@ def test_it_stops_between_lots(problem: Problem) -> None:
     index = problem.fit("index", method={"type": "ekfac", "projection": SMALL})
     with pytest.raises(Cancelled):
         all_scores(index, problem.queries(), progress=Stopped())
+
+
+@pytest.mark.parametrize(("count", "most"), [(1, 1), (1, 9), (9, 4), (200, 196), (200, 64), (200, 200), (7, 3)])
+def test_lots_are_few_and_of_one_size(count: int, most: int) -> None:
+    lots = pairs._lots(count, most)
+    sizes = [stop - start for start, stop in lots]
+    assert len(lots) == -(-count // most)
+    assert max(sizes) <= most
+    assert max(sizes) - min(sizes) <= 1
+    assert [row for start, stop in lots for row in range(start, stop)] == list(range(count))
