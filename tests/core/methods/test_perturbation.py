@@ -87,12 +87,13 @@ def test_an_index_of_copies_is_that_of_an_ensemble_of_the_same_weights(
     given = ensemble.spec.checkpoints[:2]
     index = ensemble.fit("copies", method={**method, "perturbation": OPTIONS}, checkpoints=given)
     members = [member for reference in given for member in written(ensemble, reference, tmp_path)]
-    power = (
-        {"residual_power": index.context.defaults.residual_power}
-        if "residual_power" in type(index.spec.method).model_fields
-        else {}
-    )
-    together = ensemble.fit("together", method={**method, **power}, checkpoints=members)
+    fields, defaults = type(index.spec.method).model_fields, index.context.defaults
+    chosen: dict[str, Any] = {}  # what copies have defaults of their own for
+    if "residual_power" in fields:
+        chosen["residual_power"] = defaults.residual_power
+    if "shrinkage" in fields:
+        chosen |= {"shrinkage": defaults.shrinkage, "damping": index.default_damping}
+    together = ensemble.fit("together", method={**method, **chosen}, checkpoints=members)
     assert relative_error(scores(index, ensemble), scores(together, ensemble)) < 1e-6
     if together.spec.method.self_influence:
         assert relative_error(index.self_influence(), together.self_influence()) < 1e-6
