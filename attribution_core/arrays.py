@@ -38,7 +38,11 @@ _ORDER = {dtype: place for place, dtype in enumerate(_DTYPES.values())}
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write a file durably: under a temporary name first, so that `path` is never half-written."""
+    """Write a file durably: under a temporary name first, so that `path` is never half-written.
+
+    Raises:
+        OSError: if it cannot be written, with the system's number.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not by the process's number, which writers in two containers may share.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")

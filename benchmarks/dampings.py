@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from attribution_core.methods.answers import Query
 from attribution_core.methods.fit import fit
 from attribution_core.methods.loaded import LoadedIndex
+from attribution_core.methods.pairs import all_scores
 from attribution_core.processor import set_up_processor
 from attribution_core.progress import NoProgress
 from benchmarks.lds import Truth, read_results, summary, write_results
@@ -69,8 +69,8 @@ SWEEPS = (
 )  # fmt: skip
 
 
-def judged(workload: Workload, sweep: Sweep, checkpoints: int) -> Iterator[tuple[Query, np.ndarray, float]]:
-    """Fit once and yield queries at each damping with every query's correlation, and the slope of predicted on true outputs."""
+def judged(workload: Workload, sweep: Sweep, checkpoints: int) -> Iterator[tuple[float, np.ndarray, float]]:
+    """Fit once and yield each damping with every query's correlation, and the slope of predicted on true outputs."""
     data = prepare(workload)
     retrain(workload, data)
     truth = Truth.read(workload.truth)
@@ -79,19 +79,19 @@ def judged(workload: Workload, sweep: Sweep, checkpoints: int) -> Iterator[tuple
         fit(spec, Path(folder) / "work", Path(folder) / "index", NoProgress())
         index, queries = LoadedIndex(Path(folder) / "index", spec), batch_of(data, "query")
         for damping in sweep.dampings:
-            query = index.query(queries, damping)
-            scores = index.scores(query, np.arange(index.num_examples), rescore=True)
-            yield query, truth.correlations(scores), truth.slope(scores)
+            scores = all_scores(index, queries, damping)
+            used = index.default_damping if damping is None else damping
+            yield used or 0.0, truth.correlations(scores), truth.slope(scores)
 
 
 def measure(workload: Workload, sweep: Sweep, checkpoints: int) -> None:
     """Add a sweep to a workload's results."""
     found = read(workload)
     every = replace(sweep, dampings=(None, *sweep.dampings))
-    for damping, (query, each, slope) in zip(every.dampings, judged(workload, every, checkpoints), strict=True):
+    for damping, (used, each, slope) in zip(every.dampings, judged(workload, every, checkpoints), strict=True):
         rows = found.setdefault(sweep.label, {}).setdefault(str(checkpoints), {})
         name = DEFAULT if damping is None else f"{damping:g}"
-        rows[name] = summary(each, slope) + ([] if damping is not None else [round(query.damping or 0.0, 6)])
+        rows[name] = summary(each, slope) + ([] if damping is not None else [round(used, 6)])
         print(workload.name, sweep.label, checkpoints, name, rows[name], flush=True)
         write_results(RESULTS / f"{workload.name}.json", found)
 

@@ -36,8 +36,8 @@ class Eigenbasis:
         self.rotations = [_rotation(number, arrays, device) for number in range(len(blocks))]
 
     @property
-    def but_inputs(self) -> list[AnyRotation]:
-        """The rotations, of rows and columns those of rows alone: their inverses leave inputs along the new axes."""
+    def without_inputs(self) -> list[AnyRotation]:
+        """The same rotations of outputs alone where inputs have their own: turned back by these, gradients keep their inputs along the new axes."""
         return [turn if isinstance(turn, WholeRotation) else replace(turn, inputs=None) for turn in self.rotations]
 
     @staticmethod
@@ -128,7 +128,7 @@ class EkfacFactors(Curvature):
 
     def solve_turned(self, gradients: Sequence[LayerGradient], damping: float) -> list[Tensor]:
         """Return what `solve_factored` does as `turned` has it: of a wide layer's solve, most is turning the inputs back."""
-        return self._solved(gradients, damping, self.basis.but_inputs)
+        return self._solved(gradients, damping, self.basis.without_inputs)
 
     def _solved(self, gradients: Sequence[LayerGradient], damping: float, backs: Sequence[AnyRotation]) -> list[Tensor]:
         solved = [part.inputs.new_empty(len(part), *part.block.shape) for part in gradients]

@@ -77,18 +77,19 @@ class GaussNewton(Curvature):
 
     def solve_factored(self, gradients: Sequence[LayerGradient], damping: float) -> list[Tensor]:
         """Return `(H̄ + λ)⁻¹ v` of gradients given as factors, which are rotated where that is cheaper."""
-        turned = [turn.of(part) for part, turn in zip(gradients, self.rotations, strict=True)]
-        return self._solved(turned, damping, self.rotations)
+        return self._solved(self._turned(gradients), damping, self.rotations)
 
     @property
     def rotations(self) -> Sequence[AnyRotation]:
-        """K's."""
+        """Those of EK-FAC, into whose eigenbasis all is turned."""
         return self._factors.rotations
 
     def solve_turned(self, gradients: Sequence[LayerGradient], damping: float) -> list[Tensor]:
         """Return what `solve_factored` does, with inputs along K's axes."""
-        turned = [turn.of(part) for part, turn in zip(gradients, self.rotations, strict=True)]
-        return self._solved(turned, damping, self._factors.basis.but_inputs)
+        return self._solved(self._turned(gradients), damping, self._factors.basis.without_inputs)
+
+    def _turned(self, gradients: Sequence[LayerGradient]) -> list[Tensor]:
+        return [turn.of(part) for part, turn in zip(gradients, self.rotations, strict=True)]
 
     def _solved(self, turned: Sequence[Tensor], damping: float, backs: Sequence[AnyRotation]) -> list[Tensor]:
         """Solve in the eigenbasis and turn back."""
