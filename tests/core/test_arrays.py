@@ -10,6 +10,7 @@ from safetensors.numpy import save
 
 from attribution_core import arrays
 from attribution_core.arrays import mapped_arrays, read_arrays, write_arrays
+from tests.core.disk import small_files
 
 VALUES = {"values": np.arange(5.0)}
 
@@ -72,10 +73,10 @@ def test_bytes_are_those_of_the_library(tmp_path: Path) -> None:
     assert (tmp_path / "none").read_bytes() == save({})
 
 
-def test_a_full_disk_says_so(tmp_path: Path, small_files: int) -> None:
+def test_a_full_disk_says_so(tmp_path: Path) -> None:
     """Workers know it by its number."""
-    with pytest.raises(OSError, match="too large") as caught:
-        write_arrays(tmp_path / "shard", {"values": np.zeros(small_files)})
+    with small_files() as most, pytest.raises(OSError, match="too large") as caught:
+        write_arrays(tmp_path / "shard", {"values": np.zeros(most)})
     assert caught.value.errno == errno.EFBIG
     assert list(tmp_path.iterdir()) == []
 

@@ -12,6 +12,7 @@ from attribution_core.checkpoints import load_model, save_checkpoint
 from attribution_core.errors import CheckpointError
 from attribution_core.spec import ArchitectureSpec
 from attribution_core.weights import check_weights
+from tests.core.disk import small_files
 
 SMALL = [
     ArchitectureSpec(name="linear", arguments={"input_dim": 3}),
@@ -90,8 +91,8 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
         load_model(SMALL[0], tmp_path / "nothing")
 
 
-def test_a_full_disk_says_so(tmp_path: Path, small_files: int) -> None:
+def test_a_full_disk_says_so(tmp_path: Path) -> None:
     """Workers know it by its number."""
-    with pytest.raises(OSError, match="too large") as caught:
+    with small_files(), pytest.raises(OSError, match="too large") as caught:
         save_checkpoint(build(SMALL[1]), tmp_path / "weights")
     assert caught.value.errno == errno.EFBIG
