@@ -15,6 +15,8 @@ from attribution_core.method_spec import (
     GaussNewtonMethod,
     LograMethod,
     MethodSpec,
+    Perturbation,
+    PerturbedMethodBase,
     RepresenterMethod,
     SourceMethod,
     TemperedMethodBase,
@@ -163,6 +165,8 @@ class FitSpec(Spec):
         # As it was before there were such choices; what an index has of either is told by its files.
         if not self.method.copies:
             decides["method"].pop("perturbation", None)
+        elif decides["method"]["perturbation"]["training"] is None:
+            del decides["method"]["perturbation"]["training"]
         if isinstance(self.method, TemperedMethodBase) and self.method.residual_power is None:
             del decides["method"]["residual_power"]
         if isinstance(self.method, GaussNewtonMethod) and self.method.shrinkage is None and not self.method.copies:
@@ -188,6 +192,11 @@ class FitSpec(Spec):
         """The models that scores are averaged over: every checkpoint, followed by its perturbed copies."""
         copies = range(1 + self.method.copies)
         return tuple(Member(checkpoint, copy) for checkpoint in self.checkpoints for copy in copies)
+
+    @property
+    def perturbation(self) -> Perturbation | None:
+        """What the copies of checkpoints are, if the method has any."""
+        return self.method.perturbation if isinstance(self.method, PerturbedMethodBase) else None
 
     def answering(self) -> list[int]:
         """Return the members whose mean output is the index's: all checkpoints, or the ends of the trainings that a method follows."""

@@ -5,13 +5,23 @@ What a score says beyond one network's accidents, noise on its weights leaves; t
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from attribution_core.fingerprint import sha256_of
 from attribution_core.method_spec import Perturbation
 from attribution_core.random_numbers import normal
 
 _NUMBERS_AT_ONCE = 1 << 22
+
+
+def seed_of(perturbation: Perturbation, weights: str, copy: int) -> int:
+    """Return what decides one copy's random numbers; its own wherever its checkpoint stands among others."""
+    return int(sha256_of([perturbation.seed, weights, copy])[:16], 16)
+
+
+def root_mean_square(tensor: Tensor) -> float:
+    """Return the size of a tensor's numbers."""
+    return float(tensor.double().square().mean().sqrt())
 
 
 @torch.no_grad()
@@ -26,10 +36,10 @@ def perturb(module: nn.Module, perturbation: Perturbation, weights: str, copy: i
         weights: the checkpoint's sha256, so that its copies are the same wherever it stands among others.
         copy: which one, from 1.
     """
-    seed = int(sha256_of([perturbation.seed, weights, copy])[:16], 16)
+    seed = seed_of(perturbation, weights, copy)
     sigma, start = perturbation.noise, 0
     for parameter in module.parameters():
-        scale = sigma * float(parameter.double().square().mean().sqrt())
+        scale = sigma * root_mean_square(parameter)
         flat = parameter.view(-1)
         for first in range(0, len(flat), _NUMBERS_AT_ONCE):
             part = flat[first : first + _NUMBERS_AT_ONCE]

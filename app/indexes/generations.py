@@ -171,7 +171,7 @@ async def _submitted(
     spec = await indexes.spec_of(session, index, generation, settings, artifacts)
     indexes.check_deletions(spec)
     generation.fingerprint = spec.fingerprint()
-    passes = min(2, len(spec.method.stages)) if base else len(spec.method.stages)
+    passes = min(2, len(spec.method.passes)) if base else len(spec.method.stages)
     covered = base["num_examples"] if base else 0
     rows = spec.dataset.num_examples - covered - sum(row >= covered for row in left_out)
     total = rows * len(spec.members) * passes

@@ -48,8 +48,8 @@ class TrakMethod(TemperedMethodBase):
     )
 
     @property
-    def stages(self) -> tuple[str, ...]:
-        """Passes over the training set that a fit takes, in order."""
+    def passes(self) -> tuple[str, ...]:
+        """Passes of every member of the ensemble over the training set that a fit takes, in order."""
         return ("kernel", "features") if self.curvature == "fisher" else ("features",)
 
     @property
@@ -104,6 +104,6 @@ class RepresenterMethod(MethodBase):
     )
 
     @property
-    def stages(self) -> tuple[str, ...]:
-        """Passes over the training set that a fit takes, in order."""
+    def passes(self) -> tuple[str, ...]:
+        """Passes of every member of the ensemble over the training set that a fit takes, in order."""
         return ("head", "features")

@@ -90,8 +90,8 @@ class EkfacMethod(EigenvalueCorrected):
     type: Literal["ekfac"]
 
     @property
-    def stages(self) -> tuple[str, ...]:
-        """Passes over the training set that a fit takes, in order."""
+    def passes(self) -> tuple[str, ...]:
+        """Passes of every member of the ensemble over the training set that a fit takes, in order."""
         return ("covariance", "eigenvalues", "features")
 
 
@@ -105,8 +105,8 @@ class KfacMethod(FisherMethod):
     type: Literal["kfac"]
 
     @property
-    def stages(self) -> tuple[str, ...]:
-        """Passes over the training set that a fit takes, in order."""
+    def passes(self) -> tuple[str, ...]:
+        """Passes of every member of the ensemble over the training set that a fit takes, in order."""
         return ("covariance", "features")
 
 
@@ -118,8 +118,8 @@ class DiagonalMethod(FisherMethod):
     type: Literal["diagonal"]
 
     @property
-    def stages(self) -> tuple[str, ...]:
-        """Passes over the training set that a fit takes, in order."""
+    def passes(self) -> tuple[str, ...]:
+        """Passes of every member of the ensemble over the training set that a fit takes, in order."""
         return ("eigenvalues", "features")
 
 
@@ -159,8 +159,8 @@ class GaussNewtonMethod(EigenvalueCorrected):
     )
 
     @property
-    def stages(self) -> tuple[str, ...]:
-        """Passes over the training set that a fit takes, in order."""
+    def passes(self) -> tuple[str, ...]:
+        """Passes of every member of the ensemble over the training set that a fit takes, in order."""
         return ("covariance", "eigenvalues", "features")
 
 

@@ -31,8 +31,8 @@ class ExplicitMethod(HessianMethod):
     type: Literal["explicit"]
 
     @property
-    def stages(self) -> tuple[str, ...]:
-        """Passes over the training set that a fit takes, in order."""
+    def passes(self) -> tuple[str, ...]:
+        """Passes of every member of the ensemble over the training set that a fit takes, in order."""
         return ("hessian", "features")
 
 
@@ -72,6 +72,6 @@ class ArnoldiMethod(HessianMethod):
     seed: Seed = 0
 
     @property
-    def stages(self) -> tuple[str, ...]:
-        """Passes over the training set that a fit takes, in order."""
+    def passes(self) -> tuple[str, ...]:
+        """Passes of every member of the ensemble over the training set that a fit takes, in order."""
         return ("krylov", "features")

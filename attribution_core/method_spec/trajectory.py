@@ -62,8 +62,8 @@ class SourceMethod(FisherSampling):
     )
 
     @property
-    def stages(self) -> tuple[str, ...]:
-        """Passes over the training set that a fit takes, in order."""
+    def passes(self) -> tuple[str, ...]:
+        """Passes of every member of the ensemble over the training set that a fit takes, in order."""
         return ("covariance", "eigenvalues", "features")
 
 

@@ -1,6 +1,6 @@
 """From specs and files to loaded checkpoints with a method on each; shared by fitting and answering."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -34,7 +34,6 @@ from attribution_core.method_spec import (
     GradientMethodBase,
     KfacMethod,
     LograMethod,
-    PerturbedMethodBase,
     RepresentationMethod,
     RepresenterMethod,
     SourceMethod,
@@ -42,6 +41,7 @@ from attribution_core.method_spec import (
 )
 from attribution_core.methods import trak
 from attribution_core.methods.base import CheckedCapture, Checkpoint, FeatureMethod, GradientMethod
+from attribution_core.methods.copies import put_weights
 from attribution_core.methods.curvatures import Curvatures
 from attribution_core.methods.defaults import Defaults
 from attribution_core.methods.exact import Exact
@@ -127,6 +127,8 @@ class FitContext:
         self._checkpoints: dict[int, Checkpoint] = {}
         self._probes: dict[int, _Probe] = {}
         self._captures_rightly = False
+        # Where trained copies' weights are, as `<member>.weights.<parameter>`; a fit or an index that has them says so.
+        self.copies: Callable[[], Arrays] = dict
         self.pseudo_gradients = PseudoGradients(self)
         self.curvatures = Curvatures(self)
         self.defaults = Defaults(self)
@@ -146,7 +148,7 @@ class FitContext:
             InvalidInputError: if a layer cannot be attributed, or the method's gradients would not fit in memory.
         """
         if number not in self._checkpoints:
-            module = self._module(self.spec.members[number])
+            module = self._module(number)
             # The name of a model that is one layer is empty.
             last = isinstance(self.spec.method, RepresenterMethod) and last_linear(module)[0]
             capture = CheckedCapture(module, [last] if last else self.spec.layers, _LOWERED[self.spec.precision])
@@ -160,14 +162,26 @@ class FitContext:
             )
         return self._checkpoints[number]
 
-    def _module(self, member: Member) -> nn.Module:
-        member.checkpoint.verify()
-        module = load_model(self.spec.architecture, member.checkpoint.path, self.device)
-        if member.copy:
-            assert isinstance(self.spec.method, PerturbedMethodBase)
-            assert self.spec.method.perturbation is not None
-            perturb(module, self.spec.method.perturbation, member.checkpoint.sha256, member.copy)
+    def _module(self, number: int) -> nn.Module:
+        member = self.spec.members[number]
+        if not member.copy:
+            return self._loaded(member)
+        if not self.spec.method.trains_copies:
+            return self.noisy(member)
+        module = self._loaded(member)
+        put_weights(module, of_checkpoint(self.copies(), number))
         return module
+
+    def noisy(self, member: Member) -> nn.Module:
+        """Return a perturbed copy, newly made, before any training."""
+        module, perturbation = self._loaded(member), self.spec.perturbation
+        assert perturbation is not None
+        perturb(module, perturbation, member.checkpoint.sha256, member.copy)
+        return module
+
+    def _loaded(self, member: Member) -> nn.Module:
+        member.checkpoint.verify()
+        return load_model(self.spec.architecture, member.checkpoint.path, self.device)
 
     def check_capture(self, number: int) -> None:
         """Refuse layers whose gradients cannot be captured, as told by one checkpoint from a few examples; others have the same layers.

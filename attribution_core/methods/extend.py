@@ -59,7 +59,7 @@ class ExtensionPipeline(FitPipeline):
 
     def stages(self) -> list[Stage]:
         """Return the last pass over the data that the factors come from, by which drift is told, and that for features."""
-        return [Stage(name, self._shards(name)) for name in self.spec.method.stages[-2:]]
+        return [Stage(name, self._shards(name)) for name in self.spec.method.passes[-2:]]
 
     def assemble(self, into: Path, feature_files: Sequence[Path], progress: Progress) -> FitSummary:
         """Lay out the artifact: old files as they are, then the new rows' shards.

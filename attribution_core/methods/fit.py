@@ -40,9 +40,10 @@ from attribution_core.methods.artifact import FACTORS_FILE, bytes_of, write_desc
 from attribution_core.methods.bank import BankPipeline
 from attribution_core.methods.base import FeatureMethod
 from attribution_core.methods.context import FitContext
+from attribution_core.methods.copies import trained_weights
 from attribution_core.methods.encoding import Encoder
 from attribution_core.methods.finite import check_finite, naming_the_example
-from attribution_core.methods.fitted import of_checkpoint
+from attribution_core.methods.fitted import of_checkpoint, weights_of_copies
 from attribution_core.methods.kept import KeptGradients
 from attribution_core.methods.layout import exact_scores, write_features, write_search
 from attribution_core.methods.loaded import LoadedIndex
@@ -86,6 +87,7 @@ class FitPipeline:
         self.spec = spec
         self.work = work
         self.context = FitContext(spec, device)
+        self.context.copies = lambda: weights_of_copies(self._fitted(("copies",)))
         # What is computed: all rows that are trained on, or those that no earlier fit covers.
         self.rows = self.context.training_rows[self.context.training_rows >= spec.num_covered]
         self._reductions: dict[str, Arrays] = {}
@@ -106,6 +108,8 @@ class FitPipeline:
             Cancelled: if the work should stop.
         """
         shard = self._shards(stage)[ordinal]
+        if stage == "copies":
+            return trained_weights(self.context, shard.checkpoint, progress)
         if shard.start == 0:
             release_freed()  # else what each checkpoint's passes leave in pieces adds up over the ensemble
         self.context.check_capture(shard.checkpoint)
@@ -168,7 +172,7 @@ class FitPipeline:
                 assert isinstance(method, HessianMethod)
                 mean = summed_arrays(watched_files)["hessian"] / n
                 return spectrum(mean + method.l2 * np.eye(len(mean)))
-            case "krylov":
+            case "krylov" | "copies":
                 return read_arrays(files[0])
             case "kernel":
                 return trak.eigen(summed_arrays(watched_files)["kernel"])
@@ -241,7 +245,7 @@ class FitPipeline:
         n, size = len(self.rows), self.spec.shard_size
         if stage in ("hessian", "kernel"):
             size = max(size, -(-n // _MATRIX_SHARDS))
-        ranges = shard_ranges(n, n if stage == "krylov" else size)
+        ranges = shard_ranges(n, n if stage in ("krylov", "copies") else size)
         return tuple(
             Shard(checkpoint * len(ranges) + number, checkpoint, start, stop)
             for checkpoint in range(len(self.spec.members))

@@ -27,6 +27,7 @@ from attribution_core.methods.artifact import (
 )
 from attribution_core.methods.base import FeatureMethod, GradientMethod, QuerySide, summed
 from attribution_core.methods.context import FitContext
+from attribution_core.methods.fitted import weights_of_copies
 from attribution_core.progress import NoProgress, Progress
 from attribution_core.search.exact import BlockSearch
 from attribution_core.spec import SearchSpec
@@ -75,6 +76,8 @@ class LoadedIndex:
         self.context = context or FitContext(spec, device)
         self.store = FeatureStore(folder / FEATURES_FOLDER, spec.dataset.num_examples)
         fitted = read_arrays(folder / FACTORS_FILE)
+        copies = weights_of_copies(fitted)
+        self.context.copies = lambda: copies
         self.gradients = self._gradient_store(device)
         # None for methods without.
         self.default_damping = self.context.defaults.damping(fitted)

@@ -22,7 +22,7 @@ Sums = CovarianceSums | EigenvalueSums | ShortfallSums
 def empty_sums(context: FitContext, stage: str, number: int, basis: Callable[[int], Eigenbasis]) -> list[Sums]:
     """Return empty sums of all that a stage adds up under one checkpoint; `basis` gives the eigenvectors of an earlier one."""
     own: Sums = _covariances(context, number) if stage == "covariance" else EigenvalueSums(basis(number))
-    first = stage == context.spec.method.stages[0]
+    first = stage == context.spec.method.passes[0]
     return (
         [own, ShortfallSums(context.defaults.residual_power)]
         if first and context.defaults.residual_power != 1

@@ -21,21 +21,28 @@ class TrainingData:
     Up to 1 GiB of tensors (`MAX_RESIDENT_BYTES`) is kept in memory, tokens padded to the longest example; a larger set is read anew for
     every batch, tokens padded to the batch's longest. Masks make both the same up to rounding.
 
-    Raises:
-        FingerprintMismatchError: if the data set is not the one named.
+    Attributes:
+        rows: those that are trained on.
     """
 
-    def __init__(self, spec: TrainSpec, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        self.dtype = dtype
+    def __init__(self, source: ExampleSource, rows: np.ndarray, dtype: torch.dtype = torch.float32) -> None:
+        self.source, self.rows, self.dtype = source, rows, dtype
+        self._resident = self._read_all()
+
+    @classmethod
+    def of(cls, spec: TrainSpec, device: str = "cpu", dtype: torch.dtype = torch.float32) -> "TrainingData":
+        """Return a training's data.
+
+        Raises:
+            FingerprintMismatchError: if the data set is not the one named.
+        """
         tokenizer = load_tokenizer(spec.tokenizer, spec.tokenizer_path) if spec.tokenizer else None
         reader = DatasetReader(spec.dataset.folder, spec.dataset.spec)
         if reader.num_examples != spec.dataset.num_examples:
             raise FingerprintMismatchError(
                 f"data set {spec.dataset.id} has {reader.num_examples} examples, not {spec.dataset.num_examples}"
             )
-        self.source = ExampleSource(reader, spec.task, tokenizer, device)
-        self._rows = spec.training_rows
-        self._resident = self._read_all()
+        return cls(ExampleSource(reader, spec.task, tokenizer, device), spec.training_rows, dtype)
 
     def __len__(self) -> int:
         return self.source.reader.num_examples
@@ -53,8 +60,8 @@ class TrainingData:
         Raises:
             InvalidInputError: naming what is impossible.
         """
-        for start in range(0, len(self._rows), ROW_GROUP_SIZE):
-            part = self.batch(self._rows[start : start + ROW_GROUP_SIZE])
+        for start in range(0, len(self.rows), ROW_GROUP_SIZE):
+            part = self.batch(self.rows[start : start + ROW_GROUP_SIZE])
             task.check(output.expand(len(part), *output.shape[1:]), part)
 
     def _read_all(self) -> Batch | None:

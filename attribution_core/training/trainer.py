@@ -106,7 +106,7 @@ class Trainer:
     def __init__(self, spec: TrainSpec, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         self.spec, self.recipe, self.device, self.dtype = spec, spec.recipe, device, dtype
         self.network = Network(spec.architecture, build_task(spec.task), device, dtype)
-        self.data = TrainingData(spec, device, dtype)
+        self.data = TrainingData.of(spec, device, dtype)
         self.optimizer = build_optimizer(spec.recipe)
         if spec.initial is not None:
             spec.initial.verify()
