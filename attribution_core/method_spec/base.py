@@ -101,7 +101,8 @@ class CopyTraining(Spec):
         default=0.02,
         gt=0,
         le=1,
-        description="Adam's first learning rate, as a multiple of the root mean square of each parameter tensor; it falls to 0 along a cosine.",
+        description="First learning rate, as a multiple of the root mean square of each parameter tensor, for gradients of mean square 1; it "
+        "falls to 0 along a cosine.",
     )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from attribution_core.errors import InvalidInputError
 from attribution_core.method_spec import CopyTraining
@@ -13,19 +13,19 @@ from attribution_core.perturbation import root_mean_square
 from attribution_core.progress import Progress
 from attribution_core.tasks import Task
 from attribution_core.training.data import TrainingData
-from attribution_core.training.optimizers import AdamSteps
-from attribution_core.training.recipe import Adam
 
-# A copy takes tens of steps: squares are averaged over as many.
-_ADAM = Adam(betas=(0.9, 0.99), eps=1e-12)
+# Of the averages of gradients and of their squares: a copy takes tens of steps.
+_DECAYS = (0.9, 0.99)
 
 
 def train_copy(
     module: nn.Module, task: Task, data: TrainingData, training: CopyTraining, seed: int, progress: Progress
 ) -> None:
-    """Train a network in place by Adam, whose steps are multiples of each parameter tensor's size, so that no scale has to be known.
+    """Train a network in place, by steps that are relative to each parameter tensor's size and to its gradients', so that no scale has to be known.
 
-    The module stays as it is evaluated: without dropout, and with the statistics that its normalisation layers have.
+    `w ← w - η r m / √v`: r is the root mean square of w's tensor at the start, m the mean of its gradients (decay 0.9) and v that of their mean
+    squares (0.99), one number per tensor, as in Adam-mini (Zhang et al. 2024). Without biases from their start, as in Adam. The module stays as it is
+    evaluated: without dropout, and with the statistics that its normalisation layers have.
 
     Args:
         module: the noisy copy.
@@ -39,30 +39,44 @@ def train_copy(
         InvalidInputError: if the weights end up not finite.
         Cancelled: if the work should stop; it is asked at every step.
     """
-    parameters = {name: value.requires_grad_(True) for name, value in module.named_parameters()}
-    sizes = {name: root_mean_square(value.detach()) for name, value in parameters.items()}
-    optimizer = AdamSteps(_ADAM, weight_decay=0.0)
-    states = {name: optimizer.init_state({name: value.detach()}) for name, value in parameters.items()}
+    parameters = [value.requires_grad_(True) for value in module.parameters()]
+    moving = [_Moving(value.detach()) for value in parameters]
     examples = len(data.rows)
     steps, done = training.epochs * -(-examples // training.batch_size), 0
     for step, rows in enumerate(_batches(data.rows, training, seed)):
         batch = data.batch(rows)
         loss = task.loss(batch.forward(module), batch).mean()
-        gradients = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
+        gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
         rate = training.step * 0.5 * (1 + math.cos(math.pi * step / steps))
-        with torch.no_grad():
-            for (name, value), gradient in zip(parameters.items(), gradients, strict=True):
-                moved, states[name] = optimizer.update(
-                    {name: value}, states[name], {name: gradient}, rate * sizes[name], step
-                )
-                value.copy_(moved[name])
+        for each, gradient in zip(moving, gradients, strict=True):
+            each.step(gradient, rate)
         progress.advance((step + 1) * examples // steps - done)
         done = (step + 1) * examples // steps
-    if not all(bool(value.isfinite().all()) for value in parameters.values()):
+    if not all(bool(value.isfinite().all()) for value in parameters):
         raise InvalidInputError(
             "training a perturbed copy led to weights that are not finite: take a smaller step",
             "/method/perturbation/training/step",
         )
+
+
+class _Moving:
+    """One parameter tensor and what its steps have seen; values change in place."""
+
+    def __init__(self, value: Tensor) -> None:
+        self._value, self._size = value, root_mean_square(value)
+        self._mean, self._square = torch.zeros_like(value), 0.0
+        self._weights = [0.0, 0.0]  # that the averages have given to gradients so far, which grow to 1
+
+    def step(self, gradient: Tensor, rate: float) -> None:
+        """Move against the gradients' mean by `rate` sizes, were they all alike."""
+        first, second = self._weights = [
+            decay * weight + 1 - decay for decay, weight in zip(_DECAYS, self._weights, strict=True)
+        ]
+        self._mean.lerp_(gradient, 1 - _DECAYS[0])
+        self._square += (1 - _DECAYS[1]) * (float(gradient.square().mean()) - self._square)
+        root = (self._square / second) ** 0.5
+        if root > 0:
+            self._value.sub_(self._mean, alpha=rate * self._size / (first * root))
 
 
 def _batches(rows: np.ndarray, training: CopyTraining, seed: int) -> Iterator[np.ndarray]:

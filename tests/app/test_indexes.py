@@ -84,7 +84,7 @@ def test_impossible_indexes_are_refused(steady: Loaded, change: dict, status: in
 
 _TINY = {"type": "factored", "dim": 64}
 FITTED = [
-    ({"type": "kfac", "perturbation": {"copies": 2}}, {}),
+    ({"type": "kfac", "perturbation": {"copies": 2, "training": {"epochs": 2}}}, {}),
     ({"type": "diagonal"}, {}),
     ({"type": "gauss_newton", "curvature_examples": 50}, {}),
     ({"type": "datainf", "curvature_examples": 50}, {}),

@@ -28,10 +28,10 @@ FIRST, SECOND = 27, 44  # neither ends a shard of 16
 METHODS_EXTENDED: list[dict[str, Any]] = [
     {"type": "ekfac", "damping": 0.1},
     {"type": "ekfac", "damping": 0.1, "perturbation": {"copies": 2}},
-    {"type": "kfac", "damping": 0.1},
+    {"type": "kfac", "damping": 0.1, "perturbation": {"copies": 1, "training": {"epochs": 1}}},
     {"type": "diagonal", "damping": 0.1},
     {"type": "gauss_newton", "damping": 0.1},
-    {"type": "grad_dot"},
+    {"type": "grad_dot", "perturbation": {"copies": 1, "training": {"epochs": 1}}},
     {"type": "grad_cos"},
     {"type": "representation"},
     {"type": "logra", "projection": {"type": "factored", "dim": 64}},
