@@ -128,7 +128,7 @@ def test_an_extension_equals_one_fit_with_the_same_factors(
 ) -> None:
     store = {"layout": layout}
     spec, counted = extended(problem, tmp_path, method, store=store)
-    assert counted.done == (N - SECOND) * min(2, len(spec.method.stages)) * len(spec.members)
+    assert counted.done == (N - SECOND) * min(2, len(spec.method.passes)) * len(spec.members)
     found = LoadedIndex(tmp_path / "2", spec)
     whole = of(problem, spec.dataset, method, store=store)
     if method["type"] == "trak":  # its kernel is a sum: the kept one stands for as many examples as there are now
