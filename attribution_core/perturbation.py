@@ -29,6 +29,7 @@ def perturb(module: nn.Module, perturbation: Perturbation, weights: str, copy: i
     """Put noise on every parameter, in place: `w ← (w + σ r ε) / √(1 + σ²)`, r being the root mean square of w's tensor.
 
     The root keeps each tensor's expected square: noise alone would enlarge every layer's outputs, and make the network surer than it is.
+    Vectors of copies that are trained stay as they are: biases and gains are not drawn at random where a training begins, either.
 
     Args:
         module: the checkpoint's network.
@@ -39,6 +40,8 @@ def perturb(module: nn.Module, perturbation: Perturbation, weights: str, copy: i
     seed = seed_of(perturbation, weights, copy)
     sigma, start = perturbation.noise, 0
     for parameter in module.parameters():
+        if perturbation.training is not None and parameter.ndim < 2:
+            continue
         scale = sigma * root_mean_square(parameter)
         flat = parameter.view(-1)
         for first in range(0, len(flat), _NUMBERS_AT_ONCE):

@@ -17,6 +17,7 @@ LAYER_DAMPING = "Default damping, as a multiple of each layer's mean eigenvalue.
 # Powers of 1 - p by which examples count, where none is named (docs/decisions/0023-tempered-residuals.md).
 DEFAULT_RESIDUAL_POWER = 0.6
 RESIDUAL_POWER_OF_COPIES = 0.8
+RESIDUAL_POWER_OF_TRAINED = 1.0
 # Numbers per row where a projection names none.
 DEFAULT_DIM = 1024
 DEFAULT_BITS = 16_384
@@ -178,7 +179,12 @@ class TemperedMethodBase(PerturbedMethodBase):
 
     @property
     def default_residual_power(self) -> float:
-        """The power where none is named, for models of several layers: perturbed copies are less sure of what was learnt by heart as they are."""
+        """The power where none is named, for models of several layers: perturbed copies are less sure of what was learnt by heart as they are.
+
+        Copies that were trained for a little while have learnt nothing by heart.
+        """
+        if self.trains_copies:
+            return RESIDUAL_POWER_OF_TRAINED
         return RESIDUAL_POWER_OF_COPIES if self.copies else DEFAULT_RESIDUAL_POWER
 
 
