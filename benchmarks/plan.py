@@ -47,6 +47,7 @@ _DATTRI_TRAK = (None, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 10.0)
 _DATTRI_LOGRA = (None, 1e-2, 1e-1, 1.0, 3.0, 10.0, 100.0)
 _DATTRI_EKFAC = (None, 1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _ARNOLDI = (None, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+_TRAINED: dict[str, Any] = {"training": {}}
 _NOT_LOGISTIC = ("mnist-mlp", "fashion-mlp", "mnist-cnn", "fashion-cnn", "austen-lm")
 
 ENTRIES: tuple[Entry, ...] = (
@@ -56,6 +57,9 @@ ENTRIES: tuple[Entry, ...] = (
     _ours("ekfac, 9 copies", {"type": "ekfac", "perturbation": {"copies": 9}}),
     _ours("gauss_newton, 9 copies", {"type": "gauss_newton", "perturbation": {"copies": 9}}, checkpoints=(1,)),
     _ours("gauss_newton, 4 copies", {"type": "gauss_newton", "perturbation": {"copies": 4}}, checkpoints=(5,)),
+    _ours("ekfac, 9 trained copies", {"type": "ekfac", "perturbation": {"copies": 9, **_TRAINED}}, checkpoints=(1,)),
+    _ours("gauss_newton, 9 trained copies", {"type": "gauss_newton", "perturbation": {"copies": 9, **_TRAINED}}, checkpoints=(1,)),
+    _ours("gauss_newton, 4 trained copies", {"type": "gauss_newton", "perturbation": {"copies": 4, **_TRAINED}}, checkpoints=(5,)),
     _ours("trak, kernel of all classes", {"type": "trak", "curvature": "fisher", "projection": {"dim": 2048}}, _TRAK_GRID),
     _ours("trak", {"type": "trak", "projection": {"dim": 2048}}, _TRAK_GRID),
     _ours("logra", {"type": "logra", "projection": {"type": "factored", "dim": 2048}}, _TRAK_GRID),
