@@ -188,7 +188,8 @@ def test_training_that_diverges_is_refused(problem: Problem) -> None:
     context = FitContext(problem.spec)
     module = load_model(problem.spec.architecture, problem.spec.checkpoints[0].path)
     with torch.no_grad():
-        module.output.weight.fill_(1e38)
+        module.hidden_0.bias.fill_(10)
+        module.output.weight.fill_(3e38)
     with pytest.raises(InvalidInputError, match="smaller step") as caught:
         train_copy(module, context.task, data_of(context), CopyTraining(), 0, NoProgress())
     assert caught.value.pointer == "/method/perturbation/training/step"
@@ -212,6 +213,15 @@ def test_trained_copies_have_more_noise_unless_it_is_named() -> None:
     assert Perturbation(training=CopyTraining(), noise=0.5).noise == 0.5
     for made in (Perturbation(), Perturbation(training=CopyTraining())):
         assert Perturbation.model_validate(made.model_dump()) == made
+
+
+def test_vectors_of_copies_that_are_trained_have_no_noise(problem: Problem) -> None:
+    reference = problem.spec.checkpoints[0]
+    before = load_model(problem.spec.architecture, reference.path)
+    module = load_model(problem.spec.architecture, reference.path)
+    perturb(module, Perturbation(training=CopyTraining()), reference.sha256, 1)
+    for old, new in zip(before.parameters(), module.parameters(), strict=True):
+        assert torch.equal(old, new) == (old.ndim < 2)
 
 
 def test_copies_have_orders_of_their_own() -> None:
