@@ -75,7 +75,7 @@ class _Moving:
         self._mean.lerp_(gradient, 1 - _DECAYS[0])
         self._square += (1 - _DECAYS[1]) * (float(gradient.square().mean()) - self._square)
         root = (self._square / second) ** 0.5
-        if root > 0:
+        if root != 0:  # one that is not finite is seen in the weights
             self._value.sub_(self._mean, alpha=rate * self._size / (first * root))
 
 
