@@ -109,7 +109,8 @@ class FitPipeline:
         """
         shard = self._shards(stage)[ordinal]
         if stage == "copies":
-            return trained_weights(self.context, shard.checkpoint, progress)
+            with naming_the_example(self.context, [0], progress):
+                return trained_weights(self.context, shard.checkpoint, progress)
         if shard.start == 0:
             release_freed()  # else what each checkpoint's passes leave in pieces adds up over the ensemble
         self.context.check_capture(shard.checkpoint)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attribution_core.errors import InvalidInputError
+from attribution_core.errors import NotFiniteError
 from attribution_core.method_spec import CopyTraining
 from attribution_core.perturbation import root_mean_square
 from attribution_core.progress import Progress
@@ -36,7 +36,7 @@ def train_copy(
         progress: counts every example once, whatever the number of epochs.
 
     Raises:
-        InvalidInputError: if the weights end up not finite.
+        NotFiniteError: if the weights end up not finite.
         Cancelled: if the work should stop; it is asked at every step.
     """
     parameters = [value.requires_grad_(True) for value in module.parameters()]
@@ -53,7 +53,7 @@ def train_copy(
         progress.advance((step + 1) * examples // steps - done)
         done = (step + 1) * examples // steps
     if not all(bool(value.isfinite().all()) for value in parameters):
-        raise InvalidInputError(
+        raise NotFiniteError(
             "training a perturbed copy led to weights that are not finite: take a smaller step",
             "/method/perturbation/training/step",
         )

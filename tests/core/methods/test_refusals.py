@@ -16,6 +16,7 @@ from tests.core.methods.problems import MLP, SMALL, N, Problem
 BAD = 37
 CURVATURES: list[dict[str, Any]] = [
     {"type": "ekfac"},
+    {"type": "kfac", "perturbation": {"copies": 1, "training": {}}},
     {"type": "kfac"},
     {"type": "diagonal"},
     {"type": "gauss_newton"},

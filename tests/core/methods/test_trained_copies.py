@@ -10,7 +10,7 @@ import torch
 
 from attribution_core.arrays import read_arrays
 from attribution_core.checkpoints import load_model, save_checkpoint
-from attribution_core.errors import InvalidInputError
+from attribution_core.errors import NotFiniteError
 from attribution_core.fingerprint import sha256_file
 from attribution_core.fit_spec import CheckpointRef
 from attribution_core.method_spec import CopyTraining, Perturbation
@@ -190,7 +190,7 @@ def test_training_that_diverges_is_refused(problem: Problem) -> None:
     with torch.no_grad():
         module.hidden_0.bias.fill_(10)
         module.output.weight.fill_(3e38)
-    with pytest.raises(InvalidInputError, match="smaller step") as caught:
+    with pytest.raises(NotFiniteError, match="smaller step") as caught:
         train_copy(module, context.task, data_of(context), CopyTraining(), 0, NoProgress())
     assert caught.value.pointer == "/method/perturbation/training/step"
 
