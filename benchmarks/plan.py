@@ -57,7 +57,7 @@ ENTRIES: tuple[Entry, ...] = (
     _ours("ekfac, 9 copies", {"type": "ekfac", "perturbation": {"copies": 9}}),
     _ours("gauss_newton, 9 copies", {"type": "gauss_newton", "perturbation": {"copies": 9}}, checkpoints=(1,)),
     _ours("gauss_newton, 4 copies", {"type": "gauss_newton", "perturbation": {"copies": 4}}, checkpoints=(5,)),
-    _ours("ekfac, 9 trained copies", {"type": "ekfac", "perturbation": {"copies": 9, **_TRAINED}}, checkpoints=(1,)),
+    _ours("ekfac, 9 trained copies", {"type": "ekfac", "perturbation": {"copies": 9, **_TRAINED}}, (None, 0.01, 1.0), checkpoints=(1,)),
     _ours("gauss_newton, 9 trained copies", {"type": "gauss_newton", "perturbation": {"copies": 9, **_TRAINED}}, checkpoints=(1,)),
     _ours("gauss_newton, 4 trained copies", {"type": "gauss_newton", "perturbation": {"copies": 4, **_TRAINED}}, checkpoints=(5,)),
     _ours("trak, kernel of all classes", {"type": "trak", "curvature": "fisher", "projection": {"dim": 2048}}, _TRAK_GRID),
