@@ -174,7 +174,7 @@ class TemperedMethodBase(PerturbedMethodBase):
         le=1,
         description="Power of 1 - p, the training target's, in proportion to which a classified example counts. 1 is the derivative of its loss, "
         "which of examples that were learnt by heart says how little they matter now, not how much they did. If null, it is 0.6, with "
-        "perturbed copies 0.8, and 1 for models of one layer and TRAK's published kernel (docs/decisions/0023-tempered-residuals.md).",
+        "perturbed copies 0.8, and 1 for trained copies, models of one layer and TRAK's published kernel (docs/decisions/0023-tempered-residuals.md).",
     )
 
     @property
