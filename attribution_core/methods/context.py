@@ -128,7 +128,7 @@ class FitContext:
         self._probes: dict[int, _Probe] = {}
         self._captures_rightly = False
         # Where trained copies' weights are, as `<member>.weights.<parameter>`; a fit or an index that has them says so.
-        self.copies: Callable[[], Arrays] = dict
+        self.copy_weights: Callable[[], Arrays] = dict
         self.pseudo_gradients = PseudoGradients(self)
         self.curvatures = Curvatures(self)
         self.defaults = Defaults(self)
@@ -169,7 +169,7 @@ class FitContext:
         if not self.spec.method.trains_copies:
             return self.noisy(member)
         module = self._loaded(member)
-        put_weights(module, of_checkpoint(self.copies(), number))
+        put_weights(module, of_checkpoint(self.copy_weights(), number))
         return module
 
     def noisy(self, member: Member) -> nn.Module:

@@ -87,7 +87,7 @@ class FitPipeline:
         self.spec = spec
         self.work = work
         self.context = FitContext(spec, device)
-        self.context.copies = lambda: weights_of_copies(self._fitted(("copies",)))
+        self.context.copy_weights = lambda: weights_of_copies(self._fitted(("copies",)))
         # What is computed: all rows that are trained on, or those that no earlier fit covers.
         self.rows = self.context.training_rows[self.context.training_rows >= spec.num_covered]
         self._reductions: dict[str, Arrays] = {}

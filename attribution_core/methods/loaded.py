@@ -77,7 +77,7 @@ class LoadedIndex:
         self.store = FeatureStore(folder / FEATURES_FOLDER, spec.dataset.num_examples)
         fitted = read_arrays(folder / FACTORS_FILE)
         copies = weights_of_copies(fitted)
-        self.context.copies = lambda: copies
+        self.context.copy_weights = lambda: copies
         self.gradients = self._gradient_store(device)
         # None for methods without.
         self.default_damping = self.context.defaults.damping(fitted)
