@@ -17,7 +17,6 @@ LAYER_DAMPING = "Default damping, as a multiple of each layer's mean eigenvalue.
 # Powers of 1 - p by which examples count, where none is named (docs/decisions/0023-tempered-residuals.md).
 DEFAULT_RESIDUAL_POWER = 0.6
 RESIDUAL_POWER_OF_COPIES = 0.8
-RESIDUAL_POWER_OF_TRAINED = 1.0
 # Numbers per row where a projection names none.
 DEFAULT_DIM = 1024
 DEFAULT_BITS = 16_384
@@ -174,17 +173,12 @@ class TemperedMethodBase(PerturbedMethodBase):
         le=1,
         description="Power of 1 - p, the training target's, in proportion to which a classified example counts. 1 is the derivative of its loss, "
         "which of examples that were learnt by heart says how little they matter now, not how much they did. If null, it is 0.6, with "
-        "perturbed copies 0.8, and 1 for trained copies, models of one layer and TRAK's published kernel (docs/decisions/0023-tempered-residuals.md).",
+        "perturbed copies 0.8, and 1 for models of one layer and TRAK's published kernel (docs/decisions/0023-tempered-residuals.md).",
     )
 
     @property
     def default_residual_power(self) -> float:
-        """The power where none is named, for models of several layers: perturbed copies are less sure of what was learnt by heart as they are.
-
-        Copies that were trained for a little while have learnt nothing by heart.
-        """
-        if self.trains_copies:
-            return RESIDUAL_POWER_OF_TRAINED
+        """The power where none is named, for models of several layers: perturbed copies are less sure of what was learnt by heart as they are."""
         return RESIDUAL_POWER_OF_COPIES if self.copies else DEFAULT_RESIDUAL_POWER
 
 
