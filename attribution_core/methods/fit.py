@@ -12,23 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from attribution_core.arrays import read_arrays, write_arrays
 from attribution_core.curvature import Eigenbasis
 from attribution_core.curvature.dense import spectrum, summed_hessian
 from attribution_core.curvature.draws import Draws
 from attribution_core.curvature.fisher import ShortfallSums
-from attribution_core.curvature.iterative import product_over
-from attribution_core.curvature.solvers import arnoldi, mean_eigenvalue
 from attribution_core.data.batch import Batch
 from attribution_core.errors import InvalidInputError
 from attribution_core.fit_spec import FitSpec, FitSummary
 from attribution_core.gradients import Block
 from attribution_core.memory import release_freed
 from attribution_core.method_spec import (
-    ArnoldiMethod,
     FisherMethod,
     HessianMethod,
     LograMethod,
@@ -45,6 +40,7 @@ from attribution_core.methods.encoding import Encoder
 from attribution_core.methods.finite import check_finite, naming_the_example
 from attribution_core.methods.fitted import of_checkpoint, weights_of_copies
 from attribution_core.methods.kept import KeptGradients
+from attribution_core.methods.krylov import krylov
 from attribution_core.methods.layout import exact_scores, write_features, write_search
 from attribution_core.methods.loaded import LoadedIndex
 from attribution_core.methods.logra import Logra, fisher_of
@@ -132,7 +128,7 @@ class FitPipeline:
                 products, batches = self.context.curvatures.products(shard.checkpoint), self._counted(shard, progress)
                 return {"hessian": summed_hessian(products, batches, self._blocks(shard))}
             case "krylov":
-                return self._krylov(shard, progress)
+                return krylov(self.context, shard.checkpoint, progress)
             case "kernel":
                 return self._kernel_sum(shard, progress)
             case "head":
@@ -291,29 +287,6 @@ class FitPipeline:
 
     def _fitted(self, stages: Sequence[str]) -> Arrays:
         return {name: value for stage in stages for name, value in self._reduced(stage).items()}
-
-    def _krylov(self, shard: Shard, progress: Progress) -> Arrays:
-        method, products = self.spec.method, self.context.curvatures.products(shard.checkpoint)
-        assert isinstance(method, ArnoldiMethod)
-        blocks = self._blocks(shard)
-        size = sum(block.numel for block in blocks)
-        over = product_over(products, partial(self.context.batches, shard.checkpoint), blocks)
-
-        def product(vectors: Tensor) -> Tensor:
-            progress.advance(0)
-            return over(vectors)
-
-        generator = torch.Generator().manual_seed(method.seed)
-        start = torch.randn(size, generator=generator).to(next(products.capture.module.parameters()))
-        values, vectors = arnoldi(product, start, min(method.iterations, size))
-        mean = mean_eigenvalue(product, size, start)
-        progress.advance(shard.stop - shard.start)
-        keep = slice(None, method.rank)
-        return {
-            "values": values[keep].cpu().numpy(),
-            "vectors": vectors[:, keep].cpu().numpy(),
-            "mean": np.array([abs(mean)]),
-        }
 
     def _kernel_sum(self, shard: Shard, progress: Progress) -> Arrays:
         method = self.context.method(shard.checkpoint, {})
