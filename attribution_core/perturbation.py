@@ -20,7 +20,7 @@ def seed_of(perturbation: Perturbation, weights: str, copy: int) -> int:
 
 
 def root_mean_square(tensor: Tensor) -> float:
-    """Return the size of a tensor's numbers."""
+    """Return the root of the mean square of a tensor's numbers, whatever its shape, summed in float64."""
     return float(tensor.double().square().mean().sqrt())
 
 

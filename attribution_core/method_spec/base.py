@@ -126,8 +126,8 @@ class Perturbation(Spec):
     )
     training: CopyTraining | None = Field(
         default=None,
-        description="Trains every copy for a little while on the training set, which ranks retrainings better than noise alone and costs next to "
-        "nothing beside the copies' fits. Off by default.",
+        description="Trains every copy for a little while on the training set, which ranks retrainings better than noise alone, for so many more "
+        "passes of each copy over it (docs/decisions/0025-trained-copies.md). Off by default.",
     )
     seed: Seed = 0
 

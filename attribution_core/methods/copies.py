@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def trained_weights(context: "FitContext", number: int, progress: Progress) -> dict[str, np.ndarray]:
-    """Return a copy's weights after its training, under `weights.<parameter>`; nothing for a checkpoint itself.
+    """Return a copy's weights after its training, under `weights.<parameter>`, float32 of the parameter's shape; nothing for a checkpoint itself.
 
     Raises:
         InvalidInputError: if the data does not fit the model, or the training diverges.
@@ -40,6 +40,6 @@ def trained_weights(context: "FitContext", number: int, progress: Progress) -> d
 
 @torch.no_grad()
 def put_weights(module: nn.Module, own: Mapping[str, np.ndarray]) -> None:
-    """Give a module the weights that a copy of it was trained to have."""
+    """Give a module, in place, the weights that `trained_weights` returned for a copy of it."""
     for name, value in module.named_parameters():
         value.copy_(torch.from_numpy(own[f"{COPY_WEIGHTS}.{name}"]))

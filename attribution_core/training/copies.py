@@ -68,7 +68,7 @@ class _Moving:
         self._weights = [0.0, 0.0]  # that the averages have given to gradients so far, which grow to 1
 
     def step(self, gradient: Tensor, rate: float) -> None:
-        """Move against the gradients' mean by `rate` sizes, were they all alike."""
+        """Move against the mean of the gradients, of the value's shape: by `rate` times its size, were they all alike."""
         first, second = self._weights = [
             decay * weight + 1 - decay for decay, weight in zip(_DECAYS, self._weights, strict=True)
         ]

@@ -12,8 +12,8 @@ from attribution_core.checkpoints import load_model, save_checkpoint
 from attribution_core.fingerprint import sha256_file
 from attribution_core.fit_spec import CheckpointRef
 from attribution_core.method_spec import Perturbation
-from attribution_core.methods.loaded import LoadedIndex
 from attribution_core.perturbation import perturb
+from tests.core.methods.copies import chosen, relative_error, scores
 from tests.core.methods.problems import SMALL, N, Problem
 
 ALL = np.arange(N)
@@ -30,10 +30,6 @@ METHODS: list[dict[str, Any]] = [
 ]
 
 
-def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
-
-
 def written(problem: Problem, reference: CheckpointRef, into: Path) -> list[CheckpointRef]:
     """A checkpoint and its copies, each as a checkpoint."""
     found = [reference]
@@ -44,10 +40,6 @@ def written(problem: Problem, reference: CheckpointRef, into: Path) -> list[Chec
         save_checkpoint(module, path)
         found.append(CheckpointRef(id=path.stem, path=path, sha256=sha256_file(path)))
     return found
-
-
-def scores(index: LoadedIndex, problem: Problem) -> np.ndarray:
-    return index.scores(index.query(problem.queries(), None), ALL, rescore=True)
 
 
 def test_noise_has_the_size_that_was_asked_for_and_weights_keep_theirs() -> None:
@@ -87,13 +79,7 @@ def test_an_index_of_copies_is_that_of_an_ensemble_of_the_same_weights(
     given = ensemble.spec.checkpoints[:2]
     index = ensemble.fit("copies", method={**method, "perturbation": OPTIONS}, checkpoints=given)
     members = [member for reference in given for member in written(ensemble, reference, tmp_path)]
-    fields, defaults = type(index.spec.method).model_fields, index.context.defaults
-    chosen: dict[str, Any] = {}  # what copies have defaults of their own for
-    if "residual_power" in fields:
-        chosen["residual_power"] = defaults.residual_power
-    if "shrinkage" in fields:
-        chosen |= {"shrinkage": defaults.shrinkage, "damping": index.default_damping}
-    together = ensemble.fit("together", method={**method, **chosen}, checkpoints=members)
+    together = ensemble.fit("together", method={**method, **chosen(index)}, checkpoints=members)
     assert relative_error(scores(index, ensemble), scores(together, ensemble)) < 1e-6
     if together.spec.method.self_influence:
         assert relative_error(index.self_influence(), together.self_influence()) < 1e-6

@@ -20,13 +20,13 @@ from attribution_core.methods.copies import put_weights
 from attribution_core.methods.fit import FitPipeline, fit
 from attribution_core.methods.fitted import of_checkpoint
 from attribution_core.methods.loaded import LoadedIndex
-from attribution_core.perturbation import perturb, seed_of
+from attribution_core.perturbation import perturb
 from attribution_core.progress import NoProgress
 from attribution_core.training.copies import train_copy
 from attribution_core.training.data import TrainingData
+from tests.core.methods.copies import chosen, relative_error, scores
 from tests.core.methods.problems import SMALL, N, Problem
 
-ALL = np.arange(N)
 TRAINING = {"epochs": 3, "batch_size": 7, "step": 0.05}
 OPTIONS = {"copies": 2, "noise": 1.5, "training": TRAINING, "seed": 5}
 METHODS: list[dict[str, Any]] = [
@@ -36,14 +36,6 @@ METHODS: list[dict[str, Any]] = [
     {"type": "grad_dot", "projection": SMALL},
     {"type": "trak", "curvature": "fisher", "projection": SMALL},
 ]
-
-
-def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
-
-
-def scores(index: LoadedIndex, problem: Problem) -> np.ndarray:
-    return index.scores(index.query(problem.queries(), None), ALL, rescore=True)
 
 
 def written(index: LoadedIndex, into: Path) -> list[CheckpointRef]:
@@ -120,13 +112,7 @@ def test_an_index_is_that_of_an_ensemble_of_the_trained_weights(
 ) -> None:
     given = ensemble.spec.checkpoints[:2]
     index = ensemble.fit("copies", method={**method, "perturbation": OPTIONS}, checkpoints=given)
-    fields, defaults = type(index.spec.method).model_fields, index.context.defaults
-    chosen: dict[str, Any] = {}
-    if "residual_power" in fields:
-        chosen["residual_power"] = defaults.residual_power
-    if "shrinkage" in fields:
-        chosen |= {"shrinkage": defaults.shrinkage, "damping": index.default_damping}
-    together = ensemble.fit("together", method={**method, **chosen}, checkpoints=written(index, tmp_path))
+    together = ensemble.fit("together", method={**method, **chosen(index)}, checkpoints=written(index, tmp_path))
     assert relative_error(scores(index, ensemble), scores(together, ensemble)) < 1e-6
     noisy = {**method, "perturbation": {**OPTIONS, "training": None}}
     untrained = ensemble.fit("noisy", method=noisy, checkpoints=given)
@@ -222,8 +208,3 @@ def test_vectors_of_copies_that_are_trained_have_no_noise(problem: Problem) -> N
     perturb(module, Perturbation(training=CopyTraining()), reference.sha256, 1)
     for old, new in zip(before.parameters(), module.parameters(), strict=True):
         assert torch.equal(old, new) == (old.ndim < 2)
-
-
-def test_copies_have_orders_of_their_own() -> None:
-    perturbation = Perturbation(training=CopyTraining())
-    assert len({seed_of(perturbation, weights, copy) for weights in "ab" for copy in (1, 2)}) == 4
